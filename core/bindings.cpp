@@ -1,5 +1,6 @@
 // kvstrata._core: the only file of the core that knows Python.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
 
 #include <optional>
 
