@@ -11,6 +11,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 MAKEFLAGS += --no-print-directory
+.ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
