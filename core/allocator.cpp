@@ -1,0 +1,370 @@
+#include "allocator.hpp"
+
+#include <bit>
+#include <cstring>
+
+#include "failpoints.hpp"
+
+namespace kvstrata {
+namespace {
+
+constexpr u32 kUnitsPerPage = kPage / kUnit;
+constexpr u32 kSlabUnits = kSlabPages * kUnitsPerPage;
+constexpr u32 kOwnBinTries = 8;
+enum Operation : u32 { kNothing = 0, kAllocating = 1, kFreeing = 2 };
+
+struct Bin {
+    u32 row, column;
+};
+
+Bin bin_of(u32 length) {
+    const u32 row = static_cast<u32>(std::bit_width(length)) - 1;
+    return {row, static_cast<u32>((u64{length} << 3 >> row) & 7)};
+}
+
+u32 pages_for(u32 units) { return (units + kUnitsPerPage - 1) / kUnitsPerPage; }
+
+// Writes what counts of a first page in one store, so that a walk sees the old run or the new one.
+void store_head(PageDescriptor& head, u32 length, PageKind kind, u8 size_class = 0) {
+    using Word [[gnu::may_alias]] = u64;
+    const PageDescriptor wanted{length, kind, size_class, 0, kNone, kNone};
+    Word word;
+    std::memcpy(&word, &wanted, sizeof word);
+    __atomic_store_n(reinterpret_cast<Word*>(&head), word, __ATOMIC_RELAXED);
+}
+
+}  // namespace
+
+Allocator::Allocator(Region& region)
+    : region_(region),
+      state_(region.header().allocator),
+      pages_(reinterpret_cast<PageDescriptor*>(region.at(region.header().pages_at))),
+      back_(region.at(region.header().pages_at) +
+            (region.header().end - region.header().data_at) / kPage * sizeof(PageDescriptor)) {}
+
+void Allocator::init() {
+    state_.mutex.init();
+    state_.pages = static_cast<u32>((region_.header().end - region_.header().data_at) / kPage);
+    state_.free_pages = state_.pages - 1;
+    pages_[0].kind = PageKind::run;  // never handed out
+    pages_[0].length = 1;
+    bin_run(1, state_.free_pages);
+}
+
+RobustLock Allocator::lock() {
+    return RobustLock(state_.mutex, [this] { repair(); });
+}
+
+InFlight& Allocator::in_flight(u32 client, u32 slot) const {
+    const u64 stride = align_up(sizeof(Client), kPage);
+    auto* const owner = reinterpret_cast<Client*>(region_.at(region_.header().clients_at + client * stride));
+    return owner->in_flight[slot];
+}
+
+// Steps of one unit up to 32 units, then eight steps an octave.
+u32 Allocator::class_of(u32 units) {
+    if (units <= 32) return units - 1;
+    if (units <= 64) return 32 + (units - 32 + 3) / 4 - 1;
+    return 40 + (units - 64 + 7) / 8 - 1;
+}
+
+u32 Allocator::class_units(u32 size_class) {
+    if (size_class < 32) return size_class + 1;
+    if (size_class < 40) return 32 + (size_class - 31) * 4;
+    return 64 + (size_class - 39) * 8;
+}
+
+// ---- Runs of pages ------------------------------------------------------------------------------
+
+// Makes [first, first + length) a free run and puts it in its bin.
+void Allocator::bin_run(u32 first, u32 length) {
+    PageDescriptor& head = page(first);
+    if (length > 1) {
+        page(first + length - 1).kind = PageKind::free_tail;
+        page(first + length - 1).length = length;
+    }
+    KVSTRATA_COMMIT("allocator.tail");
+    store_head(head, length, PageKind::free);
+    const auto [row, column] = bin_of(length);
+    head.prev = kNone;
+    head.next = state_.bins[row][column];
+    if (head.next) page(head.next).prev = first;
+    state_.bins[row][column] = first;
+    state_.first_level |= 1u << row;
+    state_.second_level[row] |= 1u << column;
+}
+
+void Allocator::unbin_run(u32 first) {
+    const PageDescriptor& head = page(first);
+    const auto [row, column] = bin_of(head.length);
+    if (head.next) page(head.next).prev = head.prev;
+    if (head.prev) {
+        page(head.prev).next = head.next;
+    } else {
+        state_.bins[row][column] = head.next;
+        if (!head.next) {
+            state_.second_level[row] &= ~(1u << column);
+            if (!state_.second_level[row]) state_.first_level &= ~(1u << row);
+        }
+    }
+}
+
+// A free run of at least `length` pages, kNone if there is none (or only in its own bin, beyond the first few).
+u32 Allocator::find_run(u32 length) const {
+    const auto [row, column] = bin_of(length);
+    u32 candidate = state_.bins[row][column];
+    for (u32 tries = 0; candidate && tries < kOwnBinTries; ++tries) {
+        if (page(candidate).length >= length) return candidate;
+        candidate = page(candidate).next;
+    }
+    const u32 columns = state_.second_level[row] & (~0u << column << 1);
+    if (columns) return state_.bins[row][std::countr_zero(columns)];
+    const u32 rows = row < 31 ? state_.first_level & (~0u << row << 1) : 0;
+    if (!rows) return kNone;
+    const u32 upper = static_cast<u32>(std::countr_zero(rows));
+    return state_.bins[upper][std::countr_zero(state_.second_level[upper])];
+}
+
+// Turns the first `length` pages of a free run into a used run; the last store makes it so.
+void Allocator::take_pages(u32 first, u32 length, PageKind kind, u8 size_class) {
+    const u32 rest = page(first).length - length;
+    unbin_run(first);
+    if (rest) bin_run(first + length, rest);
+    KVSTRATA_COMMIT("allocator.split");
+    if (length > 1) page(first + length - 1).kind = PageKind::interior;
+    if (kind == PageKind::slab) {
+        std::memset(bitmap(first), 0, kSlabUnits / 8);
+        for (u32 i = 0; i < kSlabPages; ++i) back_[first + i] = static_cast<u8>(i);
+    }
+    KVSTRATA_COMMIT("allocator.take");
+    page(first).next = page(first).prev = kNone;
+    store_head(page(first), length, kind, size_class);
+    state_.free_pages -= length;
+}
+
+// Frees a used run and merges it with free neighbours; the store of the merged length makes it so.
+void Allocator::free_pages(u32 first) {
+    u32 start = first, length = page(first).length;
+    state_.free_pages += length;
+    const u32 after = first + length;
+    if (after < state_.pages && page(after).kind == PageKind::free) {
+        unbin_run(after);
+        length += page(after).length;
+    }
+    const PageDescriptor& before = page(first - 1);
+    if (before.kind == PageKind::free_tail || before.kind == PageKind::free) {
+        start = first - before.length;
+        unbin_run(start);
+        length += page(start).length;
+    }
+    KVSTRATA_COMMIT("allocator.merge");
+    bin_run(start, length);
+    if (start != first) page(first).kind = PageKind::interior;  // so that a second free of it is seen
+}
+
+// ---- Slabs --------------------------------------------------------------------------------------
+
+void Allocator::link_slab(u32 slab) {
+    PageDescriptor& head = page(slab);
+    head.prev = kNone;
+    head.next = state_.slabs[head.size_class];
+    if (head.next) page(head.next).prev = slab;
+    state_.slabs[head.size_class] = slab;
+}
+
+void Allocator::unlink_slab(u32 slab) {
+    const PageDescriptor& head = page(slab);
+    if (head.next) page(head.next).prev = head.prev;
+    (head.prev ? page(head.prev).next : state_.slabs[head.size_class]) = head.next;
+}
+
+// A free block of the class, as an offset in units; opens a new slab when there is none.
+u32 Allocator::find_block(u32 size_class) {
+    u32 slab = state_.slabs[size_class];
+    if (!slab) {
+        slab = find_run(kSlabPages);
+        if (!slab) return kNone;
+        take_pages(slab, kSlabPages, PageKind::slab, static_cast<u8>(size_class));
+        link_slab(slab);
+    }
+    const u32 units = class_units(size_class), blocks = kSlabUnits / units;
+    const Word* const bits = bitmap(slab);
+    for (u32 word = 0; word * 64 < blocks; ++word) {
+        const u32 bit = static_cast<u32>(std::countr_one(bits[word]));
+        if (bit < 64 && word * 64 + bit < blocks) return slab * kUnitsPerPage + (word * 64 + bit) * units;
+    }
+    return kNone;  // not reached: a slab in the list has room
+}
+
+// ---- Blocks -------------------------------------------------------------------------------------
+
+bool Allocator::allocate(u32 units, u32 client, u32 slot) {
+    const RobustLock held = lock();
+    InFlight& flight = in_flight(client, slot);
+    const bool small = units <= kSmallUnits;
+    const u32 block = small ? find_block(class_of(units)) : find_run(pages_for(units)) * kUnitsPerPage;
+    if (!block) return false;
+    state_.client = client;
+    state_.slot = slot;
+    state_.operation = kAllocating;
+    KVSTRATA_COMMIT("allocator.begin");
+    flight.units = units;
+    flight.entry = kNone;
+    flight.block = block;
+    KVSTRATA_COMMIT("allocator.announced");
+    if (small) {
+        const u32 slab = block / kUnitsPerPage - back_[block / kUnitsPerPage];
+        const u32 size = class_units(page(slab).size_class);
+        const u32 index = (block - slab * kUnitsPerPage) / size;
+        bitmap(slab)[index / 64] |= u64{1} << (index % 64);
+        if (++page(slab).used == kSlabUnits / size) unlink_slab(slab);
+    } else {
+        take_pages(block / kUnitsPerPage, pages_for(units), PageKind::run, 0);
+    }
+    KVSTRATA_COMMIT("allocator.done");
+    state_.operation = kNothing;
+    return true;
+}
+
+bool Allocator::is_allocated(u32 block, u32 units) const {
+    const u32 number = block / kUnitsPerPage;
+    if (!number || number >= state_.pages) return false;
+    if (units > kSmallUnits)
+        return block % kUnitsPerPage == 0 && page(number).kind == PageKind::run && page(number).length == pages_for(units);
+    if (back_[number] > number) return false;
+    const u32 slab = number - back_[number];
+    if (page(slab).kind != PageKind::slab || page(slab).size_class != class_of(units)) return false;
+    const u32 index = (block - slab * kUnitsPerPage) / class_units(page(slab).size_class);
+    return bitmap(slab)[index / 64] >> (index % 64) & 1;
+}
+
+void Allocator::free_block(u32 block, u32 units) {
+    const u32 number = block / kUnitsPerPage;
+    if (units > kSmallUnits) return free_pages(number);
+    const u32 slab = number - back_[number];
+    const u32 size = class_units(page(slab).size_class);
+    const u32 index = (block - slab * kUnitsPerPage) / size;
+    if (page(slab).used == kSlabUnits / size) link_slab(slab);
+    bitmap(slab)[index / 64] &= ~(u64{1} << (index % 64));
+    KVSTRATA_COMMIT("allocator.freed");
+    if (--page(slab).used == 0) {
+        unlink_slab(slab);
+        free_pages(slab);
+    }
+}
+
+void Allocator::release(u32 client, u32 slot) {
+    const RobustLock held = lock();
+    InFlight& flight = in_flight(client, slot);
+    if (!is_allocated(flight.block, flight.units)) {
+        ++state_.faults;  // a double free, refused
+    } else {
+        state_.client = client;
+        state_.slot = slot;
+        state_.operation = kFreeing;
+        KVSTRATA_COMMIT("allocator.freeing");
+        free_block(flight.block, flight.units);
+        KVSTRATA_COMMIT("allocator.released");
+    }
+    flight.block = kNone;
+    KVSTRATA_COMMIT("allocator.forgotten");
+    state_.operation = kNothing;
+}
+
+// After a death inside: rebuilds all lists from a walk over the page table, then finishes or undoes the operation.
+void Allocator::repair() {
+    region_.header().rebuilt_allocators.fetch_add(1);
+    std::memset(state_.bins, 0, sizeof state_.bins);
+    std::memset(state_.second_level, 0, sizeof state_.second_level);
+    std::memset(state_.slabs, 0, sizeof state_.slabs);
+    state_.first_level = 0;
+    state_.free_pages = 0;
+    const InFlight pending = in_flight(state_.client, state_.slot);
+    bool pending_run_seen = false;
+    u32 run = kNone;  // start of the free pages just walked over
+    auto close_run = [&](u32 end) {
+        if (run) {
+            bin_run(run, end - run);
+            state_.free_pages += end - run;
+        }
+        run = kNone;
+    };
+    for (u32 number = 1; number < state_.pages;) {
+        PageDescriptor& head = page(number);
+        const u32 length = head.length;
+        if (length == 0 || length > state_.pages - number) {
+            throw TierUnavailable("the memory tier's page table is damaged; close the cache everywhere and open it again");
+        }
+        if (head.kind == PageKind::slab) {
+            head.used = 0;
+            for (u32 word = 0; word < kSlabUnits / 64; ++word)
+                head.used = static_cast<u16>(head.used + std::popcount(bitmap(number)[word]));
+            if (head.used == 0) head.kind = PageKind::free;
+        }
+        if (head.kind == PageKind::free) {
+            if (!run) run = number;
+        } else {
+            close_run(number);
+            if (head.kind == PageKind::slab && head.used < kSlabUnits / class_units(head.size_class)) link_slab(number);
+            if (length > 1 && head.kind == PageKind::run) page(number + length - 1).kind = PageKind::interior;
+            if (number * kUnitsPerPage == pending.block) pending_run_seen = true;
+        }
+        number += length;
+    }
+    close_run(state_.pages);
+
+    if (state_.operation != kNothing) {
+        InFlight& flight = in_flight(state_.client, state_.slot);
+        // A page table entry inside a free run may still look like the run that it once headed.
+        const bool allocated = flight.block && is_allocated(flight.block, flight.units) &&
+                               (flight.units <= kSmallUnits || pending_run_seen);
+        if (state_.operation == kFreeing && allocated) free_block(flight.block, flight.units);
+        if (state_.operation == kFreeing || !allocated) flight.block = kNone;
+        state_.operation = kNothing;
+    }
+}
+
+// ---- Entries and figures ------------------------------------------------------------------------
+
+u32 Allocator::take_chunk(u32 shard) {
+    const RobustLock held = lock();
+    Header& header = region_.header();
+    const u32 chunk = header.chunks.load();
+    if (chunk >= header.max_entries / kChunk) return kNone;
+    const u64 end = align_up(u64{chunk + 1} * kChunk * sizeof(Entry), kPage);
+    if (end > header.entries_backed.load()) {
+        const u64 limit = header.pages_at - header.entries_at;
+        const u64 more = std::min(limit, end + 64 * kPage);
+        try {
+            region_.back(header.entries_at + header.entries_backed.load(), more - header.entries_backed.load());
+        } catch (const OsError&) {
+            return kNone;
+        }
+        header.entries_backed.store(more);
+    }
+    region_.at(header.owners_at)[chunk] = static_cast<u8>(shard + 1);
+    KVSTRATA_COMMIT("allocator.chunk");
+    header.chunks.store(chunk + 1);
+    return chunk + 1;
+}
+
+Allocator::Usage Allocator::usage() {
+    const RobustLock held = lock();
+    Usage usage{};
+    usage.total = u64{state_.pages - 1} * kPage;
+    usage.free = u64{state_.free_pages} * kPage;
+    usage.faults = state_.faults;
+    for (u32 number = 1; number < state_.pages; number += page(number).length) {
+        const PageDescriptor& head = page(number);
+        if (head.kind == PageKind::free) {
+            ++usage.free_runs;
+            usage.largest_free = std::max(usage.largest_free, u64{head.length} * kPage);
+        } else if (head.kind == PageKind::slab) {
+            usage.free += (kSlabUnits / class_units(head.size_class) - head.used) * u64{class_units(head.size_class)} * kUnit;
+        }
+    }
+    usage.used = usage.total - usage.free;
+    return usage;
+}
+
+}  // namespace kvstrata

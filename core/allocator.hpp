@@ -1,0 +1,59 @@
+// The allocator of the data region: O(1), with all of its bookkeeping outside the data.
+//
+// Blocks up to 8 KiB come from slabs of 64 KiB; larger ones are runs of 4 KiB pages, kept by size in a two-level table
+// of bins (after TLSF: Masmano, Ripoll, Crespo, Real, "TLSF: a new dynamic memory allocator for real-time systems",
+// 2004). Each step is ordered so that the page table can be walked after a death at any point; `repair` does that.
+#pragma once
+
+#include "region.hpp"
+
+namespace kvstrata {
+
+class Allocator {
+public:
+    explicit Allocator(Region& region);
+
+    void init();  // once, by the creator
+
+    // Takes a block of `units` for in-flight slot `slot` of `client`; false when no free run is long enough.
+    bool allocate(u32 units, u32 client, u32 slot);
+    // Gives back the block in that in-flight slot, and empties the slot.
+    void release(u32 client, u32 slot);
+
+    // Takes the next chunk of entries for `shard`; kNone when all are taken or memory is short.
+    u32 take_chunk(u32 shard);
+
+    struct Usage {
+        u64 total, used, free, largest_free, faults;  // bytes; free includes room in slabs
+        u32 free_runs;
+    };
+    Usage usage();
+
+private:
+    RobustLock lock();
+    InFlight& in_flight(u32 client, u32 slot) const;
+    PageDescriptor& page(u32 number) const { return pages_[number]; }
+    using Word [[gnu::may_alias]] = u64;
+    Word* bitmap(u32 slab) const { return reinterpret_cast<Word*>(&pages_[slab + 1]); }
+    static u32 class_of(u32 units);
+    static u32 class_units(u32 size_class);
+
+    u32 find_run(u32 length) const;
+    void bin_run(u32 first, u32 length);
+    void unbin_run(u32 first);
+    void take_pages(u32 first, u32 length, PageKind kind, u8 size_class);
+    void free_pages(u32 first);
+    u32 find_block(u32 size_class);
+    void link_slab(u32 slab);
+    void unlink_slab(u32 slab);
+    bool is_allocated(u32 block, u32 units) const;
+    void free_block(u32 block, u32 units);
+    void repair();
+
+    Region& region_;
+    AllocatorState& state_;
+    PageDescriptor* pages_;
+    u8* back_;  // for a page of a slab: how many pages behind it the slab starts
+};
+
+}  // namespace kvstrata

@@ -1,0 +1,245 @@
+// What passes between memory and the tier below: records to be written, and records to be loaded.
+#include <chrono>
+#include <cstring>
+
+#include "failpoints.hpp"
+#include "store.hpp"
+
+namespace kvstrata {
+
+// ---- Down ---------------------------------------------------------------------------------------
+
+void Store::enqueue_dirty(const Waiting& waiting) {
+    {
+        const std::lock_guard lock(dirty_mutex_);
+        dirty_.push_back(waiting);
+    }
+    dirty_ready_.notify_one();
+}
+
+// `bytes` are no longer waiting: written, failed or gone.
+void Store::settled(u64 bytes) {
+    clients_.mine().dirty_bytes.fetch_sub(bytes);
+    {
+        const std::lock_guard lock(dirty_mutex_);
+        ++settled_;
+    }
+    dirty_settled_.notify_all();
+}
+
+std::vector<Dirty> Store::take_dirty(size_t most, u64 most_bytes, double timeout) {
+    std::vector<Waiting> wanted;
+    {
+        std::unique_lock lock(dirty_mutex_);
+        dirty_ready_.wait_for(lock, std::chrono::duration<double>(timeout), [this] { return !dirty_.empty(); });
+        while (!dirty_.empty() && wanted.size() < most) {
+            wanted.push_back(dirty_.front());
+            dirty_.pop_front();
+        }
+    }
+    std::vector<Dirty> taken;
+    u64 bytes = 0;
+    size_t done = 0;
+    for (; done < wanted.size() && (taken.empty() || bytes < most_bytes); ++done) {
+        const auto [at, units, seq] = wanted[done];
+        Pin pin;
+        {
+            Lease lease(clients_.pins);
+            const RobustLock held = index_.lock(index_.shard_holding(at));
+            Entry& entry = index_.entry(at);
+            if (entry.state == EntryState::live && entry.seq == seq && (entry.flags & kDirty)) {
+                claim(at, lease, pin);
+                entry.flags |= kWriting;
+                bytes += u64{units} * kUnit;
+            }
+        }
+        if (pin) {
+            taken.push_back({std::move(pin), seq});
+        } else {
+            settled(u64{units} * kUnit);
+        }
+    }
+    if (done < wanted.size()) {
+        const std::lock_guard lock(dirty_mutex_);
+        for (size_t i = wanted.size(); i > done; --i) dirty_.push_front(wanted[i - 1]);
+    }
+    return taken;
+}
+
+bool Store::still_live(const Dirty& dirty) {
+    const u32 at = dirty.pin.entry();
+    const RobustLock held = index_.lock(index_.shard_holding(at));
+    const Entry& entry = index_.entry(at);
+    return entry.state == EntryState::live && current(entry, space(entry.ns));
+}
+
+void Store::settle(Dirty& dirty, u32 segment, u64 offset) {
+    const u32 at = dirty.pin.entry();
+    const u64 bytes = dirty.pin.record_size();
+    {
+        const RobustLock held = index_.lock(index_.shard_holding(at));
+        Entry& entry = index_.entry(at);
+        if (entry.state == EntryState::live) {
+            entry.segment = segment;
+            entry.position = static_cast<u32>(offset / kUnit);
+        }
+        entry.flags &= static_cast<u8>(~(kDirty | kWriting));
+    }
+    dirty.pin = Pin();
+    settled(bytes);
+}
+
+// ---- Up -----------------------------------------------------------------------------------------
+
+std::optional<Location> Store::locate(Space wanted, Key key) {
+    Namespace& ns = space(wanted.id);
+    const u32 hash = index_.hash(wanted.id, key);
+    const RobustLock held = index_.lock(Index::shard_of(hash));
+    const u32 at = index_.find(hash, wanted.id, key);
+    if (!at || wanted.version != ns.version.load()) return std::nullopt;
+    const Entry& entry = index_.entry(at);
+    if (entry.memory || !entry.segment || !current(entry, ns)) return std::nullopt;
+    return Location{at, entry.seq, entry.segment, u64{entry.position} * kUnit, u64{entry.units} * kUnit};
+}
+
+std::optional<Loading> Store::begin_load(Space wanted, Key key, const Location& location) {
+    Loading loading{wanted, {key.begin(), key.end()}, location.entry, location.seq, {}};
+    try {
+        loading.block = take_block(static_cast<u32>(location.length / kUnit), wanted, false);
+    } catch (const TierFull&) {
+        return std::nullopt;
+    }
+    if (!loading.block) return std::nullopt;
+    return loading;
+}
+
+Pin Store::commit_load(Loading& loading) {
+    Namespace& ns = space(loading.space.id);
+    const u64 length = u64{loading.block.units()} * kUnit;
+    RecordHeader header;
+    const RecordCheck check = check_record(loading.block.bytes(), length, header_.seed, true, header);
+    if (check != RecordCheck::ok) throw CorruptRecord(describe(check));
+    if (header.ns != loading.space.id || header.seq != loading.seq || header.key_len != loading.key.size() ||
+        std::memcmp(loading.block.bytes() + sizeof header, loading.key.data(), loading.key.size()) != 0 ||
+        record_bytes(header.key_len, header.stored_len) != length)
+        throw CorruptRecord("another record lies in its place");
+    Pin pin;
+    const u32 at = loading.entry;
+    const u32 hash = index_.hash(loading.space.id, loading.key);
+    bool loaded = false;
+    {
+        Lease lease(clients_.pins);
+        const RobustLock policy_held = lock_policy(loading.space.id);
+        const RobustLock held = index_.lock(Index::shard_of(hash));
+        Entry& entry = index_.entry(at);
+        const bool found = entry.state == EntryState::live && entry.seq == loading.seq && entry.hash == hash && current(entry, ns) &&
+                loading.space.version == ns.version.load() && header.epoch == entry.epoch;
+        if (found) {
+            if (!entry.memory) {
+                InFlight& flight = clients_.mine().in_flight[loading.block.slot_];
+                flight.entry = at;
+                KVSTRATA_COMMIT("store.loaded");
+                entry.memory = flight.block;
+                KVSTRATA_COMMIT("store.promoted");
+                flight.block = kNone;
+                put_in_order(ns, at);
+                loaded = true;
+            }
+            claim(at, lease, pin);
+            ++index_.shard(Index::shard_of(hash)).hits;
+        }
+    }
+    if (loaded) {
+        clients_.arrivals.give_back(loading.block.slot_);
+        loading.block.store_ = nullptr;
+        header_.loads.fetch_add(1);
+        header_.load_bytes.fetch_add(length);
+    }
+    return pin;
+}
+
+// ---- What the tier below says of itself -----------------------------------------------------------
+
+bool Store::insert_disk(const DiskRow& row) {
+    if (!row.ns || row.ns >= kMaxNamespaces || row.key.empty() || row.key.size() > kMaxKey || !row.segment ||
+        row.length / kUnit > ~u32{0} || row.offset / kUnit > ~u32{0} || row.length < sizeof(RecordHeader))
+        return true;  // a row that lies
+    Namespace& ns = space(row.ns);
+    if (!ns.defined.load() || row.epoch != ns.epoch.load() || row.version != ns.version.load()) return true;
+    Block key_block;
+    if (row.key.size() > kInlineKey) {
+        try {
+            key_block = take_block(static_cast<u32>(align_up(row.key.size(), kUnit) / kUnit), {row.ns, row.version}, false);
+        } catch (const TierFull&) {
+        }
+        if (!key_block) return false;
+        std::memcpy(key_block.bytes(), row.key.data(), row.key.size());
+    }
+    const u32 hash = index_.hash(row.ns, row.key);
+    const u32 number = Index::shard_of(hash);
+    const RobustLock held = index_.lock(number);
+    if (index_.find(hash, row.ns, row.key)) return true;
+    const u32 at = index_.take_entry(number);
+    if (!at) return false;
+    Entry& entry = index_.entry(at);
+    entry.seq = row.seq;
+    entry.expires = row.expires;
+    entry.hash = hash;
+    entry.memory = entry.pins = 0;
+    entry.units = static_cast<u32>(row.length / kUnit);
+    entry.segment = row.segment;
+    entry.position = static_cast<u32>(row.offset / kUnit);
+    entry.epoch = row.epoch;
+    entry.ns = static_cast<u16>(row.ns);
+    entry.key_len = static_cast<u16>(row.key.size());
+    entry.flags = row.flags & kRecordImmutable ? u8{kImmutable} : u8{0};
+    entry.owner = 0;
+    entry.node = {0, 0, header_.tick.load(), 1};
+    if (key_block) {
+        InFlight& flight = clients_.mine().in_flight[key_block.slot_];
+        flight.entry = at;
+        entry.key_block = flight.block;
+        KVSTRATA_COMMIT("store.row");
+        index_.link(at);
+        flight.block = kNone;
+        clients_.arrivals.give_back(key_block.slot_);
+        key_block.store_ = nullptr;
+    } else {
+        std::memcpy(entry.key, row.key.data(), row.key.size());
+        index_.link(at);
+    }
+    return true;
+}
+
+bool Store::forget_disk(u32 ns, Key key, u64 seq) {
+    const u32 hash = index_.hash(ns, key);
+    const RobustLock held = index_.lock(Index::shard_of(hash));
+    const u32 at = index_.find(hash, ns, key);
+    if (!at || index_.entry(at).seq != seq || !index_.entry(at).segment) return false;
+    index_.entry(at).segment = 0;
+    if (!index_.entry(at).memory) drop(at);
+    return true;
+}
+
+u64 Store::drop_segment(u32 segment) {
+    u64 dropped = 0;
+    for (u32 number = 0; number < kShards; ++number) {
+        const RobustLock held = index_.lock(number);
+        index_.each_of(number, [&](u32 at, Entry& entry) {
+            if (entry.state != EntryState::live || entry.segment != segment) return;
+            entry.segment = 0;
+            if (!entry.memory) drop(at);
+            ++dropped;
+        });
+    }
+    header_.segments_changed.fetch_add(1);
+    return dropped;
+}
+
+void Store::raise_seq(u64 above) {
+    u64 now = header_.seq.load();
+    while (now <= above && !header_.seq.compare_exchange_weak(now, above + 1)) {
+    }
+}
+
+}  // namespace kvstrata

@@ -1,0 +1,172 @@
+// Making room: what leaves the memory tier, and how long a writer waits for it.
+#include <algorithm>
+#include <chrono>
+
+#include "failpoints.hpp"
+#include "store.hpp"
+
+namespace kvstrata {
+namespace {
+constexpr u32 kTriesALock = 64;          // records looked at before the policy's lock is let go
+constexpr double kPatience = 5;          // seconds a put waits for the tier below
+constexpr int kMostEvictions = 1 << 20;  // a bound on the loop that makes room for one block
+}  // namespace
+
+// Lets the policy's next victims leave until one has; false when nothing of the namespace may.
+bool Store::evict_from(u32 id) {
+    Namespace& ns = space(id);
+    u32 looked_at = 0, count = 1;
+    while (looked_at < count) {
+        const RobustLock policy_held = lock_policy(id);
+        const Policy& policy = policy_by_number(ns.policy);
+        count = ns.order.count;
+        for (u32 tries = 0; tries < kTriesALock && looked_at < count; ++tries, ++looked_at) {
+            const u32 at = policy.victim(index_.nodes(), ns.order);
+            if (!at) return false;
+            const u32 shard_number = index_.shard_holding(at);
+            const RobustLock held = index_.lock(shard_number);
+            Entry& entry = index_.entry(at);
+            if (entry.pins || (entry.flags & kDirty && current(entry, ns))) {
+                policy.spare(index_.nodes(), ns.order, at);
+                continue;
+            }
+            Shard& shard = index_.shard(shard_number);
+            take_from_order(ns, at);
+            if (!current(entry, ns)) {
+                ++shard.expired;
+                drop(at);
+            } else if (entry.segment) {
+                ++shard.demotions;
+                free_memory(at);  // from now on only below
+            } else {
+                ++shard.evictions;
+                drop(at);
+            }
+            return true;
+        }
+    }
+    return false;
+}
+
+// Evicts from the namespace whose victim was used longest ago.
+bool Store::evict_one() {
+    const u32 namespaces = header_.namespaces.load();
+    std::vector<bool> refused(namespaces);
+    for (;;) {
+        u32 oldest = 0, oldest_age = 0;
+        const u32 now = header_.tick.load();
+        for (u32 id = 1; id < namespaces; ++id) {
+            if (!namespaces_[id].defined.load() || !namespaces_[id].records.load() || refused[id]) continue;
+            const RobustLock held = lock_policy(id);
+            const u32 at = policy_by_number(namespaces_[id].policy).victim(index_.nodes(), namespaces_[id].order);
+            if (!at) continue;
+            const u32 age = now - index_.nodes()[at].stamp;
+            if (!oldest || age > oldest_age) {
+                oldest = id;
+                oldest_age = age;
+            }
+        }
+        if (!oldest) return false;
+        if (evict_from(oldest)) return true;
+        refused[oldest] = true;
+    }
+}
+
+// Frees some entry of the shard, when there's no memory for more: the one in it that was used longest ago.
+bool Store::evict_entry_of(u32 shard_number) {
+    u32 chosen = kNone, id = 0;
+    u64 seq = 0;
+    {
+        const RobustLock held = index_.lock(shard_number);
+        index_.each_of(shard_number, [&](u32 at, Entry& entry) {
+            if (entry.state != EntryState::live || entry.pins || (entry.flags & kDirty)) return;
+            if (chosen && static_cast<std::int32_t>(entry.node.stamp - index_.entry(chosen).node.stamp) >= 0) return;
+            chosen = at;
+            id = entry.ns;
+            seq = entry.seq;
+        });
+    }
+    if (!chosen) return false;
+    const RobustLock policy_held = lock_policy(id);
+    const RobustLock held = index_.lock(shard_number);
+    Entry& entry = index_.entry(chosen);
+    if (entry.state != EntryState::live || entry.seq != seq || entry.pins || (entry.flags & kDirty)) return true;
+    if (entry.memory) take_from_order(space(id), chosen);
+    ++index_.shard(shard_number).evictions;
+    drop(chosen);
+    return true;
+}
+
+bool Store::wait_for_progress(double seconds) {
+    std::unique_lock lock(dirty_mutex_);
+    const u64 before = settled_;
+    return dirty_settled_.wait_for(lock, std::chrono::duration<double>(seconds), [&] { return settled_ != before; });
+}
+
+// A block of `units`, for which others leave. Empty when may_wait is false and it would have to wait; throws TierFull.
+Block Store::take_block(u32 units, Space wanted, bool may_wait) {
+    const Namespace& ns = space(wanted.id);
+    const u64 bytes = u64{units} * kUnit;
+    const auto give_up = std::chrono::steady_clock::now() + std::chrono::duration<double>(kPatience);
+    auto wait = [&] {
+        return clients_.mine().dirty_bytes.load() && std::chrono::steady_clock::now() < give_up && wait_for_progress(0.5);
+    };
+    // The tier below has fallen behind: let it catch up before memory is full of what can't leave.
+    while (clients_.mine().dirty_bytes.load() > header_.memory / 2) {
+        if (!may_wait) return {};
+        if (!wait()) break;
+    }
+    const u32 slot = clients_.arrivals.take();
+    try {
+        bool reaped = false;
+        for (int evictions = 0;; ++evictions) {
+            const bool over_quota = ns.quota && ns.bytes.load() + bytes > ns.quota;
+            if (!over_quota && allocator_.allocate(units, clients_.self(), slot)) break;
+            if (evictions < kMostEvictions && (over_quota ? evict_from(wanted.id) : evict_one())) continue;
+            if (!reaped) {  // dead processes may hold what we need
+                reaped = true;
+                if (reap()) continue;
+            }
+            if (clients_.mine().dirty_bytes.load()) {
+                if (!may_wait) {
+                    clients_.arrivals.give_back(slot);
+                    return {};
+                }
+                if (wait()) continue;
+            }
+            if (over_quota) throw TierFull("memory (quota of the namespace)", bytes, ns.quota - std::min(ns.quota, ns.bytes.load()));
+            throw TierFull("memory", bytes, allocator_.usage().free);
+        }
+    } catch (...) {
+        clients_.arrivals.give_back(slot);
+        throw;
+    }
+    Block block;
+    block.store_ = this;
+    block.slot_ = slot;
+    return block;
+}
+
+// After a death inside: puts the namespace's records in memory in order again, by their last access.
+void Store::repair_policy(u32 id) {
+    header_.rebuilt_policies.fetch_add(1);
+    Namespace& ns = space(id);
+    std::vector<std::pair<u32, u32>> by_age;  // age and entry
+    const u32 now = header_.tick.load();
+    u64 bytes = 0;
+    for (u32 shard = 0; shard < kShards; ++shard) {
+        const RobustLock held = index_.lock(shard);
+        index_.each_of(shard, [&](u32 at, const Entry& entry) {
+            if (entry.state != EntryState::live || entry.ns != id || !entry.memory) return;
+            by_age.emplace_back(now - entry.node.stamp, at);
+            bytes += u64{entry.units} * kUnit;
+        });
+    }
+    std::sort(by_age.rbegin(), by_age.rend());
+    ns.order = {};
+    for (const auto& [age, at] : by_age) policy_by_number(ns.policy).on_insert(index_.nodes(), ns.order, at);
+    ns.bytes.store(bytes);
+    ns.records.store(by_age.size());
+}
+
+}  // namespace kvstrata

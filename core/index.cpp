@@ -1,0 +1,185 @@
+#include "index.hpp"
+
+#include <cstring>
+
+#include "failpoints.hpp"
+#include "siphash.hpp"
+
+namespace kvstrata {
+namespace {
+constexpr u32 kFirstLevel = 4;  // 16 buckets a shard at first
+}
+
+Index::Index(Region& region, Allocator& allocator, Clients& clients)
+    : region_(region),
+      header_(region.header()),
+      allocator_(allocator),
+      clients_(clients),
+      shards_(reinterpret_cast<Shard*>(region.at(header_.shards_at))),
+      buckets_(reinterpret_cast<u32*>(region.at(header_.buckets_at))),
+      entries_(reinterpret_cast<Entry*>(region.at(header_.entries_at))),
+      owners_(region.at(header_.owners_at)) {}
+
+void Index::init() {
+    for (u32 number = 0; number < kShards; ++number) {
+        Shard& shard = shards_[number];
+        shard.mutex.init();
+        shard.level = kFirstLevel;
+        shard.backed = kPage / sizeof(u32);
+        region_.back(header_.buckets_at + u64{number} * header_.max_buckets * sizeof(u32), kPage);
+    }
+}
+
+u32 Index::hash(u32 ns, Key key) const {
+    return static_cast<u32>(siphash13(header_.secret[0] ^ ns, header_.secret[1], key.data(), key.size()));
+}
+
+Key Index::key(const Entry& entry) const {
+    if (entry.key_len <= kInlineKey) return {entry.key, entry.key_len};
+    return {region_.data() + u64{entry.key_block} * kUnit, entry.key_len};
+}
+
+RobustLock Index::lock(u32 shard) {
+    return RobustLock(shards_[shard].mutex, [this, shard] { repair(shard); });
+}
+
+u32 Index::bucket_of(const Shard& shard, u32 hash) const {
+    const u32 bits = hash / kShards;
+    const u32 bucket = bits & ((2u << shard.level) - 1);
+    return bucket < (1u << shard.level) + shard.split ? bucket : bits & ((1u << shard.level) - 1);
+}
+
+void Index::prefetch(u32 hash) const {
+    const u32 number = shard_of(hash);
+    __builtin_prefetch(&shards_[number]);
+    __builtin_prefetch(&buckets(number)[bucket_of(shards_[number], hash)]);
+}
+
+u32 Index::find(u32 hash, u32 ns, Key wanted) const {
+    const u32 number = shard_of(hash);
+    for (u32 at = buckets(number)[bucket_of(shards_[number], hash)]; at; at = entries_[at].chain) {
+        const Entry& entry = entries_[at];
+        if (entry.hash != hash || entry.ns != ns || entry.key_len != wanted.size()) continue;
+        if (std::memcmp(key(entry).data(), wanted.data(), wanted.size()) == 0) return at;
+    }
+    return kNone;
+}
+
+u32 Index::take_entry(u32 number) {
+    Shard& shard = shards_[number];
+    if (!shard.free_entries) {
+        const u32 chunk = allocator_.take_chunk(number);
+        if (!chunk) return kNone;
+        const u32 first = (chunk - 1) * kChunk;
+        for (u32 i = kChunk; i > 0; --i) {
+            const u32 fresh = first + i - 1;
+            if (fresh == kNone) continue;
+            entries_[fresh].chain = shard.free_entries;
+            shard.free_entries = fresh;
+        }
+    }
+    const u32 taken = shard.free_entries;
+    shard.free_entries = entries_[taken].chain;
+    return taken;
+}
+
+void Index::link(u32 at) {
+    Entry& entry = entries_[at];
+    const u32 number = shard_of(entry.hash);
+    Shard& shard = shards_[number];
+    u32& bucket = buckets(number)[bucket_of(shard, entry.hash)];
+    entry.chain = bucket;
+    KVSTRATA_COMMIT("index.link");
+    entry.state = EntryState::live;
+    KVSTRATA_COMMIT("index.live");
+    bucket = at;
+    if (++shard.count > (1u << shard.level) + shard.split) grow(number);
+}
+
+void Index::unlink(u32 at, EntryState becomes) {
+    Entry& entry = entries_[at];
+    const u32 number = shard_of(entry.hash);
+    Shard& shard = shards_[number];
+    KVSTRATA_COMMIT("index.unlink");
+    entry.state = becomes;
+    KVSTRATA_COMMIT("index.unlinked");
+    u32* link = &buckets(number)[bucket_of(shard, entry.hash)];
+    while (*link != at) link = &entries_[*link].chain;
+    *link = entry.chain;
+    --shard.count;
+}
+
+void Index::free_entry(u32 at) {
+    Entry& entry = entries_[at];
+    Shard& shard = shards_[shard_of(entry.hash)];
+    entry.state = EntryState::free;
+    entry.memory = entry.segment = entry.pins = 0;
+    entry.flags = 0;
+    KVSTRATA_COMMIT("index.free");
+    entry.chain = shard.free_entries;
+    shard.free_entries = at;
+}
+
+// Splits the next bucket in two.
+void Index::grow(u32 number) {
+    Shard& shard = shards_[number];
+    const u32 from = shard.split, to = (1u << shard.level) + shard.split;
+    if (to >= header_.max_buckets) return;
+    if (to >= shard.backed) {
+        const u32 more = std::min(shard.backed, header_.max_buckets - shard.backed);
+        try {
+            region_.back(header_.buckets_at + (u64{number} * header_.max_buckets + shard.backed) * sizeof(u32),
+                         u64{more} * sizeof(u32));
+        } catch (const OsError&) {
+            return;  // chains get longer
+        }
+        shard.backed += more;
+    }
+    u32* const table = buckets(number);
+    u32 chain = table[from];
+    table[from] = table[to] = kNone;
+    if (++shard.split == 1u << shard.level) {
+        ++shard.level;
+        shard.split = 0;
+    }
+    while (chain) {
+        Entry& entry = entries_[chain];
+        const u32 next = entry.chain;
+        u32& bucket = table[bucket_of(shard, entry.hash)];
+        entry.chain = bucket;
+        bucket = chain;
+        chain = next;
+    }
+}
+
+// After a death inside: rebuilds chains, the free list and the sums of pins from the entries and the clients' tables.
+void Index::repair(u32 number) {
+    header_.rebuilt_shards.fetch_add(1);
+    Shard& shard = shards_[number];
+    std::memset(buckets(number), 0, u64{shard.backed} * sizeof(u32));
+    if ((1u << shard.level) + shard.split > shard.backed) shard.split = 0;
+    shard.count = 0;
+    shard.free_entries = kNone;
+    each_of(number, [&](u32, Entry& entry) { entry.pins = 0; });
+    for (u32 slot = 0; slot < kMaxClients; ++slot) {
+        const Client& client = clients_[slot];
+        if (!client.used.load()) continue;
+        for (const auto& pin : client.pins) {
+            const u32 pinned = pin.load(std::memory_order_relaxed);
+            if (pinned && owners_[pinned / kChunk] == number + 1) ++entries_[pinned].pins;
+        }
+    }
+    each_of(number, [&](u32 at, Entry& entry) {
+        if (entry.state == EntryState::live) {
+            u32& bucket = buckets(number)[bucket_of(shard, entry.hash)];
+            entry.chain = bucket;
+            bucket = at;
+            ++shard.count;
+        } else if (entry.state == EntryState::free) {
+            entry.chain = shard.free_entries;
+            shard.free_entries = at;
+        }
+    });
+}
+
+}  // namespace kvstrata

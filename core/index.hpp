@@ -1,0 +1,72 @@
+// The host's index: where each record lies, in memory, on disk, or both. A hash table in shards, each with a lock.
+//
+// Linear hashing (Litwin 1980): a shard grows by splitting one bucket at an insertion, so no insertion is slow and
+// chains stay short. Entries never move; their numbers are references.
+#pragma once
+
+#include <span>
+
+#include "allocator.hpp"
+#include "clients.hpp"
+
+namespace kvstrata {
+
+using Key = std::span<const u8>;
+
+class Index {
+public:
+    Index(Region& region, Allocator& allocator, Clients& clients);
+
+    void init();  // once, by the creator
+
+    u32 hash(u32 ns, Key key) const;
+    static u32 shard_of(u32 hash) { return hash % kShards; }
+    RobustLock lock(u32 shard);
+    // The shard that an entry belongs to for good.
+    u32 shard_holding(u32 entry) const { return owners_[entry / kChunk] - 1u; }
+    Shard& shard(u32 number) const { return shards_[number]; }
+    Entry& entry(u32 number) const { return entries_[number]; }
+    Nodes nodes() const { return {&entries_[0].node, sizeof(Entry)}; }
+    Key key(const Entry& entry) const;
+
+    // All below: with the shard of the hash, or of the entry, locked.
+    u32 find(u32 hash, u32 ns, Key key) const;         // kNone if it isn't there
+    void prefetch(u32 hash) const;                     // needs no lock: only touches the bucket
+    u32 take_entry(u32 shard);                         // a free one, kNone if there's no more memory for entries
+    void link(u32 number);                             // makes it live; `hash` is set
+    void unlink(u32 number, EntryState becomes);       // live before
+    void free_entry(u32 number);                       // unlinked before, its blocks are gone
+
+    // Calls visit(number, entry) for each entry that belongs to the shard, whatever its state.
+    template <class Visit>
+    void each_of(u32 shard, Visit&& visit) const;
+
+private:
+    u32 bucket_of(const Shard& shard, u32 hash) const;
+    u32* buckets(u32 shard) const { return buckets_ + u64{shard} * header_.max_buckets; }
+    void grow(u32 shard);
+    void repair(u32 shard);
+
+    Region& region_;
+    Header& header_;
+    Allocator& allocator_;
+    Clients& clients_;
+    Shard* shards_;
+    u32* buckets_;
+    Entry* entries_;
+    u8* owners_;
+};
+
+template <class Visit>
+void Index::each_of(u32 shard, Visit&& visit) const {
+    const u32 chunks = header_.chunks.load();
+    for (u32 chunk = 0; chunk < chunks; ++chunk) {
+        if (owners_[chunk] != shard + 1) continue;
+        for (u32 i = 0; i < kChunk; ++i) {
+            const u32 number = chunk * kChunk + i;
+            if (number != kNone) visit(number, entries_[number]);
+        }
+    }
+}
+
+}  // namespace kvstrata

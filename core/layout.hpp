@@ -1,0 +1,185 @@
+// What lies in the mapping, byte for byte. Offsets and numbers only, never pointers: every process maps it elsewhere.
+//
+//   Header | clients | namespaces | shards | owners of entry chunks | buckets | entries | page table | guard | data | guard
+//
+// Order of locks: admin, then a namespace's policy, then a shard, then the allocator. A thread holds at most one of each.
+// On a hit the policy is only tried, never waited for, while a shard is held.
+#pragma once
+
+#include <atomic>
+#include <type_traits>
+
+#include "policy/policy.hpp"
+#include "robust.hpp"
+#include "types.hpp"
+
+namespace kvstrata {
+
+inline constexpr char kMagic[8] = {'K', 'V', 'S', 'A', 'R', 'E', 'N', 'A'};
+inline constexpr u32 kFormat = 1;
+inline constexpr u32 kShards = 64;
+inline constexpr u32 kMaxClients = 128;
+inline constexpr u32 kMaxNamespaces = 1024;
+inline constexpr u32 kMaxName = 128;     // bytes of a namespace's name
+inline constexpr u32 kPins = 8192;       // pins one client can hold
+inline constexpr u32 kInFlight = 256;    // blocks one client can hold between allocation and publication
+inline constexpr u32 kChunk = 64;        // entries are handed to shards in chunks of this many
+inline constexpr u32 kInlineKey = 32;    // longer keys lie in a block of their own
+inline constexpr u32 kClasses = 48;      // small block sizes
+inline constexpr u32 kSmallUnits = 128;  // blocks above this many units are runs of pages
+inline constexpr u32 kSlabPages = 16;
+inline constexpr u32 kNone = 0;          // no entry, no page, no block: number 0 is never handed out
+
+// ---- Records ------------------------------------------------------------------------------------
+
+enum class EntryState : u8 {
+    free = 0,
+    live = 1,    // in its shard's table
+    zombie = 2,  // deleted or overwritten, kept while somebody still has it pinned
+};
+enum EntryFlags : u8 {
+    kImmutable = 1,
+    kDirty = 2,    // the tier below does not have it yet, so it must not leave memory
+    kWriting = 4,  // and is being given it right now
+};
+
+// One version of one key. Written under the lock of its shard; `node` under the lock of its namespace's policy;
+// `memory` changes from or to 0 only under both.
+struct Entry {
+    PolicyNode node;    // place in the policy's order, while it lies in memory
+    u64 seq;            // cache-wide number of this version
+    u64 expires;        // ms since the epoch, 0 = never
+    u32 hash;           // low bits choose the shard, high bits the bucket
+    u32 chain;          // next in the bucket, or in the free list
+    u32 memory;         // offset in data / kUnit, 0 = not in memory
+    u32 units;          // length of the record / kUnit
+    u32 segment;        // segment file, 0 = not on disk
+    u32 position;       // offset in the segment / kUnit
+    u32 epoch;          // of the namespace, when it was put
+    u32 pins;           // how many pins; the clients' tables are what counts, this is their sum
+    u16 ns;
+    u16 key_len;
+    EntryState state;
+    u8 flags;
+    u8 owner;           // client that has to write it below, while dirty
+    u8 spare;
+    union {
+        u8 key[kInlineKey];
+        u32 key_block;  // offset / kUnit, when key_len > kInlineKey
+    };
+};
+static_assert(sizeof(Entry) == 104 && std::is_trivially_copyable_v<Entry>);
+
+// A part of the hash table (linear hashing: it grows by one bucket at a time). Guarded by `mutex`.
+struct alignas(64) Shard {
+    RobustMutex mutex;
+    u32 level;          // buckets = (1 << level) + split
+    u32 split;
+    u32 backed;         // buckets whose memory is allocated
+    u32 count;          // live entries
+    u32 free_entries;   // head of the free list
+    u64 hits, misses, puts, deletes, evictions, expired, demotions;
+};
+
+// ---- Namespaces ---------------------------------------------------------------------------------
+
+// Guarded by `mutex`, the policy's lock. `epoch` is also read without it.
+struct alignas(64) Namespace {
+    RobustMutex mutex;
+    std::atomic<u32> defined;   // 1 once the fields below are valid
+    std::atomic<u32> epoch;     // records of another epoch are not there
+    std::atomic<u32> version;   // the user's
+    u32 policy;
+    u32 configured;             // policy, quota and immutable hold for everybody (someone has it open)
+    u32 immutable;
+    u64 quota;                  // bytes in memory, 0 = no limit
+    std::atomic<u64> bytes;     // of records in memory
+    std::atomic<u64> records;
+    u32 name_len;
+    char name[kMaxName];
+    PolicyState order;
+};
+
+// ---- Clients ------------------------------------------------------------------------------------
+
+// A block between its allocation and its publication, or between its removal from an entry and its release.
+struct InFlight {
+    u32 block;  // offset / kUnit, 0 = nothing
+    u32 units;
+    u32 entry;  // the entry that may already, or may still, refer to it
+    u32 spare;
+};
+
+// One attached process. Alive as long as it holds a file lock on byte kClientLock + slot number.
+// Only its own process writes here, each pin under the lock of the pinned entry's shard; the reaper when it is dead.
+struct alignas(64) Client {
+    std::atomic<u32> used;
+    u32 pid;  // for people to read
+    std::atomic<u64> dirty_bytes;
+    InFlight in_flight[kInFlight];
+    std::atomic<u32> pins[kPins];  // entries
+};
+inline constexpr u64 kClientLock = u64{1} << 60;
+
+// ---- Allocator ----------------------------------------------------------------------------------
+
+enum class PageKind : u8 {
+    interior = 0,
+    free = 1,       // first page of a free run
+    free_tail = 2,  // last page of a free run of two or more
+    run = 3,        // first page of a block of whole pages
+    slab = 4,       // first page of a slab of small blocks
+};
+
+// One 4 KiB page of data. Only first pages count: following `length` from page to page visits every run.
+// In a slab the descriptors after the first hold its bitmap.
+struct PageDescriptor {
+    u32 length;  // pages in the run
+    PageKind kind;
+    u8 size_class;
+    u16 used;    // blocks in use, in a slab
+    u32 next, prev;
+};
+static_assert(sizeof(PageDescriptor) == 16 && kSlabPages * kPage / kUnit / 8 <= 8 * sizeof(PageDescriptor));
+
+// Guarded by `mutex`.
+struct AllocatorState {
+    RobustMutex mutex;
+    u32 operation;              // 0 none, 1 allocating, 2 freeing: what the in-flight slot below is part of
+    u32 client, slot;
+    u32 pages;                  // page numbers are 1..pages-1
+    u32 free_pages;
+    u32 first_level;            // bit f: some bin of row f has runs
+    u32 second_level[32];       // bit s of row f: bin (f, s) has runs
+    u32 bins[32][8];            // free runs of 2^f * (1 + s/8) pages and more
+    u32 slabs[kClasses];        // slabs with room
+    u64 faults;                 // double frees and other misuse that was refused
+};
+
+// ---- Header -------------------------------------------------------------------------------------
+
+struct alignas(64) Header {
+    char magic[8];
+    u32 format;
+    std::atomic<u32> ready;     // 1 once everything is set up
+    u64 memory, disk;           // the options, bytes
+    u64 secret[2];              // of the hash
+    u32 seed;                   // of header checksums
+    u32 max_entries;
+    u32 max_buckets;            // per shard
+    u32 spare;
+    u64 clients_at, namespaces_at, shards_at, owners_at, buckets_at, entries_at, pages_at, data_at, end;
+    std::atomic<u64> seq;
+    std::atomic<u32> tick;      // accesses, for recency
+    std::atomic<u32> chunks;    // entry chunks handed out (under the allocator's lock)
+    std::atomic<u64> entries_backed;  // bytes of the entries region that are allocated (same lock)
+    std::atomic<u64> corrupt, loads, load_bytes, reaped_clients, reaped_pins, reaped_blocks, rebuilt_shards,
+        rebuilt_policies, rebuilt_allocators;
+    std::atomic<u32> namespaces;  // one more than the highest number in use
+    std::atomic<u32> segments_changed;  // grows when a segment is dropped
+    RobustMutex admin;          // attaching, reaping, defining namespaces
+    AllocatorState allocator;
+};
+static_assert(std::atomic<u64>::is_always_lock_free && std::atomic<u32>::is_always_lock_free);
+
+}  // namespace kvstrata

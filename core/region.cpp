@@ -1,0 +1,219 @@
+#include "region.hpp"
+
+#include <cstring>
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/random.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <bit>
+
+namespace kvstrata {
+namespace {
+
+constexpr u64 kGuard = 64 * 1024;
+constexpr int kPopulateRead = 22, kPopulateWrite = 23;  // MADV_POPULATE_*, newer than some headers
+
+[[noreturn]] void fail(const std::string& what, int code = errno) {
+    throw OsError(what + ": " + std::strerror(code), code);
+}
+
+// Where everything lies, for these options.
+void lay_out(Header& header, const StoreOptions& options) {
+    const u64 data = align_up(options.memory, kPage) + kPage;  // page 0 is never handed out
+    if (data / kUnit > ~u32{0}) throw InvalidValue("memory is limited to 256 GiB a cache");
+    const u64 wanted = options.memory / 256 + options.disk / 4096 + 4096;
+    header.max_entries = static_cast<u32>(std::min<u64>(align_up(wanted, kChunk), u64{1} << 31));
+    header.max_buckets = std::bit_ceil(std::max<u32>(1024, header.max_entries / kShards));
+    u64 at = kPage;
+    auto place = [&](u64 bytes) {
+        const u64 here = at;
+        at = align_up(at + bytes, kPage);
+        return here;
+    };
+    static_assert(sizeof(Header) <= kPage);
+    header.clients_at = place(align_up(sizeof(Client), kPage) * kMaxClients);
+    header.namespaces_at = place(sizeof(Namespace) * kMaxNamespaces);
+    header.shards_at = place(sizeof(Shard) * kShards);
+    header.owners_at = place(header.max_entries / kChunk);
+    header.buckets_at = place(u64{header.max_buckets} * kShards * sizeof(u32));
+    header.entries_at = place(u64{header.max_entries} * sizeof(Entry));
+    header.pages_at = place(data / kPage * sizeof(PageDescriptor) + data / kPage);
+    header.data_at = at;
+    header.end = at + data;
+}
+
+u8* reserve_addresses(u64 bytes) {
+    void* where = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (where == MAP_FAILED) fail("no address space for the cache");
+    return static_cast<u8*>(where);
+}
+
+void map_over(u8* where, u64 bytes, int protection, int descriptor, u64 offset) {
+    if (mmap(where, bytes, protection, MAP_SHARED | MAP_FIXED, descriptor, static_cast<off_t>(offset)) == MAP_FAILED)
+        fail("can't map the cache");
+}
+
+struct flock client_range(short type, u32 slot, u32 count) {
+    struct flock range{};
+    range.l_type = type;
+    range.l_whence = SEEK_SET;
+    range.l_start = static_cast<off_t>(kClientLock + slot);
+    range.l_len = count;
+    return range;
+}
+
+bool anybody_holds(int descriptor, u32 slot, u32 count) {
+    struct flock range = client_range(F_WRLCK, slot, count);
+    if (fcntl(descriptor, F_OFD_GETLK, &range) != 0) fail("can't ask for the cache's locks");
+    return range.l_type != F_UNLCK;
+}
+
+}  // namespace
+
+void Region::map(u64 metadata, u64 data) {
+    data_bytes_ = data;
+    reserved_ = metadata + kGuard + data + kGuard;
+    base_ = reserve_addresses(reserved_);
+    map_over(base_, metadata, PROT_READ | PROT_WRITE, descriptor_, 0);
+    data_ = base_ + metadata + kGuard;
+    map_over(data_, data, PROT_READ | PROT_WRITE, descriptor_, metadata);
+    view_reserved_ = kGuard + data + kGuard;
+    u8* const around = reserve_addresses(view_reserved_);
+    view_ = around + kGuard;
+    map_over(view_, data, PROT_READ, descriptor_, metadata);
+}
+
+std::unique_ptr<Region> Region::create(int descriptor, const StoreOptions& options) {
+    std::unique_ptr<Region> region(new Region(descriptor));
+    Header plan{};
+    lay_out(plan, options);
+    if (ftruncate(descriptor, static_cast<off_t>(plan.end)) != 0) fail("can't size the cache's memory");
+    region->back(0, kPage);
+    region->back(plan.namespaces_at, plan.buckets_at - plan.namespaces_at);
+    region->back(plan.pages_at, plan.end - plan.pages_at);
+    region->map(plan.data_at, plan.end - plan.data_at);
+    // Touch it all now, in one call each: a first touch later would cost a fault per page on the hot path.
+    madvise(region->data_, region->data_bytes_, kPopulateWrite);
+    madvise(region->view_, region->data_bytes_, kPopulateRead);
+    Header& header = region->header();
+    std::memcpy(header.magic, kMagic, sizeof kMagic);
+    header.format = kFormat;
+    header.memory = options.memory;
+    header.disk = options.disk;
+    header.max_entries = plan.max_entries;
+    header.max_buckets = plan.max_buckets;
+    header.clients_at = plan.clients_at;
+    header.namespaces_at = plan.namespaces_at;
+    header.shards_at = plan.shards_at;
+    header.owners_at = plan.owners_at;
+    header.buckets_at = plan.buckets_at;
+    header.entries_at = plan.entries_at;
+    header.pages_at = plan.pages_at;
+    header.data_at = plan.data_at;
+    header.end = plan.end;
+    if (getrandom(header.secret, sizeof header.secret, 0) != static_cast<ssize_t>(sizeof header.secret))
+        fail("no random numbers");
+    return region;
+}
+
+std::unique_ptr<Region> Region::create_private(const StoreOptions& options) {
+    const int descriptor = memfd_create("kvstrata", MFD_CLOEXEC);
+    if (descriptor < 0) fail("can't create the cache's memory");
+    return create(descriptor, options);
+}
+
+std::unique_ptr<Region> Region::create_shared(const std::string& file, const StoreOptions& options) {
+    const int descriptor = open(file.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0600);
+    if (descriptor < 0) fail("can't create " + file);
+    try {
+        return create(descriptor, options);
+    } catch (...) {
+        unlink(file.c_str());
+        throw;
+    }
+}
+
+RegionProbe Region::probe(const std::string& file) {
+    RegionProbe found;
+    const int descriptor = open(file.c_str(), O_RDWR | O_CLOEXEC | O_NOFOLLOW);
+    if (descriptor < 0) {
+        if (errno == ENOENT) return found;
+        fail("can't open " + file);
+    }
+    found.exists = true;
+    alignas(Header) unsigned char bytes[sizeof(Header)] = {};
+    const ssize_t got = pread(descriptor, bytes, sizeof bytes, 0);
+    const auto& header = reinterpret_cast<const Header&>(bytes);
+    if (got == static_cast<ssize_t>(sizeof bytes) && std::memcmp(header.magic, kMagic, sizeof kMagic) == 0) {
+        struct stat status{};
+        found.format = header.format;
+        found.ready = header.format == kFormat && header.ready.load() == 1 && fstat(descriptor, &status) == 0 &&
+                      static_cast<u64>(status.st_size) == header.end;
+        found.options = {header.memory, header.disk};
+    }
+    found.in_use = anybody_holds(descriptor, 0, kMaxClients);
+    close(descriptor);
+    return found;
+}
+
+std::unique_ptr<Region> Region::attach_shared(const std::string& file) {
+    const int descriptor = open(file.c_str(), O_RDWR | O_CLOEXEC | O_NOFOLLOW);
+    if (descriptor < 0) fail("can't open " + file);
+    return attach(descriptor, file);
+}
+
+std::unique_ptr<Region> Region::reopen() const {
+    const std::string file = "/proc/self/fd/" + std::to_string(descriptor_);
+    const int descriptor = open(file.c_str(), O_RDWR | O_CLOEXEC);
+    if (descriptor < 0) fail("can't open the cache's memory again");
+    return attach(descriptor, "this");
+}
+
+std::unique_ptr<Region> Region::attach(int descriptor, const std::string& file) {
+    std::unique_ptr<Region> region(new Region(descriptor));
+    alignas(Header) unsigned char bytes[sizeof(Header)] = {};
+    if (pread(descriptor, bytes, sizeof bytes, 0) != static_cast<ssize_t>(sizeof bytes))
+        throw FormatError(file + " is no kvstrata memory tier");
+    const auto& header = reinterpret_cast<const Header&>(bytes);
+    if (std::memcmp(header.magic, kMagic, sizeof kMagic) != 0)
+        throw FormatError(file + " is no kvstrata memory tier");
+    if (header.format != kFormat)
+        throw FormatError(file + " has format " + std::to_string(header.format) + ", this release reads format " +
+                          std::to_string(kFormat));
+    region->map(header.data_at, header.end - header.data_at);
+    madvise(region->data_, region->data_bytes_, kPopulateWrite);
+    madvise(region->view_, region->data_bytes_, kPopulateRead);
+    return region;
+}
+
+Region::~Region() {
+    if (base_) munmap(base_, reserved_);
+    if (view_) munmap(view_ - kGuard, view_reserved_);
+    if (descriptor_ >= 0) close(descriptor_);
+}
+
+void Region::back(u64 offset, u64 bytes) const {
+    const int code = posix_fallocate(descriptor_, static_cast<off_t>(offset), static_cast<off_t>(bytes));
+    if (code != 0) fail("no memory for the cache (" + std::to_string(bytes) + " bytes)", code);
+}
+
+bool Region::hold_client_lock(u32 slot) const {
+    struct flock range = client_range(F_WRLCK, slot, 1);
+    return fcntl(descriptor_, F_OFD_SETLK, &range) == 0;
+}
+
+void Region::drop_client_lock(u32 slot) const {
+    struct flock range = client_range(F_UNLCK, slot, 1);
+    fcntl(descriptor_, F_OFD_SETLK, &range);
+}
+
+bool Region::client_lock_held_elsewhere(u32 slot) const { return anybody_holds(descriptor_, slot, 1); }
+
+void Region::close_descriptor() {
+    if (descriptor_ >= 0) close(descriptor_);
+    descriptor_ = -1;
+}
+
+}  // namespace kvstrata

@@ -1,0 +1,66 @@
+// The mapping that is the memory tier: over a private memory file, or over a named one in /dev/shm.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "layout.hpp"
+
+namespace kvstrata {
+
+struct StoreOptions {
+    u64 memory;  // bytes of data
+    u64 disk;    // bytes of the tier below, 0 = none; only kept for the others to compare
+};
+
+// What a file in /dev/shm says of itself.
+struct RegionProbe {
+    bool exists = false;
+    bool ready = false;       // complete, of this format
+    u32 format = 0;
+    bool in_use = false;      // some process has it attached
+    StoreOptions options{};
+};
+
+class Region {
+public:
+    static std::unique_ptr<Region> create_private(const StoreOptions& options);
+    static std::unique_ptr<Region> create_shared(const std::string& file, const StoreOptions& options);
+    static std::unique_ptr<Region> attach_shared(const std::string& file);
+    // Another attachment to the same memory, with locks of its own: for a forked child.
+    std::unique_ptr<Region> reopen() const;
+    static RegionProbe probe(const std::string& file);
+
+    ~Region();
+    Region(const Region&) = delete;
+    Region& operator=(const Region&) = delete;
+
+    Header& header() const { return *reinterpret_cast<Header*>(base_); }
+    u8* at(u64 offset) const { return base_ + offset; }
+    u8* data() const { return data_; }              // writable: for the core only
+    const u8* view() const { return view_; }        // the same bytes, mapped read-only: what readers are given
+
+    // Allocates the memory behind [offset, offset + bytes): afterwards a touch can't fail. Throws OsError(ENOSPC).
+    void back(u64 offset, u64 bytes) const;
+
+    bool hold_client_lock(u32 slot) const;          // false when another process holds it
+    void drop_client_lock(u32 slot) const;
+    bool client_lock_held_elsewhere(u32 slot) const;
+
+    void close_descriptor();                        // in a forked child: leaves the locks to the parent
+
+private:
+    explicit Region(int descriptor) : descriptor_(descriptor) {}
+    static std::unique_ptr<Region> attach(int descriptor, const std::string& name);
+    static std::unique_ptr<Region> create(int descriptor, const StoreOptions& options);
+    void map(u64 metadata, u64 data);
+
+    int descriptor_;
+    u8* base_ = nullptr;
+    u8* data_ = nullptr;
+    u8* view_ = nullptr;
+    u64 reserved_ = 0, view_reserved_ = 0;  // bytes of address space
+    u64 data_bytes_ = 0;
+};
+
+}  // namespace kvstrata

@@ -1,0 +1,89 @@
+// A mutex between processes that survives the death of its owner.
+#pragma once
+
+#include <cerrno>
+#include <ctime>
+#include <pthread.h>
+
+#include "errors.hpp"
+
+namespace kvstrata {
+
+// `broken_` stays set from the death of an owner until somebody has repaired what the mutex guards, so that
+// a second death during the repair is not forgotten.
+class RobustMutex {
+public:
+    enum class Result { locked, needs_repair, busy };
+
+    void init() {
+        pthread_mutexattr_t attributes;
+        pthread_mutexattr_init(&attributes);
+        pthread_mutexattr_setpshared(&attributes, PTHREAD_PROCESS_SHARED);
+        pthread_mutexattr_setrobust(&attributes, PTHREAD_MUTEX_ROBUST);
+        pthread_mutex_init(&mutex_, &attributes);
+        pthread_mutexattr_destroy(&attributes);
+        broken_ = 0;
+    }
+
+    Result try_lock() { return locked(pthread_mutex_trylock(&mutex_)); }
+
+    // Waits at most kPatience seconds: a stopped owner makes the caller fail, never hang.
+    Result lock() {
+        const Result quick = try_lock();
+        if (quick != Result::busy) return quick;
+        timespec until;
+        clock_gettime(CLOCK_REALTIME, &until);
+        until.tv_sec += kPatience;
+        const Result waited = locked(pthread_mutex_timedlock(&mutex_, &until));
+        if (waited == Result::busy)
+            throw TierUnavailable("another process holds a lock of the memory tier for too long; is it stopped?");
+        return waited;
+    }
+
+    void repaired() { broken_ = 0; }
+    void unlock() { pthread_mutex_unlock(&mutex_); }
+
+private:
+    static constexpr long kPatience = 2;  // seconds
+
+    Result locked(int code) {
+        switch (code) {
+            case 0: return broken_ ? Result::needs_repair : Result::locked;
+            case EOWNERDEAD:
+                broken_ = 1;
+                pthread_mutex_consistent(&mutex_);
+                return Result::needs_repair;
+            case EBUSY:
+            case ETIMEDOUT: return Result::busy;
+            default: throw TierUnavailable("a lock of the memory tier is broken (errno " + std::to_string(code) + ")");
+        }
+    }
+
+    pthread_mutex_t mutex_;
+    u32 broken_;
+};
+
+// Holds a RobustMutex; `repair` mends what it guards when an owner died inside.
+class RobustLock {
+public:
+    template <class Repair>
+    RobustLock(RobustMutex& mutex, Repair&& repair) : mutex_(mutex) {
+        if (mutex_.lock() == RobustMutex::Result::needs_repair) {
+            try {
+                repair();
+            } catch (...) {
+                mutex_.unlock();
+                throw;
+            }
+            mutex_.repaired();
+        }
+    }
+    ~RobustLock() { mutex_.unlock(); }
+    RobustLock(const RobustLock&) = delete;
+    RobustLock& operator=(const RobustLock&) = delete;
+
+private:
+    RobustMutex& mutex_;
+};
+
+}  // namespace kvstrata

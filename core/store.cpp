@@ -1,0 +1,454 @@
+// Opening, namespaces, reading and writing. Eviction, the tier below and reaping have files of their own.
+#include "store.hpp"
+
+#include <cstring>
+
+#include "crc32c.hpp"
+#include "clock.hpp"
+#include "failpoints.hpp"
+
+namespace kvstrata {
+
+// ---- Opening ------------------------------------------------------------------------------------
+
+Store::Store(std::unique_ptr<Region> region)
+    : region_(std::move(region)),
+      header_(region_->header()),
+      allocator_(*region_),
+      clients_(*region_),
+      index_(*region_, allocator_, clients_),
+      namespaces_(reinterpret_cast<Namespace*>(region_->at(header_.namespaces_at))),
+      capacity_units_(static_cast<u32>((header_.end - header_.data_at - kPage) / kUnit)) {}
+
+std::shared_ptr<Store> Store::start(std::unique_ptr<Region> region, bool fresh) {
+    std::shared_ptr<Store> store(new Store(std::move(region)));
+    if (fresh) {
+        Clients::init(*store->region_);
+        store->header_.admin.init();
+        store->header_.seq.store(1);
+        store->header_.seed = static_cast<u32>(store->header_.secret[1]);
+        store->allocator_.init();
+        store->index_.init();
+        for (u32 id = 0; id < kMaxNamespaces; ++id) store->namespaces_[id].mutex.init();
+    }
+    store->attach();
+    store->header_.ready.store(1);
+    return store;
+}
+
+std::shared_ptr<Store> Store::open_private(const StoreOptions& options) {
+    return start(Region::create_private(options), true);
+}
+std::shared_ptr<Store> Store::create_shared(const std::string& file, const StoreOptions& options) {
+    return start(Region::create_shared(file, options), true);
+}
+std::shared_ptr<Store> Store::attach_shared(const std::string& file) {
+    auto region = Region::attach_shared(file);
+    if (region->header().ready.load() != 1) throw FormatError(file + " was never completed; remove it");
+    return start(std::move(region), false);
+}
+
+void Store::attach() {
+    const RobustLock held(header_.admin, [] {});
+    clients_.attach();
+    reap_dead();
+    if (alone())  // nobody has a namespace open: its options may be chosen anew
+        for (u32 id = 1; id < kMaxNamespaces; ++id) namespaces_[id].configured = 0;
+}
+
+Store::~Store() {
+    if (clients_.self() == ~0u) return;
+    try {
+        const RobustLock held(header_.admin, [] {});
+        sweep(clients_.self());
+        clients_.detach();
+    } catch (...) {
+        // The lock on the slot goes with the descriptor; the next reaper finds a dead client.
+    }
+}
+
+std::shared_ptr<Store> Store::attach_again() {
+    clients_.forget();
+    auto region = region_->reopen();
+    region_->close_descriptor();  // the parent's locks must not live on in this process
+    return start(std::move(region), false);
+}
+
+bool Store::alone() const {
+    for (u32 slot = 0; slot < kMaxClients; ++slot)
+        if (slot != clients_.self() && region_->client_lock_held_elsewhere(slot)) return false;
+    return true;
+}
+
+// ---- Namespaces ---------------------------------------------------------------------------------
+
+RobustLock Store::lock_policy(u32 id) {
+    return RobustLock(space(id).mutex, [this, id] { repair_policy(id); });
+}
+
+Space Store::open_namespace(u32 id, const std::string& name, u32 version, const NamespaceOptions& options) {
+    if (name.empty() || name.size() > kMaxName)
+        throw InvalidValue("a namespace's name has 1 to " + std::to_string(kMaxName) + " bytes, not " +
+                           std::to_string(name.size()));
+    const u32 policy = policy_number(options.policy.c_str());
+    if (policy == kUnknownPolicy) throw InvalidValue("unknown policy " + options.policy);
+    const RobustLock held(header_.admin, [] {});
+    u32 chosen = id;
+    for (u32 at = 1; at < kMaxNamespaces && !id; ++at) {  // those restored from a catalog may leave gaps
+        const Namespace& ns = namespaces_[at];
+        if (!ns.defined.load()) {
+            if (!chosen) chosen = at;
+        } else if (ns.name_len == name.size() && std::memcmp(ns.name, name.data(), name.size()) == 0) {
+            chosen = at;
+            break;
+        }
+    }
+    if (!chosen || chosen >= kMaxNamespaces)
+        throw InvalidValue("a cache holds at most " + std::to_string(kMaxNamespaces - 1) + " namespaces");
+    Namespace& ns = namespaces_[chosen];
+    const RobustLock policy_held = lock_policy(chosen);
+    if (!ns.defined.load()) {
+        std::memcpy(ns.name, name.data(), name.size());
+        ns.name_len = static_cast<u32>(name.size());
+        ns.version.store(version);
+        ns.epoch.store(1);
+        count_namespace(chosen);
+    }
+    if (version < ns.version.load())
+        throw VersionConflict("namespace '" + name + "' is at version " + std::to_string(ns.version.load()) +
+                              ", which is newer than " + std::to_string(version));
+    if (!ns.configured) {
+        if (ns.policy != policy) ns.order = {};
+        const bool reorder = ns.policy != policy;
+        ns.policy = policy;
+        ns.quota = options.quota;
+        ns.immutable = options.immutable;
+        ns.configured = 1;
+        ns.defined.store(1);
+        if (reorder) repair_policy(chosen);
+    } else {
+        std::string differs;
+        if (ns.policy != policy) differs = std::string("policy '") + policy_by_number(ns.policy).name() + "'";
+        else if (ns.quota != options.quota) differs = "quota " + std::to_string(ns.quota);
+        else if (ns.immutable != u32{options.immutable}) differs = ns.immutable ? "immutable=True" : "immutable=False";
+        if (!differs.empty())
+            throw ConfigMismatch("namespace '" + name + "' is already open with " + differs + "; use the same");
+    }
+    if (version > ns.version.load()) {
+        ns.version.store(version);
+        ns.epoch.fetch_add(1);
+    }
+    return {chosen, version};
+}
+
+void Store::restore_namespace(u32 id, const std::string& name, u32 version, u32 epoch, bool immutable) {
+    if (!id || id >= kMaxNamespaces || name.empty() || name.size() > kMaxName) return;
+    const RobustLock held(header_.admin, [] {});
+    const RobustLock policy_held = lock_policy(id);
+    Namespace& ns = namespaces_[id];
+    if (ns.defined.load()) return;
+    std::memcpy(ns.name, name.data(), name.size());
+    ns.name_len = static_cast<u32>(name.size());
+    ns.version.store(version);
+    ns.epoch.store(epoch);
+    ns.immutable = immutable;
+    ns.defined.store(1);
+    count_namespace(id);
+}
+
+void Store::count_namespace(u32 id) { header_.namespaces.store(std::max(header_.namespaces.load(), id + 1)); }
+
+u32 Store::clear(Space wanted) {
+    const RobustLock held = lock_policy(wanted.id);
+    Namespace& ns = space(wanted.id);
+    if (wanted.version != ns.version.load()) throw VersionConflict("this namespace has moved on to a newer version");
+    return ns.epoch.fetch_add(1) + 1;
+}
+
+u32 Store::epoch(Space wanted) const { return space(wanted.id).epoch.load(); }
+
+std::pair<u64, u64> Store::usage(u32 id) const { return {space(id).records.load(), space(id).bytes.load()}; }
+
+// ---- Reading ------------------------------------------------------------------------------------
+
+bool Store::current(const Entry& entry, const Namespace& ns) const {
+    return entry.epoch == ns.epoch.load(std::memory_order_relaxed) && (!entry.expires || now_ms() < entry.expires);
+}
+
+// Tells the policy of a hit, unless somebody else is changing the order right now. The entry's shard is locked.
+void Store::touch(Namespace& ns, u32 at) {
+    const auto result = ns.mutex.try_lock();
+    if (result == RobustMutex::Result::busy) return;
+    if (result == RobustMutex::Result::locked) {
+        index_.nodes()[at].stamp = header_.tick.fetch_add(1, std::memory_order_relaxed);
+        policy_by_number(ns.policy).on_hit(index_.nodes(), ns.order, at);
+    }
+    ns.mutex.unlock();  // if it needs repair, whoever waits for it next will see to that
+}
+
+// Pins the entry, whose shard is locked. `pin` was empty.
+void Store::claim(u32 at, Lease& lease, Pin& pin) {
+    clients_.mine().pins[lease.slot()].store(at, std::memory_order_relaxed);
+    KVSTRATA_COMMIT("store.pin");
+    ++index_.entry(at).pins;
+    lease.keep();
+    pin.store_ = this;
+    pin.slot_ = lease.slot();
+    pin.entry_ = at;
+}
+
+Lookup Store::acquire(Space wanted, Key key, Pin& pin) {
+    Namespace& ns = space(wanted.id);
+    const u32 hash = index_.hash(wanted.id, key);
+    Lease lease(clients_.pins);
+    {
+        const RobustLock held = index_.lock(Index::shard_of(hash));
+        Shard& shard = index_.shard(Index::shard_of(hash));
+        const u32 at = index_.find(hash, wanted.id, key);
+        if (!at || wanted.version != ns.version.load(std::memory_order_relaxed) || !current(index_.entry(at), ns)) {
+            ++shard.misses;
+            return Lookup::miss;
+        }
+        if (!index_.entry(at).memory) return Lookup::below;
+        claim(at, lease, pin);
+        touch(ns, at);
+        ++shard.hits;
+    }
+    return Lookup::hit;
+}
+
+void Store::unpin(u32 slot, u32 at) noexcept {
+    if (clients_.self() == ~0u) return;  // a forked child: the pin is the parent's
+    try {
+        const RobustLock held = index_.lock(index_.shard_holding(at));
+        Entry& entry = index_.entry(at);
+        clients_.mine().pins[slot].store(kNone, std::memory_order_relaxed);
+        KVSTRATA_COMMIT("store.unpin");
+        if (--entry.pins == 0 && entry.state == EntryState::zombie) bury(at);
+    } catch (...) {
+        return;  // the lock can't be had: the pin stays until this process ends
+    }
+    clients_.pins.give_back(slot);
+}
+
+Pin::~Pin() {
+    if (store_) store_->unpin(slot_, entry_);
+}
+
+const u8* Pin::record() const { return store_->region_->view() + u64{store_->index_.entry(entry_).memory} * kUnit; }
+u64 Pin::record_size() const { return u64{store_->index_.entry(entry_).units} * kUnit; }
+
+bool Store::contains(Space wanted, Key key) {
+    return contains_prefix(wanted, 1, [&](size_t) { return key; }) == 1;
+}
+
+// ---- Writing ------------------------------------------------------------------------------------
+
+// Whether the tier below has the entry, or may have it any moment.
+static bool may_be_on_disk(const Entry& entry) { return entry.segment != 0 || (entry.flags & kWriting); }
+
+Block::~Block() {
+    if (store_) store_->abort_block(slot_);
+}
+u8* Block::bytes() const {
+    return store_->region_->data() + u64{store_->clients_.mine().in_flight[slot_].block} * kUnit;
+}
+u32 Block::units() const { return store_->clients_.mine().in_flight[slot_].units; }
+
+void Store::abort_block(u32 slot) noexcept {
+    if (clients_.self() == ~0u) return;
+    try {
+        allocator_.release(clients_.self(), slot);
+    } catch (...) {
+        return;
+    }
+    clients_.arrivals.give_back(slot);
+}
+
+std::optional<Reservation> Store::reserve(Space wanted, Key key, u64 bytes, u64 expires, float cost, bool may_wait) {
+    const Namespace& ns = space(wanted.id);
+    const u64 length = record_bytes(key.size(), bytes);
+    if (bytes > kMaxPayload || length > u64{capacity_units_} * kUnit)
+        throw TierFull("memory", bytes > kMaxPayload ? bytes : length, u64{capacity_units_} * kUnit);
+    if (ns.quota && length > ns.quota) throw TierFull("memory (quota of the namespace)", length, ns.quota);
+    Reservation reservation{wanted, {key.begin(), key.end()}, {}, cost, {}, {}};
+    reservation.block = take_block(static_cast<u32>(length / kUnit), wanted, may_wait);
+    if (!reservation.block) return std::nullopt;
+    if (key.size() > kInlineKey) {
+        reservation.key_block = take_block(static_cast<u32>(align_up(key.size(), kUnit) / kUnit), wanted, may_wait);
+        if (!reservation.key_block) return std::nullopt;
+        std::memcpy(reservation.key_block.bytes(), key.data(), key.size());
+    }
+    RecordHeader& header = reservation.header;
+    header.ns = wanted.id;
+    header.version = wanted.version;
+    header.flags = ns.immutable ? kRecordImmutable : 0;
+    header.expires = expires;
+    header.value_len = header.stored_len = bytes;
+    header.key_len = static_cast<u16>(key.size());
+    header.payload_offset = static_cast<u16>(payload_offset_for(key.size(), bytes));
+    return reservation;
+}
+
+Published Store::publish(Reservation& reservation, Pin* keep) {
+    std::optional<Lease> lease;
+    if (keep) lease.emplace(clients_.pins);
+    const Space wanted = reservation.space;
+    const Key key = reservation.key;
+    Namespace& ns = space(wanted.id);
+    const u32 hash = index_.hash(wanted.id, key);
+    const u32 shard_number = Index::shard_of(hash);
+    RecordHeader& header = reservation.header;
+    write_frame(reservation.block.bytes(), header, key.data(), key.size(), header_.seed);
+    const u64 length = u64{reservation.block.units()} * kUnit;
+    Published result = Published::stored;
+    u32 at = kNone;
+    for (int tries = 0;; ++tries) {
+        {
+            const RobustLock policy_held = lock_policy(wanted.id);
+            if (wanted.version != ns.version.load())
+                throw VersionConflict("this namespace has moved on to version " + std::to_string(ns.version.load()));
+            const RobustLock held = index_.lock(shard_number);
+            Shard& shard = index_.shard(shard_number);
+            const u32 old = index_.find(hash, wanted.id, key);
+            if (old && ns.immutable && current(index_.entry(old), ns)) return Published::present;
+            at = index_.take_entry(shard_number);
+            if (at) {
+                header.epoch = ns.epoch.load();
+                header.seq = next_seq();  // here, so that the newest number is the one that stays
+                seal(header, key.data(), header_.seed);
+                std::memcpy(reservation.block.bytes(), &header, sizeof header);
+                if (old) {
+                    if (may_be_on_disk(index_.entry(old))) result = Published::replaced_on_disk;
+                    if (index_.entry(old).memory) take_from_order(ns, old);
+                    drop(old);
+                }
+                Entry& entry = index_.entry(at);
+                entry.seq = header.seq;
+                entry.expires = header.expires;
+                entry.hash = hash;
+                entry.units = reservation.block.units();
+                entry.segment = entry.position = entry.pins = 0;
+                entry.epoch = header.epoch;
+                entry.ns = static_cast<u16>(wanted.id);
+                entry.key_len = static_cast<u16>(key.size());
+                entry.flags = static_cast<u8>((ns.immutable ? kImmutable : 0) | (header_.disk ? kDirty : 0));
+                entry.owner = static_cast<u8>(clients_.self());
+                entry.node.cost = reservation.cost;
+                InFlight& flight = clients_.mine().in_flight[reservation.block.slot_];
+                flight.entry = at;
+                entry.memory = flight.block;
+                InFlight* key_flight = nullptr;
+                if (reservation.key_block) {
+                    key_flight = &clients_.mine().in_flight[reservation.key_block.slot_];
+                    key_flight->entry = at;
+                    entry.key_block = key_flight->block;
+                } else {
+                    std::memcpy(entry.key, key.data(), key.size());
+                }
+                KVSTRATA_COMMIT("store.filled");
+                index_.link(at);
+                KVSTRATA_COMMIT("store.published");
+                flight.block = kNone;
+                if (key_flight) key_flight->block = kNone;
+                put_in_order(ns, at);
+                if (keep) claim(at, *lease, *keep);
+                ++shard.puts;
+            }
+        }
+        if (at) break;
+        if (tries == 3 || !evict_entry_of(shard_number)) throw TierFull("memory (index)", 1, 0);
+    }
+    for (Block* block : {&reservation.block, &reservation.key_block}) {
+        if (!*block) continue;
+        clients_.arrivals.give_back(block->slot_);
+        block->store_ = nullptr;
+    }
+    if (header_.disk) {
+        clients_.mine().dirty_bytes.fetch_add(length);
+        enqueue_dirty({at, static_cast<u32>(length / kUnit), header.seq});
+    }
+    return result;
+}
+
+bool Store::present_immutable(Space wanted, Key key) {
+    Namespace& ns = space(wanted.id);
+    if (!ns.immutable || wanted.version != ns.version.load()) return false;
+    const u32 hash = index_.hash(wanted.id, key);
+    const RobustLock held = index_.lock(Index::shard_of(hash));
+    const u32 at = index_.find(hash, wanted.id, key);
+    if (!at || !current(index_.entry(at), ns)) return false;
+    if (index_.entry(at).memory) touch(ns, at);
+    return true;
+}
+
+Store::Removed Store::remove(Space wanted, Key key) {
+    Namespace& ns = space(wanted.id);
+    const u32 hash = index_.hash(wanted.id, key);
+    const RobustLock policy_held = lock_policy(wanted.id);
+    if (wanted.version != ns.version.load()) throw VersionConflict("this namespace has moved on to a newer version");
+    const RobustLock held = index_.lock(Index::shard_of(hash));
+    const u32 at = index_.find(hash, wanted.id, key);
+    if (!at) return {false, false};
+    Entry& entry = index_.entry(at);
+    const Removed removed{current(entry, ns), may_be_on_disk(entry)};
+    if (entry.memory) take_from_order(ns, at);
+    drop(at);
+    if (removed.present) ++index_.shard(Index::shard_of(hash)).deletes;
+    return removed;
+}
+
+// ---- References ---------------------------------------------------------------------------------
+
+void Store::put_in_order(Namespace& ns, u32 at) {
+    index_.nodes()[at].stamp = header_.tick.fetch_add(1, std::memory_order_relaxed);
+    policy_by_number(ns.policy).on_insert(index_.nodes(), ns.order, at);
+    ns.bytes.fetch_add(u64{index_.entry(at).units} * kUnit, std::memory_order_relaxed);
+    ns.records.fetch_add(1, std::memory_order_relaxed);
+}
+
+void Store::take_from_order(Namespace& ns, u32 at) {
+    policy_by_number(ns.policy).on_remove(index_.nodes(), ns.order, at);
+    ns.bytes.fetch_sub(u64{index_.entry(at).units} * kUnit, std::memory_order_relaxed);
+    ns.records.fetch_sub(1, std::memory_order_relaxed);
+}
+
+// Takes an entry out of the table; it goes at once, or with its last pin.
+void Store::drop(u32 at) {
+    index_.unlink(at, EntryState::zombie);
+    if (index_.entry(at).pins == 0) bury(at);
+}
+
+void Store::bury(u32 at) {
+    free_memory(at);
+    free_key(at);
+    index_.free_entry(at);
+}
+
+// Frees the block that a field of the entry refers to. Written down as in flight before the reference goes.
+void Store::release_through(u32 Entry::* reference, u32 at, u32 units) {
+    const u32 slot = clients_.departures.take();
+    InFlight& flight = clients_.mine().in_flight[slot];
+    flight.units = units;
+    flight.entry = at;
+    KVSTRATA_COMMIT("store.leaving");
+    flight.block = index_.entry(at).*reference;
+    KVSTRATA_COMMIT("store.left");
+    index_.entry(at).*reference = kNone;
+    KVSTRATA_COMMIT("store.gone");
+    allocator_.release(clients_.self(), slot);
+    clients_.departures.give_back(slot);
+}
+
+void Store::free_memory(u32 at) {
+    if (index_.entry(at).memory) release_through(&Entry::memory, at, index_.entry(at).units);
+}
+
+void Store::free_key(u32 at) {
+    Entry& entry = index_.entry(at);
+    if (entry.key_len <= kInlineKey) return;
+    release_through(&Entry::key_block, at, static_cast<u32>(align_up(entry.key_len, kUnit) / kUnit));
+    entry.key_len = 0;
+}
+
+}  // namespace kvstrata

@@ -1,0 +1,273 @@
+// The memory tier and the host's index, as one object per process and mapping.
+//
+// Every verb locks for as long as it looks something up or changes a reference, never while it copies: a reader pins
+// the record, a writer fills a block that nobody sees before it is published.
+#pragma once
+
+#include <deque>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "index.hpp"
+#include "record.hpp"
+
+namespace kvstrata {
+
+class Store;
+
+// A namespace as somebody has it open: once the namespace has moved on to another version, it holds nothing for them.
+struct Space {
+    u32 id;
+    u32 version;
+};
+
+struct NamespaceOptions {
+    std::string policy = "lru";
+    u64 quota = 0;          // bytes in memory, 0 = no limit
+    bool immutable = false;
+};
+
+// A reader's claim on a record in memory. The record can't move or go while it exists.
+class Pin {
+public:
+    Pin() = default;
+    Pin(Pin&& other) noexcept { swap(other); }
+    Pin& operator=(Pin&& other) noexcept {
+        swap(other);
+        return *this;
+    }
+    ~Pin();
+
+    explicit operator bool() const { return store_ != nullptr; }
+    const u8* record() const;                            // mapped read-only
+    const RecordHeader& header() const { return *reinterpret_cast<const RecordHeader*>(record()); }
+    const u8* value() const { return record() + header().payload_offset; }
+    u64 size() const { return header().stored_len; }     // bytes of the value
+    u64 record_size() const;
+    u32 entry() const { return entry_; }
+
+private:
+    friend class Store;
+    void swap(Pin& other) {
+        std::swap(store_, other.store_);
+        std::swap(slot_, other.slot_);
+        std::swap(entry_, other.entry_);
+    }
+    Store* store_ = nullptr;  // outlives its pins: whoever keeps a pin keeps the store
+    u32 slot_ = 0;
+    u32 entry_ = kNone;
+};
+
+// A block that is being filled. Freed again unless it is published.
+class Block {
+public:
+    Block() = default;
+    Block(Block&& other) noexcept { swap(other); }
+    Block& operator=(Block&& other) noexcept {
+        swap(other);
+        return *this;
+    }
+    ~Block();
+    explicit operator bool() const { return store_ != nullptr; }
+    u8* bytes() const;
+    u32 units() const;
+
+private:
+    friend class Store;
+    void swap(Block& other) {
+        std::swap(store_, other.store_);
+        std::swap(slot_, other.slot_);
+    }
+    Store* store_ = nullptr;
+    u32 slot_ = 0;
+};
+
+// A put between its two phases: fill payload(), then Store::publish.
+struct Reservation {
+    Space space;
+    std::vector<u8> key;
+    RecordHeader header;
+    float cost = 1;
+    Block block, key_block;
+    u8* payload() const { return block.bytes() + header.payload_offset; }
+};
+
+// A record on its way from below into memory: fill block.bytes(), then Store::commit_load.
+struct Loading {
+    Space space;
+    std::vector<u8> key;
+    u32 entry;
+    u64 seq;
+    Block block;
+};
+
+// A record that the tier below doesn't have yet.
+struct Dirty {
+    Pin pin;
+    u64 seq;
+};
+
+struct Location {
+    u32 entry;
+    u64 seq;
+    u32 segment;
+    u64 offset, length;  // bytes
+};
+
+struct DiskRow {
+    u32 ns;
+    Key key;
+    u64 seq;
+    u32 segment;
+    u64 offset, length, expires;
+    u32 version, epoch;
+    u8 flags;
+};
+
+enum class Lookup : u8 { hit, miss, below };
+enum class Published : u8 { stored, replaced_on_disk, present };
+
+struct StoreStats {
+    u64 hits = 0, misses = 0, puts = 0, deletes = 0, evictions = 0, expired = 0, demotions = 0, entries = 0;
+    u64 corrupt = 0, loads = 0, load_bytes = 0, dirty_bytes = 0;
+    u64 reaped_clients = 0, reaped_pins = 0, reaped_blocks = 0, rebuilt_shards = 0, rebuilt_policies = 0,
+        rebuilt_allocators = 0;
+    u64 pins = 0, reservations = 0, clients = 0;  // pins and reservations of this process
+    u64 index_bytes = 0;
+    Allocator::Usage memory{};
+};
+
+class Store {
+public:
+    static std::shared_ptr<Store> open_private(const StoreOptions& options);
+    static std::shared_ptr<Store> create_shared(const std::string& file, const StoreOptions& options);
+    static std::shared_ptr<Store> attach_shared(const std::string& file);
+    ~Store();
+
+    // ---- Namespaces
+    // Opens or makes one; id 0 chooses a free number. A newer version makes the older records unreachable.
+    Space open_namespace(u32 id, const std::string& name, u32 version, const NamespaceOptions& options);
+    // Makes one known that the catalog knows, before anybody opens it.
+    void restore_namespace(u32 id, const std::string& name, u32 version, u32 epoch, bool immutable);
+    u32 clear(Space space);               // returns the new epoch
+    u32 epoch(Space space) const;
+    std::pair<u64, u64> usage(u32 id) const;  // records and bytes in memory
+
+    // ---- Reading. `pin` is empty before, and after unless it was a hit.
+    Lookup acquire(Space space, Key key, Pin& pin);
+    bool contains(Space space, Key key);
+    template <class NextKey>  // NextKey: (size_t) -> Key
+    size_t contains_prefix(Space space, size_t count, NextKey&& key);
+
+    // ---- Writing
+    // With may_wait false it returns nothing instead of waiting for the tier below to catch up.
+    std::optional<Reservation> reserve(Space space, Key key, u64 bytes, u64 expires, float cost, bool may_wait);
+    // With `keep`, the record is pinned as it is published: for writers whose view of the block outlives the put.
+    Published publish(Reservation& reservation, Pin* keep = nullptr);
+    // Whether an immutable namespace has the key already; counts as an access.
+    bool present_immutable(Space space, Key key);
+    struct Removed {
+        bool present, on_disk;
+    };
+    Removed remove(Space space, Key key);
+
+    // ---- The tier below
+    std::vector<Dirty> take_dirty(size_t most, u64 most_bytes, double timeout);
+    bool still_live(const Dirty& dirty);
+    void settle(Dirty& dirty, u32 segment, u64 offset);  // segment 0: it could not be written
+    std::optional<Location> locate(Space space, Key key);
+    std::optional<Loading> begin_load(Space space, Key key, const Location& location);
+    Pin commit_load(Loading& loading);                    // throws CorruptRecord
+    bool insert_disk(const DiskRow& row);                 // false when there's no room for its entry
+    bool forget_disk(u32 ns, Key key, u64 seq);
+    u64 drop_segment(u32 segment);
+    void raise_seq(u64 above);  // so that the next is higher
+    u64 next_seq() { return header_.seq.fetch_add(1); }
+    void count_corrupt() { header_.corrupt.fetch_add(1); }
+    u32 seed() const { return header_.seed; }
+    void set_seed(u32 seed) { header_.seed = seed; }
+
+    // ---- Life
+    u32 reap();          // undoes what dead processes left; returns how many there were
+    // In a forked child: another attachment to the same mapping, and none of this one, which is the parent's.
+    std::shared_ptr<Store> attach_again();
+    bool alone() const;  // no other process is attached
+    StoreStats stats();
+    StoreOptions options() const { return {header_.memory, header_.disk}; }
+
+private:
+    friend class Pin;
+    friend class Block;
+    explicit Store(std::unique_ptr<Region> region);
+    static std::shared_ptr<Store> start(std::unique_ptr<Region> region, bool fresh);
+    void attach();
+
+    Namespace& space(u32 id) const { return namespaces_[id]; }
+    RobustLock lock_policy(u32 id);
+    void repair_policy(u32 id);
+    bool current(const Entry& entry, const Namespace& ns) const;
+    void touch(Namespace& ns, u32 at);
+    void claim(u32 at, Lease& lease, Pin& pin);
+    void unpin(u32 slot, u32 at) noexcept;
+
+    void put_in_order(Namespace& ns, u32 at);    // policy locked
+    void take_from_order(Namespace& ns, u32 at);
+    void drop(u32 at);                           // shard locked, and not in an order
+    void bury(u32 at);
+    void free_memory(u32 at);
+    void free_key(u32 at);
+    void release_through(u32 Entry::* reference, u32 at, u32 units);
+
+    Block take_block(u32 units, Space space, bool may_wait);
+    bool evict_from(u32 id);
+    bool evict_one();
+    bool evict_entry_of(u32 shard);
+    bool wait_for_progress(double seconds);
+    void abort_block(u32 slot) noexcept;
+    struct Waiting {
+        u32 entry, units;
+        u64 seq;
+    };
+    void enqueue_dirty(const Waiting& waiting);
+    void settled(u64 bytes);
+    void count_namespace(u32 id);
+
+    u32 reap_dead();
+    void reap_client(u32 slot);
+    void sweep(u32 dead_owner);
+
+    std::unique_ptr<Region> region_;
+    Header& header_;
+    Allocator allocator_;
+    Clients clients_;
+    Index index_;
+    Namespace* namespaces_;
+    u32 capacity_units_;
+
+    std::mutex dirty_mutex_;
+    std::condition_variable dirty_ready_, dirty_settled_;
+    std::deque<Waiting> dirty_;  // oldest first
+    u64 settled_ = 0;            // how many
+};
+
+template <class NextKey>
+size_t Store::contains_prefix(Space wanted, size_t count, NextKey&& key) {
+    constexpr size_t kAhead = 16;
+    const Namespace& ns = space(wanted.id);
+    if (wanted.version != ns.version.load()) return 0;
+    u32 hashes[kAhead];
+    for (size_t start = 0; start < count; start += kAhead) {
+        const size_t n = std::min(kAhead, count - start);
+        for (size_t i = 0; i < n; ++i) index_.prefetch(hashes[i] = index_.hash(wanted.id, key(start + i)));
+        for (size_t i = 0; i < n; ++i) {
+            const RobustLock held = index_.lock(Index::shard_of(hashes[i]));
+            const u32 at = index_.find(hashes[i], wanted.id, key(start + i));
+            if (!at || !current(index_.entry(at), ns)) return start + i;
+        }
+    }
+    return count;
+}
+
+}  // namespace kvstrata

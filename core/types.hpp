@@ -1,0 +1,20 @@
+// Short names for fixed-width integers, and the units that offsets are counted in.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace kvstrata {
+
+using u8 = std::uint8_t;
+using u16 = std::uint16_t;
+using u32 = std::uint32_t;
+using u64 = std::uint64_t;
+
+inline constexpr u64 kUnit = 64;         // records and blocks are placed at multiples of this
+inline constexpr u64 kPage = 4096;       // large records are placed at multiples of this
+inline constexpr u32 kMaxKey = 1024;     // bytes
+
+inline constexpr u64 align_up(u64 value, u64 to) { return (value + to - 1) / to * to; }
+
+}  // namespace kvstrata
