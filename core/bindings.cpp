@@ -1,46 +1,15 @@
-// kvstrata._core: the only file of the core that knows Python.
-#include <nanobind/nanobind.h>
-#include <nanobind/stl/optional.h>
+// kvstrata._core: the module, its exceptions, records and checksums. Only the bindings*.cpp know Python.
+#include "bindings.hpp"
 
-#include <optional>
+#include <nanobind/stl/optional.h>
 
 #include "crc32c.hpp"
 #include "errors.hpp"
 #include "record.hpp"
 
-namespace nb = nanobind;
 using namespace kvstrata;
 
 namespace {
-
-// The bytes of any object with a contiguous buffer. Released with the GIL held.
-class Buffer {
-public:
-    explicit Buffer(nb::handle object, bool writable = false) {
-        if (PyObject_GetBuffer(object.ptr(), &view_, writable ? PyBUF_WRITABLE : PyBUF_SIMPLE) != 0)
-            throw nb::python_error();
-    }
-    ~Buffer() { PyBuffer_Release(&view_); }
-    Buffer(const Buffer&) = delete;
-    Buffer& operator=(const Buffer&) = delete;
-
-    u8* data() const { return static_cast<u8*>(view_.buf); }
-    size_t size() const { return static_cast<size_t>(view_.len); }
-
-private:
-    Py_buffer view_;
-};
-
-// Lets other threads run while more bytes are worked on than a switch is worth.
-class WithoutGil {
-public:
-    explicit WithoutGil(size_t bytes) {
-        if (bytes >= 65536) released_.emplace();
-    }
-
-private:
-    std::optional<nb::gil_scoped_release> released_;
-};
 
 // ---- Records and checksums ---------------------------------------------------------------------
 
@@ -113,9 +82,68 @@ void bind_record(nb::module_& m) {
           "payload_offset, length) follow.");
 }
 
+// ---- Errors -------------------------------------------------------------------------------------
+
+// Raises the exception of that name from kvstrata.errors.
+template <class... Arguments>
+void raise(const char* name, Arguments&&... arguments) {
+    try {
+        const nb::object type = nb::module_::import_("kvstrata.errors").attr(name);
+        const nb::object error = type(std::forward<Arguments>(arguments)...);
+        PyErr_SetObject(type.ptr(), error.ptr());
+    } catch (nb::python_error& failed) {
+        failed.restore();
+    }
+}
+
+void translate(const std::exception_ptr& thrown, void*) {
+    try {
+        std::rethrow_exception(thrown);
+    } catch (const TierFull& error) {
+        raise("TierFull", error.tier.c_str(), error.need, error.free);
+    } catch (const TierUnavailable& error) {
+        raise("TierUnavailable", error.what());
+    } catch (const FormatError& error) {
+        raise("FormatError", error.what());
+    } catch (const ConfigMismatch& error) {
+        raise("NamespaceMismatch", error.what());
+    } catch (const VersionConflict& error) {
+        raise("VersionConflict", error.what());
+    } catch (const CorruptRecord& error) {
+        raise("CorruptRecord", error.what());
+    } catch (const CacheClosed& error) {
+        raise("CacheClosed", error.what());
+    } catch (const InvalidKey& error) {
+        raise("InvalidKey", error.what());
+    } catch (const InvalidValue& error) {
+        raise("InvalidValue", error.what());
+    } catch (const OsError& error) {
+        PyErr_SetObject(PyExc_OSError, nb::make_tuple(error.code, error.what()).ptr());
+    }
+}
+
 }  // namespace
+
+Key kvstrata::key_of(nb::handle object) {
+    const char* data;
+    Py_ssize_t size;
+    if (PyBytes_Check(object.ptr())) {
+        data = PyBytes_AS_STRING(object.ptr());
+        size = PyBytes_GET_SIZE(object.ptr());
+    } else if (PyUnicode_Check(object.ptr())) {
+        data = PyUnicode_AsUTF8AndSize(object.ptr(), &size);
+        if (!data) throw nb::python_error();
+    } else {
+        throw InvalidKey(std::string("a key is str or bytes, not ") + Py_TYPE(object.ptr())->tp_name);
+    }
+    if (size < 1 || size > static_cast<Py_ssize_t>(kMaxKey))
+        throw InvalidKey("a key has 1 to " + std::to_string(kMaxKey) + " bytes, not " + std::to_string(size));
+    return {reinterpret_cast<const u8*>(data), static_cast<size_t>(size)};
+}
 
 NB_MODULE(_core, m) {
     m.doc() = "The native core of kvstrata.";
+    nb::register_exception_translator(translate);
     bind_record(m);
+    bind_store(m);
 }

@@ -165,6 +165,11 @@ u32 Store::clear(Space wanted) {
     return ns.epoch.fetch_add(1) + 1;
 }
 
+Space Store::current_space(u32 id) const {
+    if (!id || id >= kMaxNamespaces) throw InvalidValue("there is no namespace " + std::to_string(id));
+    return {id, space(id).version.load()};
+}
+
 u32 Store::epoch(Space wanted) const { return space(wanted.id).epoch.load(); }
 
 std::pair<u64, u64> Store::usage(u32 id) const { return {space(id).records.load(), space(id).bytes.load()}; }

@@ -153,6 +153,7 @@ public:
     void restore_namespace(u32 id, const std::string& name, u32 version, u32 epoch, bool immutable);
     u32 clear(Space space);               // returns the new epoch
     u32 epoch(Space space) const;
+    Space current_space(u32 id) const;    // as whoever opens it now gets it
     std::pair<u64, u64> usage(u32 id) const;  // records and bytes in memory
 
     // ---- Reading. `pin` is empty before, and after unless it was a hit.

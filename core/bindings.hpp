@@ -1,0 +1,51 @@
+// Shared by the files that know Python: bindings.cpp (records, errors, the module) and bindings_store.cpp.
+#pragma once
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include <optional>
+
+#include "index.hpp"
+
+namespace kvstrata {
+
+namespace nb = nanobind;
+
+inline constexpr size_t kWorthASwitch = 65536;  // bytes worked on, from which letting other threads run pays
+
+// The bytes of any object with a contiguous buffer. Released with the GIL held.
+class Buffer {
+public:
+    explicit Buffer(nb::handle object, bool writable = false) {
+        if (PyObject_GetBuffer(object.ptr(), &view_, writable ? PyBUF_WRITABLE : PyBUF_SIMPLE) != 0)
+            throw nb::python_error();
+    }
+    ~Buffer() { PyBuffer_Release(&view_); }
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+
+    u8* data() const { return static_cast<u8*>(view_.buf); }
+    size_t size() const { return static_cast<size_t>(view_.len); }
+
+private:
+    Py_buffer view_;
+};
+
+// Lets other threads run while more bytes are worked on than a switch is worth.
+class WithoutGil {
+public:
+    explicit WithoutGil(size_t bytes) {
+        if (bytes >= kWorthASwitch) released_.emplace();
+    }
+
+private:
+    std::optional<nb::gil_scoped_release> released_;
+};
+
+// The bytes of a key: bytes, or the UTF-8 of a str. Valid while the object lives.
+Key key_of(nb::handle object);
+
+void bind_store(nb::module_& m);
+
+}  // namespace kvstrata

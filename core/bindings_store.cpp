@@ -1,0 +1,742 @@
+// The store as Python sees it. kvstrata.cache and kvstrata.tiers are the only ones that use it.
+//
+// Keys are looked up in a snapshot of the caller's sequence, and bytes are copied without the GIL. An object that
+// exports memory of the arena keeps the store alive.
+#include "bindings.hpp"
+
+#include <cstring>
+
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+
+#include "crc32c.hpp"
+#include "store.hpp"
+
+namespace kvstrata {
+namespace {
+
+nb::object* below_marker = nullptr;  // what lookups return for a record that lies below only
+
+// What Python holds; empty once it is closed.
+struct StoreHandle {
+    std::shared_ptr<Store> store;
+
+    const std::shared_ptr<Store>& live() const {
+        if (!store) throw CacheClosed("this cache is closed");
+        return store;
+    }
+};
+
+struct SpaceHandle {
+    std::shared_ptr<StoreHandle> owner;
+    Space space;
+};
+
+// ---- Memory of the arena, exported ----------------------------------------------------------------
+
+// Exports a part of the arena, read-only, and keeps it pinned until it is released and nobody has a view any more.
+struct PinHandle {
+    std::shared_ptr<Store> store;
+    Pin pin;
+    bool whole_record = false;  // or only the value
+    bool released = false;
+    int exports = 0;
+    nb::object view;            // given out by `with`
+
+    void release_if_unused() {
+        if (released && exports == 0) pin = Pin(), store.reset();
+    }
+    const u8* data() const { return whole_record ? pin.record() : pin.value(); }
+    u64 size() const { return whole_record ? pin.record_size() : pin.size(); }
+};
+
+int export_pin(PyObject* self, Py_buffer* buffer, int flags) {
+    PinHandle* pin = nb::inst_ptr<PinHandle>(self);
+    if (pin->released || !pin->store) {
+        PyErr_SetString(PyExc_ValueError, "this pin is released");
+        return -1;
+    }
+    // const_cast: the pages are mapped read-only, and the export says so.
+    if (PyBuffer_FillInfo(buffer, self, const_cast<u8*>(pin->data()), static_cast<Py_ssize_t>(pin->size()), 1, flags) != 0)
+        return -1;
+    ++pin->exports;
+    return 0;
+}
+
+void unexport_pin(PyObject* self, Py_buffer*) {
+    PinHandle* pin = nb::inst_ptr<PinHandle>(self);
+    --pin->exports;
+    pin->release_if_unused();
+}
+
+PyType_Slot pin_slots[] = {
+    {Py_bf_getbuffer, reinterpret_cast<void*>(export_pin)},
+    {Py_bf_releasebuffer, reinterpret_cast<void*>(unexport_pin)},
+    {0, nullptr},
+};
+
+// Ends the view that was given out; one that others still look through stays valid, and so does what it keeps.
+void end_view(nb::object& view) {
+    if (!view.is_valid()) return;
+    PyObject* done = PyObject_CallMethod(view.ptr(), "release", nullptr);
+    if (!done) {
+        if (!PyErr_ExceptionMatches(PyExc_BufferError)) throw nb::python_error();
+        PyErr_Clear();
+    }
+    Py_XDECREF(done);
+    view.reset();
+}
+
+nb::object view_of(nb::handle object) {
+    PyObject* view = PyMemoryView_FromObject(object.ptr());
+    if (!view) throw nb::python_error();
+    return nb::steal(view);
+}
+
+void release_pin(PinHandle& pin) {
+    end_view(pin.view);
+    pin.released = true;
+    pin.release_if_unused();
+}
+
+// A writable part of the arena: the payload of a put, or the record of a load.
+struct WriteHandle {
+    std::shared_ptr<Store> store;
+    std::optional<Reservation> reservation;
+    std::optional<Loading> loading;
+    Pin kept;  // of the published record, while somebody can still write to it
+    int exports = 0;
+    nb::object view;
+
+    bool open() const { return reservation || loading; }
+    u8* data() const { return reservation ? reservation->payload() : loading->block.bytes(); }
+    u64 size() const {
+        return reservation ? reservation->header.stored_len : u64{loading->block.units()} * kUnit;
+    }
+};
+
+int export_write(PyObject* self, Py_buffer* buffer, int flags) {
+    WriteHandle* write = nb::inst_ptr<WriteHandle>(self);
+    if (!write->open()) {
+        PyErr_SetString(PyExc_ValueError, "this reservation is finished");
+        return -1;
+    }
+    if (PyBuffer_FillInfo(buffer, self, write->data(), static_cast<Py_ssize_t>(write->size()), 0, flags) != 0) return -1;
+    ++write->exports;
+    return 0;
+}
+
+void unexport_write(PyObject* self, Py_buffer*) {
+    WriteHandle* write = nb::inst_ptr<WriteHandle>(self);
+    if (--write->exports == 0 && !write->open()) write->kept = Pin();
+}
+
+PyType_Slot write_slots[] = {
+    {Py_bf_getbuffer, reinterpret_cast<void*>(export_write)},
+    {Py_bf_releasebuffer, reinterpret_cast<void*>(unexport_write)},
+    {0, nullptr},
+};
+
+void abort_write(WriteHandle& write) {
+    end_view(write.view);
+    // A view that is left would look into memory that others may get: it keeps the block until it goes.
+    if (write.exports == 0) {
+        write.reservation.reset();
+        write.loading.reset();
+    }
+}
+
+nb::object pin_object(const std::shared_ptr<Store>& store, Pin&& pin, bool whole_record = false) {
+    PinHandle handle;
+    handle.store = store;
+    handle.pin = std::move(pin);
+    handle.whole_record = whole_record;
+    return nb::cast(std::move(handle));
+}
+
+int commit_write(WriteHandle& write) {
+    if (!write.reservation) throw InvalidValue("this reservation is finished");
+    end_view(write.view);
+    Reservation& reservation = *write.reservation;
+    const u64 size = reservation.header.stored_len;
+    Published published;
+    {
+        const WithoutGil free(size);
+        reservation.header.payload_crc = crc32c(0, reservation.payload(), size);
+        published = write.store->publish(reservation, write.exports ? &write.kept : nullptr);
+    }
+    if (!reservation.block || write.exports == 0) write.reservation.reset();
+    return static_cast<int>(published);
+}
+
+nb::object commit_load(WriteHandle& write) {
+    if (!write.loading) throw InvalidValue("this load is finished");
+    end_view(write.view);
+    Pin pin;
+    {
+        const WithoutGil free(write.size());
+        pin = write.store->commit_load(*write.loading);
+    }
+    write.loading.reset();
+    return pin ? pin_object(write.store, std::move(pin)) : nb::none();
+}
+
+// ---- Arguments ------------------------------------------------------------------------------------
+
+// A snapshot of a sequence of keys, which stays valid without the GIL.
+class Keys {
+public:
+    explicit Keys(nb::handle keys) {
+        if (PyUnicode_Check(keys.ptr()) || PyBytes_Check(keys.ptr()))
+            throw InvalidKey("this takes a sequence of keys, not one key");
+        PyObject* tuple = PySequence_Tuple(keys.ptr());
+        if (!tuple) throw nb::python_error();
+        objects_ = nb::steal<nb::tuple>(tuple);
+        const Py_ssize_t count = PyTuple_GET_SIZE(tuple);
+        keys_.reserve(static_cast<size_t>(count));
+        for (Py_ssize_t i = 0; i < count; ++i) keys_.push_back(key_of(PyTuple_GET_ITEM(tuple, i)));
+    }
+    size_t size() const { return keys_.size(); }
+    Key operator[](size_t i) const { return keys_[i]; }
+
+private:
+    nb::tuple objects_;
+    std::vector<Key> keys_;
+};
+
+// The bytes of a value: of a buffer, contiguous or made so, or of a tensor on the CPU.
+class Value {
+public:
+    explicit Value(nb::handle object) {
+        if (PyObject_CheckBuffer(object.ptr())) {
+            if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_FULL_RO) != 0) throw nb::python_error();
+            size_ = static_cast<size_t>(view_.len);
+            if (PyBuffer_IsContiguous(&view_, 'C')) {
+                data_ = static_cast<const u8*>(view_.buf);
+                return;
+            }
+            copy_.resize(size_);
+            const int failed = PyBuffer_ToContiguous(copy_.data(), &view_, view_.len, 'C');
+            PyBuffer_Release(&view_);
+            view_.obj = nullptr;
+            if (failed) throw nb::python_error();
+            data_ = copy_.data();
+            return;
+        }
+        if (!nb::hasattr(object, "__dlpack__"))
+            throw InvalidValue(std::string("a value is bytes-like, an array or a tensor, not ") +
+                               Py_TYPE(object.ptr())->tp_name);
+        if (!nb::try_cast(object, tensor_))
+            throw InvalidValue("this tensor can't be stored as it is: it has to be contiguous, on the CPU, and without "
+                               "gradient; store tensor.detach().cpu().contiguous()");
+        data_ = static_cast<const u8*>(tensor_.data());
+        size_ = tensor_.nbytes();
+    }
+    ~Value() {
+        if (view_.obj) PyBuffer_Release(&view_);
+    }
+    Value(const Value&) = delete;
+    Value& operator=(const Value&) = delete;
+    const u8* data() const { return data_; }
+    size_t size() const { return size_; }
+
+private:
+    Py_buffer view_{};
+    std::vector<u8> copy_;
+    nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu> tensor_;
+    const u8* data_ = nullptr;
+    size_t size_ = 0;
+};
+
+// A writable buffer to be filled.
+class Target {
+public:
+    Target(nb::handle object, size_t need) {
+        if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_WRITABLE) != 0) {
+            PyErr_Clear();
+            throw InvalidValue(std::string("out has to be a writable, contiguous buffer, not ") +
+                               Py_TYPE(object.ptr())->tp_name);
+        }
+        if (static_cast<size_t>(view_.len) < need) {
+            const Py_ssize_t length = view_.len;
+            PyBuffer_Release(&view_);
+            throw InvalidValue("out has " + std::to_string(length) + " bytes, the value has " + std::to_string(need));
+        }
+    }
+    Target(Target&& other) noexcept : view_(other.view_) { other.view_.obj = nullptr; }
+    ~Target() {
+        if (view_.obj) PyBuffer_Release(&view_);
+    }
+    u8* data() const { return static_cast<u8*>(view_.buf); }
+
+private:
+    Py_buffer view_{};
+};
+
+// The first `size` bytes of the object as a memoryview.
+nb::object filled_part(nb::handle object, size_t size) {
+    nb::object view = view_of(object);
+    const Py_buffer* buffer = PyMemoryView_GET_BUFFER(view.ptr());
+    const bool flat = buffer->ndim == 1 && buffer->itemsize == 1 && (!buffer->format || std::strcmp(buffer->format, "B") == 0);
+    if (!flat) view = view.attr("cast")("B");
+    if (static_cast<size_t>(PyMemoryView_GET_BUFFER(view.ptr())->len) == size) return view;
+    return view[nb::slice(nb::int_(0), nb::int_(size), nb::none())];
+}
+
+nb::object new_bytes(size_t size) {
+    PyObject* bytes = PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(size));
+    if (!bytes) throw nb::python_error();
+    return nb::steal(bytes);
+}
+u8* start_of(const nb::object& bytes) { return reinterpret_cast<u8*>(PyBytes_AS_STRING(bytes.ptr())); }
+
+// ---- Verbs ----------------------------------------------------------------------------------------
+
+nb::object get(const SpaceHandle& self, nb::handle key) {
+    const std::shared_ptr<Store>& store = self.owner->live();
+    Pin pin;
+    switch (store->acquire(self.space, key_of(key), pin)) {
+        case Lookup::miss: return nb::none();
+        case Lookup::below: return *below_marker;
+        case Lookup::hit: break;
+    }
+    const size_t size = pin.size();
+    nb::object bytes = new_bytes(size);
+    if (size < kWorthASwitch) {
+        std::memcpy(start_of(bytes), pin.value(), size);
+    } else {
+        const std::shared_ptr<Store> kept = store;
+        const nb::gil_scoped_release free;
+        std::memcpy(start_of(bytes), pin.value(), size);
+        pin = Pin();
+    }
+    return bytes;
+}
+
+nb::object get_into(const SpaceHandle& self, nb::handle key, nb::handle out) {
+    const std::shared_ptr<Store> store = self.owner->live();
+    Pin pin;
+    switch (store->acquire(self.space, key_of(key), pin)) {
+        case Lookup::miss: return nb::none();
+        case Lookup::below: return *below_marker;
+        case Lookup::hit: break;
+    }
+    const size_t size = pin.size();
+    {
+        const Target target(out, size);
+        const WithoutGil free(size);
+        std::memcpy(target.data(), pin.value(), size);
+    }
+    return filled_part(out, size);
+}
+
+// Pins what lies in memory; lists what lies below.
+std::pair<std::vector<Pin>, nb::list> acquire_all(Store& store, Space space, const Keys& keys) {
+    std::vector<Pin> pins(keys.size());
+    std::vector<size_t> below;
+    {
+        const nb::gil_scoped_release free;
+        for (size_t i = 0; i < keys.size(); ++i)
+            if (store.acquire(space, keys[i], pins[i]) == Lookup::below) below.push_back(i);
+    }
+    nb::list listed;
+    for (const size_t i : below) listed.append(i);
+    return {std::move(pins), std::move(listed)};
+}
+
+nb::tuple get_many(const SpaceHandle& self, nb::handle keys_object, nb::handle outs) {
+    const std::shared_ptr<Store> store = self.owner->live();
+    const Keys keys(keys_object);
+    nb::list values, below;
+    struct Copy {
+        u8* to;
+        size_t key;
+    };
+    constexpr size_t kBatch = 1024;  // pins held at once
+    if (!outs.is_none() && nb::len(outs) != keys.size()) throw InvalidValue("out needs one buffer per key");
+    for (size_t start = 0; start < keys.size(); start += kBatch) {
+        const size_t count = std::min(kBatch, keys.size() - start);
+        std::vector<Pin> pins(count);
+        std::vector<u8> lies_below(count, 0);
+        {
+            const nb::gil_scoped_release free;
+            for (size_t i = 0; i < count; ++i)
+                lies_below[i] = store->acquire(self.space, keys[start + i], pins[i]) == Lookup::below;
+        }
+        std::vector<Copy> copies;
+        std::vector<Target> targets;
+        for (size_t i = 0; i < count; ++i) {
+            if (lies_below[i]) below.append(start + i);
+            if (!pins[i]) {
+                values.append(nb::none());
+                continue;
+            }
+            const size_t size = pins[i].size();
+            if (outs.is_none()) {
+                nb::object bytes = new_bytes(size);
+                copies.push_back({start_of(bytes), i});
+                values.append(std::move(bytes));
+            } else {
+                const nb::object out = outs[start + i];
+                targets.emplace_back(out, size);
+                copies.push_back({targets.back().data(), i});
+                values.append(filled_part(out, size));
+            }
+        }
+        const nb::gil_scoped_release free;
+        for (const Copy& copy : copies) {
+            std::memcpy(copy.to, pins[copy.key].value(), pins[copy.key].size());
+            pins[copy.key] = Pin();
+        }
+        pins.clear();
+    }
+    return nb::make_tuple(values, below);
+}
+
+nb::object pin(const SpaceHandle& self, nb::handle key) {
+    const std::shared_ptr<Store>& store = self.owner->live();
+    Pin pin;
+    switch (store->acquire(self.space, key_of(key), pin)) {
+        case Lookup::miss: return nb::none();
+        case Lookup::below: return *below_marker;
+        case Lookup::hit: break;
+    }
+    return pin_object(store, std::move(pin));
+}
+
+nb::tuple pin_many(const SpaceHandle& self, nb::handle keys_object) {
+    const std::shared_ptr<Store> store = self.owner->live();
+    const Keys keys(keys_object);
+    auto [pins, below] = acquire_all(*store, self.space, keys);
+    nb::list objects;
+    for (Pin& pin : pins) objects.append(pin ? pin_object(store, std::move(pin)) : nb::none());
+    return nb::make_tuple(objects, below);
+}
+
+size_t contains_prefix(const SpaceHandle& self, nb::handle keys_object) {
+    const std::shared_ptr<Store> store = self.owner->live();
+    const Keys keys(keys_object);
+    const nb::gil_scoped_release free;
+    return store->contains_prefix(self.space, keys.size(), [&](size_t i) { return keys[i]; });
+}
+
+Reservation reserve_or_wait(Store& store, Space space, Key key, u64 size, u64 expires, float cost) {
+    auto reservation = store.reserve(space, key, size, expires, cost, false);
+    if (!reservation) {
+        const nb::gil_scoped_release free;  // the writer of the tier below needs it
+        reservation = store.reserve(space, key, size, expires, cost, true);
+    }
+    return std::move(*reservation);
+}
+
+int put(const SpaceHandle& self, nb::handle key_object, nb::handle value_object, u64 expires, float cost) {
+    const std::shared_ptr<Store>& store = self.owner->live();
+    const Key key = key_of(key_object);
+    const Value value(value_object);
+    if (store->present_immutable(self.space, key)) return static_cast<int>(Published::present);
+    const std::shared_ptr<Store> kept = value.size() >= kWorthASwitch ? store : nullptr;
+    Reservation reservation = reserve_or_wait(*store, self.space, key, value.size(), expires, cost);
+    const WithoutGil free(value.size());
+    reservation.header.payload_crc = copy_crc32c(reservation.payload(), value.data(), value.size(), 0);
+    return static_cast<int>(store->publish(reservation));
+}
+
+// Returns the positions of those that replaced something that is, or may be, on disk.
+nb::list put_many(const SpaceHandle& self, nb::handle keys_object, nb::handle values_object, u64 expires, float cost) {
+    const std::shared_ptr<Store> store = self.owner->live();
+    const Keys keys(keys_object);
+    const nb::object values = nb::steal(PySequence_Tuple(values_object.ptr()));
+    if (!values.is_valid()) throw nb::python_error();
+    std::vector<std::unique_ptr<Value>> contents;
+    for (size_t i = 0; i < keys.size(); ++i) contents.push_back(std::make_unique<Value>(nb::handle(values[i])));
+    std::vector<size_t> replaced;
+    {
+        const nb::gil_scoped_release free;
+        for (size_t i = 0; i < keys.size(); ++i) {
+            if (store->present_immutable(self.space, keys[i])) continue;
+            auto reservation = store->reserve(self.space, keys[i], contents[i]->size(), expires, cost, true);
+            reservation->header.payload_crc =
+                copy_crc32c(reservation->payload(), contents[i]->data(), contents[i]->size(), 0);
+            if (store->publish(*reservation) == Published::replaced_on_disk) replaced.push_back(i);
+        }
+    }
+    nb::list listed;
+    for (const size_t i : replaced) listed.append(i);
+    return listed;
+}
+
+nb::object reserve(const SpaceHandle& self, nb::handle key_object, u64 size, u64 expires, float cost) {
+    const std::shared_ptr<Store> store = self.owner->live();
+    WriteHandle write;
+    write.store = store;
+    write.reservation = reserve_or_wait(*store, self.space, key_of(key_object), size, expires, cost);
+    return nb::cast(std::move(write));
+}
+
+// ---- The tier below -------------------------------------------------------------------------------
+
+struct DirtyHandle {
+    std::shared_ptr<Store> store;
+    std::optional<Dirty> dirty;
+    RecordHeader header;
+    nb::bytes key;
+};
+
+nb::list take_dirty(StoreHandle& self, size_t most, u64 most_bytes, double timeout) {
+    const std::shared_ptr<Store> store = self.live();
+    std::vector<Dirty> taken;
+    {
+        const nb::gil_scoped_release free;
+        taken = store->take_dirty(most, most_bytes, timeout);
+    }
+    nb::list list;
+    for (Dirty& dirty : taken) {
+        const RecordHeader header = dirty.pin.header();
+        nb::bytes key(reinterpret_cast<const char*>(dirty.pin.record()) + sizeof header, header.key_len);
+        list.append(nb::cast(DirtyHandle{store, std::move(dirty), header, std::move(key)}));
+    }
+    return list;
+}
+
+nb::object view_dirty(DirtyHandle& self) {
+    if (!self.dirty) throw InvalidValue("this record is settled");
+    const Pin& pin = self.dirty->pin;
+    PyObject* view = PyMemoryView_FromMemory(reinterpret_cast<char*>(const_cast<u8*>(pin.record())),
+                                             static_cast<Py_ssize_t>(pin.record_size()), PyBUF_READ);
+    if (!view) throw nb::python_error();
+    return nb::steal(view);
+}
+
+void settle(DirtyHandle& handle, u32 segment, u64 offset) {
+    if (!handle.dirty) return;
+    handle.store->settle(*handle.dirty, segment, offset);
+    handle.dirty.reset();
+}
+
+nb::list find_on_disk(StoreHandle& self, u32 ns, nb::handle keys_object) {
+    const std::shared_ptr<Store> store = self.live();
+    const Keys keys(keys_object);
+    std::vector<std::optional<Location>> found(keys.size());
+    {
+        const nb::gil_scoped_release free;
+        const Space space = store->current_space(ns);
+        for (size_t i = 0; i < keys.size(); ++i) found[i] = store->locate(space, keys[i]);
+    }
+    nb::list list;
+    for (const auto& at : found)
+        list.append(at ? nb::object(nb::make_tuple(at->entry, at->seq, at->segment, at->offset, at->length)) : nb::none());
+    return list;
+}
+
+nb::object begin_load(StoreHandle& self, u32 ns, nb::handle key, u32 entry, u64 seq, u64 length) {
+    const std::shared_ptr<Store> store = self.live();
+    auto loading = store->begin_load(store->current_space(ns), key_of(key), {entry, seq, 0, 0, length});
+    if (!loading) return nb::none();
+    WriteHandle write;
+    write.store = store;
+    write.loading = std::move(loading);
+    return nb::cast(std::move(write));
+}
+
+u64 insert_disk(StoreHandle& self, nb::handle rows) {
+    const std::shared_ptr<Store> store = self.live();
+    u64 inserted = 0;
+    for (nb::handle row : nb::iter(rows)) {
+        const nb::tuple fields = nb::cast<nb::tuple>(row);
+        inserted += store->insert_disk({nb::cast<u32>(fields[0]), key_of(fields[1]), nb::cast<u64>(fields[2]),
+                                        nb::cast<u32>(fields[3]), nb::cast<u64>(fields[4]), nb::cast<u64>(fields[5]),
+                                        nb::cast<u64>(fields[6]), nb::cast<u32>(fields[7]), nb::cast<u32>(fields[8]),
+                                        nb::cast<u8>(fields[9])});
+    }
+    return inserted;
+}
+
+nb::dict stats(StoreHandle& self) {
+    const StoreStats s = self.live()->stats();
+    nb::dict d;
+    auto add = [&](const char* name, u64 value) { d[name] = value; };
+    add("hits", s.hits);
+    add("misses", s.misses);
+    add("puts", s.puts);
+    add("deletes", s.deletes);
+    add("evictions", s.evictions);
+    add("expired", s.expired);
+    add("demotions", s.demotions);
+    add("entries", s.entries);
+    add("corrupt", s.corrupt);
+    add("loads", s.loads);
+    add("load_bytes", s.load_bytes);
+    add("dirty_bytes", s.dirty_bytes);
+    add("reaped_clients", s.reaped_clients);
+    add("reaped_pins", s.reaped_pins);
+    add("reaped_blocks", s.reaped_blocks);
+    add("rebuilt_shards", s.rebuilt_shards);
+    add("rebuilt_policies", s.rebuilt_policies);
+    add("rebuilt_allocators", s.rebuilt_allocators);
+    add("pins", s.pins);
+    add("reservations", s.reservations);
+    add("clients", s.clients);
+    add("index_bytes", s.index_bytes);
+    add("memory_bytes", s.memory.total);
+    add("memory_used_bytes", s.memory.used);
+    add("memory_free_bytes", s.memory.free);
+    add("memory_largest_free_bytes", s.memory.largest_free);
+    add("memory_free_runs", s.memory.free_runs);
+    add("allocator_faults", s.memory.faults);
+    return d;
+}
+
+std::shared_ptr<StoreHandle> handle_of(std::shared_ptr<Store> store) {
+    return std::make_shared<StoreHandle>(StoreHandle{std::move(store)});
+}
+
+template <class Open>
+std::shared_ptr<StoreHandle> open_without_gil(Open&& open) {
+    std::shared_ptr<Store> store;
+    {
+        const nb::gil_scoped_release free;
+        store = open();
+    }
+    return handle_of(std::move(store));
+}
+
+}  // namespace
+
+void bind_store(nb::module_& m) {
+    below_marker = new nb::object(nb::module_::import_("builtins").attr("object")());
+    m.attr("BELOW") = *below_marker;
+    m.def("policy_names", [] {
+        nb::list names;
+        for (u32 i = 0; i < policy_count(); ++i) names.append(policy_by_number(i).name());
+        return names;
+    });
+    m.def("probe", [](const char* file) {
+        const RegionProbe p = Region::probe(file);
+        return nb::make_tuple(p.exists, p.ready, p.format, p.in_use, p.options.memory, p.options.disk);
+    }, nb::arg("file"));
+
+    nb::class_<PinHandle>(m, "Pin", nb::type_slots(pin_slots))
+        .def("__enter__", [](nb::handle self) {
+            PinHandle& pin = nb::cast<PinHandle&>(self);
+            pin.view = view_of(self);
+            return pin.view;
+        })
+        .def("__exit__", [](PinHandle& self, nb::handle, nb::handle, nb::handle) { release_pin(self); },
+             nb::arg().none(), nb::arg().none(), nb::arg().none())
+        .def("release", &release_pin)
+        .def("__len__", [](const PinHandle& self) -> size_t {
+            if (!self.store) throw InvalidValue("this pin is released");
+            return self.size();
+        });
+
+    nb::class_<WriteHandle>(m, "Write", nb::type_slots(write_slots))
+        .def("view", [](nb::handle self) {
+            WriteHandle& write = nb::cast<WriteHandle&>(self);
+            write.view = view_of(self);
+            return write.view;
+        })
+        .def("publish", &commit_write)
+        .def("commit", &commit_load)
+        .def("abort", &abort_write);
+
+    nb::class_<DirtyHandle>(m, "DirtyRecord")
+        .def_prop_ro("ns", [](const DirtyHandle& d) { return d.header.ns; })
+        .def_prop_ro("key", [](const DirtyHandle& d) { return d.key; })
+        .def_prop_ro("seq", [](const DirtyHandle& d) { return d.header.seq; })
+        .def_prop_ro("expires", [](const DirtyHandle& d) { return d.header.expires; })
+        .def_prop_ro("version", [](const DirtyHandle& d) { return d.header.version; })
+        .def_prop_ro("epoch", [](const DirtyHandle& d) { return d.header.epoch; })
+        .def_prop_ro("flags", [](const DirtyHandle& d) { return d.header.flags; })
+        .def_prop_ro("stored_len", [](const DirtyHandle& d) { return d.header.stored_len; })
+        .def_prop_ro("length", [](const DirtyHandle& d) { return record_bytes(d.header.key_len, d.header.stored_len); })
+        .def_prop_ro("view", &view_dirty);
+
+    nb::class_<SpaceHandle>(m, "Space")
+        .def_prop_ro("id", [](const SpaceHandle& s) { return s.space.id; })
+        .def_prop_ro("version", [](const SpaceHandle& s) { return s.space.version; })
+        .def_prop_ro("epoch", [](const SpaceHandle& s) { return s.owner->live()->epoch(s.space); })
+        .def_prop_ro("usage", [](const SpaceHandle& s) {
+            const auto [records, bytes] = s.owner->live()->usage(s.space.id);
+            return nb::make_tuple(records, bytes);
+        })
+        .def("get", &get, nb::arg("key"))
+        .def("get_into", &get_into, nb::arg("key"), nb::arg("out"))
+        .def("get_many", &get_many, nb::arg("keys"), nb::arg("out").none())
+        .def("pin", &pin, nb::arg("key"))
+        .def("pin_many", &pin_many, nb::arg("keys"))
+        .def("contains", [](const SpaceHandle& s, nb::handle key) { return s.owner->live()->contains(s.space, key_of(key)); },
+             nb::arg("key"))
+        .def("contains_prefix", &contains_prefix, nb::arg("keys"))
+        .def("put", &put, nb::arg("key"), nb::arg("value"), nb::arg("expires") = 0, nb::arg("cost") = 1.0f)
+        .def("put_many", &put_many, nb::arg("keys"), nb::arg("values"), nb::arg("expires") = 0, nb::arg("cost") = 1.0f)
+        .def("reserve", &reserve, nb::arg("key"), nb::arg("nbytes"), nb::arg("expires") = 0, nb::arg("cost") = 1.0f)
+        .def("present_immutable", [](const SpaceHandle& s, nb::handle key) {
+            return s.owner->live()->present_immutable(s.space, key_of(key));
+        }, nb::arg("key"))
+        .def("remove", [](const SpaceHandle& s, nb::handle key) {
+            const auto removed = s.owner->live()->remove(s.space, key_of(key));
+            return nb::make_tuple(removed.present, removed.on_disk);
+        }, nb::arg("key"))
+        .def("clear", [](const SpaceHandle& s) { return s.owner->live()->clear(s.space); });
+
+    nb::class_<StoreHandle>(m, "Store")
+        .def_static("open_private", [](u64 memory) {
+            return open_without_gil([&] { return Store::open_private({memory, 0}); });
+        }, nb::arg("memory"))
+        .def_static("create_shared", [](const std::string& file, u64 memory, u64 disk, std::optional<u32> seed) {
+            return open_without_gil([&] {
+                auto store = Store::create_shared(file, {memory, disk});
+                if (seed) store->set_seed(*seed);
+                return store;
+            });
+        }, nb::arg("file"), nb::arg("memory"), nb::arg("disk"), nb::arg("seed").none() = nb::none())
+        .def_static("attach_shared", [](const std::string& file) {
+            return open_without_gil([&] { return Store::attach_shared(file); });
+        }, nb::arg("file"))
+        .def("attach_again", [](StoreHandle& self) {
+            if (self.store) self.store = self.store->attach_again();
+        })
+        .def("close", [](StoreHandle& self) { self.store.reset(); })
+        .def_prop_ro("closed", [](const StoreHandle& self) { return !self.store; })
+        .def("open_namespace", [](const std::shared_ptr<StoreHandle>& self, u32 id, const std::string& name, u32 version,
+                                  const std::string& policy, u64 quota, bool immutable) {
+            return SpaceHandle{self, self->live()->open_namespace(id, name, version, {policy, quota, immutable})};
+        }, nb::arg("id"), nb::arg("name"), nb::arg("version"), nb::arg("policy"), nb::arg("quota"), nb::arg("immutable"))
+        .def("restore_namespace", [](StoreHandle& self, u32 id, const std::string& name, u32 version, u32 epoch, bool immutable) {
+            self.live()->restore_namespace(id, name, version, epoch, immutable);
+        }, nb::arg("id"), nb::arg("name"), nb::arg("version"), nb::arg("epoch"), nb::arg("immutable"))
+        .def("take_dirty", &take_dirty, nb::arg("max_records"), nb::arg("max_bytes"), nb::arg("timeout_s"))
+        .def("still_live", [](StoreHandle& self, nb::list dirty) {
+            nb::list live;
+            for (nb::handle d : dirty) {
+                const DirtyHandle& handle = nb::cast<DirtyHandle&>(d);
+                live.append(handle.dirty && self.live()->still_live(*handle.dirty));
+            }
+            return live;
+        }, nb::arg("records"))
+        .def("mark_durable", [](StoreHandle&, nb::list dirty, u32 segment, nb::list offsets) {
+            for (size_t i = 0; i < dirty.size(); ++i)
+                settle(nb::cast<DirtyHandle&>(dirty[i]), segment, nb::cast<u64>(offsets[i]));
+        }, nb::arg("records"), nb::arg("segment"), nb::arg("offsets"))
+        .def("mark_failed", [](StoreHandle&, nb::list dirty) {
+            for (nb::handle d : dirty) settle(nb::cast<DirtyHandle&>(d), 0, 0);
+        }, nb::arg("records"))
+        .def("insert_disk", &insert_disk, nb::arg("rows"))
+        .def("find_on_disk", &find_on_disk, nb::arg("ns"), nb::arg("keys"))
+        .def("begin_load", &begin_load, nb::arg("ns"), nb::arg("key"), nb::arg("entry"), nb::arg("seq"), nb::arg("length"))
+        .def("forget_disk", [](StoreHandle& self, u32 ns, nb::handle key, u64 seq) {
+            return self.live()->forget_disk(ns, key_of(key), seq);
+        }, nb::arg("ns"), nb::arg("key"), nb::arg("seq"))
+        .def("drop_segment", [](StoreHandle& self, u32 segment) { return self.live()->drop_segment(segment); },
+             nb::arg("segment"))
+        .def("raise_seq", [](StoreHandle& self, u64 above) { self.live()->raise_seq(above); }, nb::arg("above"))
+        .def("next_seq", [](StoreHandle& self) { return self.live()->next_seq(); })
+        .def("count_corrupt", [](StoreHandle& self) { self.live()->count_corrupt(); })
+        .def_prop_ro("seed", [](StoreHandle& self) { return self.live()->seed(); })
+        .def("reap", [](StoreHandle& self) { return self.live()->reap(); })
+        .def("alone", [](StoreHandle& self) { return self.live()->alone(); })
+        .def("stats", &stats);
+}
+
+}  // namespace kvstrata
