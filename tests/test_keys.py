@@ -133,8 +133,8 @@ def test_no_tokens_and_a_rest_shorter_than_a_block_have_no_key() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("model", ""), ("dtype", "int3"), ("layers", 0), ("kv_heads", -1), ("head_dim", 1.5), ("block_tokens", True),
-     ("block_tokens", 5000), ("tp_rank", 1), ("salt", "text"), ("rope", None)],
+    [("model", ""), ("dtype", "int3"), ("layers", 0), ("kv_heads", -1), ("head_dim", 1.5),
+     ("block_tokens", True), ("block_tokens", 5000), ("tp_rank", 1), ("salt", "text"), ("rope", None)],
 )  # fmt: skip
 def test_a_layout_that_can_not_be_is_refused(field: str, value: object) -> None:
     with pytest.raises(ConfigError, match=field):
