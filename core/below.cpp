@@ -89,6 +89,12 @@ void Store::settle(Dirty& dirty, u32 segment, u64 offset) {
     settled(bytes);
 }
 
+bool Store::wait_until_settled(double timeout) {
+    std::unique_lock lock(dirty_mutex_);
+    return dirty_settled_.wait_for(lock, std::chrono::duration<double>(timeout),
+                                   [this] { return clients_.mine().dirty_bytes.load() == 0; });
+}
+
 // ---- Up -----------------------------------------------------------------------------------------
 
 std::optional<Location> Store::locate(Space wanted, Key key) {

@@ -106,7 +106,7 @@ void translate(const std::exception_ptr& thrown, void*) {
     } catch (const FormatError& error) {
         raise("FormatError", error.what());
     } catch (const ConfigMismatch& error) {
-        raise("NamespaceMismatch", error.what());
+        raise("ConfigMismatch", error.what());
     } catch (const VersionConflict& error) {
         raise("VersionConflict", error.what());
     } catch (const CorruptRecord& error) {

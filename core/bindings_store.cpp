@@ -106,10 +106,15 @@ struct WriteHandle {
     std::optional<Reservation> reservation;
     std::optional<Loading> loading;
     Pin kept;  // of the published record, while somebody can still write to it
+    bool finished = false;
     int exports = 0;
     nb::object view;
 
-    bool open() const { return reservation || loading; }
+    // Ends it. A view that somebody still holds keeps the memory that it looks into, until it goes.
+    void finish() {
+        finished = true;
+        if (exports == 0) reservation.reset(), loading.reset(), kept = Pin();
+    }
     u8* data() const { return reservation ? reservation->payload() : loading->block.bytes(); }
     u64 size() const {
         return reservation ? reservation->header.stored_len : u64{loading->block.units()} * kUnit;
@@ -118,7 +123,7 @@ struct WriteHandle {
 
 int export_write(PyObject* self, Py_buffer* buffer, int flags) {
     WriteHandle* write = nb::inst_ptr<WriteHandle>(self);
-    if (!write->open()) {
+    if (write->finished) {
         PyErr_SetString(PyExc_ValueError, "this reservation is finished");
         return -1;
     }
@@ -129,7 +134,8 @@ int export_write(PyObject* self, Py_buffer* buffer, int flags) {
 
 void unexport_write(PyObject* self, Py_buffer*) {
     WriteHandle* write = nb::inst_ptr<WriteHandle>(self);
-    if (--write->exports == 0 && !write->open()) write->kept = Pin();
+    --write->exports;
+    if (write->finished) write->finish();
 }
 
 PyType_Slot write_slots[] = {
@@ -140,11 +146,7 @@ PyType_Slot write_slots[] = {
 
 void abort_write(WriteHandle& write) {
     end_view(write.view);
-    // A view that is left would look into memory that others may get: it keeps the block until it goes.
-    if (write.exports == 0) {
-        write.reservation.reset();
-        write.loading.reset();
-    }
+    write.finish();
 }
 
 nb::object pin_object(const std::shared_ptr<Store>& store, Pin&& pin, bool whole_record = false) {
@@ -155,8 +157,13 @@ nb::object pin_object(const std::shared_ptr<Store>& store, Pin&& pin, bool whole
     return nb::cast(std::move(handle));
 }
 
-int commit_write(WriteHandle& write) {
-    if (!write.reservation) throw InvalidValue("this reservation is finished");
+// What a put returns: 0, or the number of the new record when the older one is, or may be, on disk.
+u64 replaced(Published published, const Reservation& reservation) {
+    return published == Published::replaced_on_disk ? reservation.header.seq : 0;
+}
+
+u64 commit_write(WriteHandle& write) {
+    if (write.finished || !write.reservation) throw InvalidValue("this reservation is finished");
     end_view(write.view);
     Reservation& reservation = *write.reservation;
     const u64 size = reservation.header.stored_len;
@@ -166,19 +173,20 @@ int commit_write(WriteHandle& write) {
         reservation.header.payload_crc = crc32c(0, reservation.payload(), size);
         published = write.store->publish(reservation, write.exports ? &write.kept : nullptr);
     }
-    if (!reservation.block || write.exports == 0) write.reservation.reset();
-    return static_cast<int>(published);
+    const u64 result = replaced(published, reservation);
+    write.finish();
+    return result;
 }
 
 nb::object commit_load(WriteHandle& write) {
-    if (!write.loading) throw InvalidValue("this load is finished");
+    if (write.finished || !write.loading) throw InvalidValue("this load is finished");
     end_view(write.view);
     Pin pin;
     {
         const WithoutGil free(write.size());
         pin = write.store->commit_load(*write.loading);
     }
-    write.loading.reset();
+    write.finish();
     return pin ? pin_object(write.store, std::move(pin)) : nb::none();
 }
 
@@ -331,6 +339,16 @@ nb::object get_into(const SpaceHandle& self, nb::handle key, nb::handle out) {
     return filled_part(out, size);
 }
 
+nb::object copy_into(nb::handle value, nb::handle out) {
+    const Buffer source(value);
+    {
+        const Target target(out, source.size());
+        const WithoutGil free(source.size());
+        std::memcpy(target.data(), source.data(), source.size());
+    }
+    return filled_part(out, source.size());
+}
+
 // Pins what lies in memory; lists what lies below.
 std::pair<std::vector<Pin>, nb::list> acquire_all(Store& store, Space space, const Keys& keys) {
     std::vector<Pin> pins(keys.size());
@@ -430,19 +448,19 @@ Reservation reserve_or_wait(Store& store, Space space, Key key, u64 size, u64 ex
     return std::move(*reservation);
 }
 
-int put(const SpaceHandle& self, nb::handle key_object, nb::handle value_object, u64 expires, float cost) {
+u64 put(const SpaceHandle& self, nb::handle key_object, nb::handle value_object, u64 expires, float cost) {
     const std::shared_ptr<Store>& store = self.owner->live();
     const Key key = key_of(key_object);
     const Value value(value_object);
-    if (store->present_immutable(self.space, key)) return static_cast<int>(Published::present);
+    if (store->present_immutable(self.space, key)) return 0;
     const std::shared_ptr<Store> kept = value.size() >= kWorthASwitch ? store : nullptr;
     Reservation reservation = reserve_or_wait(*store, self.space, key, value.size(), expires, cost);
     const WithoutGil free(value.size());
     reservation.header.payload_crc = copy_crc32c(reservation.payload(), value.data(), value.size(), 0);
-    return static_cast<int>(store->publish(reservation));
+    return replaced(store->publish(reservation), reservation);
 }
 
-// Returns the positions of those that replaced something that is, or may be, on disk.
+// Returns position and number of those that replaced something that is, or may be, on disk.
 nb::list put_many(const SpaceHandle& self, nb::handle keys_object, nb::handle values_object, u64 expires, float cost) {
     const std::shared_ptr<Store> store = self.owner->live();
     const Keys keys(keys_object);
@@ -450,7 +468,7 @@ nb::list put_many(const SpaceHandle& self, nb::handle keys_object, nb::handle va
     if (!values.is_valid()) throw nb::python_error();
     std::vector<std::unique_ptr<Value>> contents;
     for (size_t i = 0; i < keys.size(); ++i) contents.push_back(std::make_unique<Value>(nb::handle(values[i])));
-    std::vector<size_t> replaced;
+    std::vector<std::pair<size_t, u64>> replacing;
     {
         const nb::gil_scoped_release free;
         for (size_t i = 0; i < keys.size(); ++i) {
@@ -458,11 +476,11 @@ nb::list put_many(const SpaceHandle& self, nb::handle keys_object, nb::handle va
             auto reservation = store->reserve(self.space, keys[i], contents[i]->size(), expires, cost, true);
             reservation->header.payload_crc =
                 copy_crc32c(reservation->payload(), contents[i]->data(), contents[i]->size(), 0);
-            if (store->publish(*reservation) == Published::replaced_on_disk) replaced.push_back(i);
+            if (const u64 seq = replaced(store->publish(*reservation), *reservation)) replacing.emplace_back(i, seq);
         }
     }
     nb::list listed;
-    for (const size_t i : replaced) listed.append(i);
+    for (const auto& [i, seq] : replacing) listed.append(nb::make_tuple(i, seq));
     return listed;
 }
 
@@ -587,8 +605,9 @@ nb::dict stats(StoreHandle& self) {
     return d;
 }
 
-std::shared_ptr<StoreHandle> handle_of(std::shared_ptr<Store> store) {
-    return std::make_shared<StoreHandle>(StoreHandle{std::move(store)});
+std::shared_ptr<Store> seeded(std::shared_ptr<Store> store, std::optional<u32> seed) {
+    if (seed) store->set_seed(*seed);
+    return store;
 }
 
 template <class Open>
@@ -598,7 +617,7 @@ std::shared_ptr<StoreHandle> open_without_gil(Open&& open) {
         const nb::gil_scoped_release free;
         store = open();
     }
-    return handle_of(std::move(store));
+    return std::make_shared<StoreHandle>(StoreHandle{std::move(store)});
 }
 
 }  // namespace
@@ -611,6 +630,7 @@ void bind_store(nb::module_& m) {
         for (u32 i = 0; i < policy_count(); ++i) names.append(policy_by_number(i).name());
         return names;
     });
+    m.def("copy_into", &copy_into, nb::arg("value"), nb::arg("out"));
     m.def("probe", [](const char* file) {
         const RegionProbe p = Region::probe(file);
         return nb::make_tuple(p.exists, p.ready, p.format, p.in_use, p.options.memory, p.options.disk);
@@ -662,7 +682,7 @@ void bind_store(nb::module_& m) {
         })
         .def("get", &get, nb::arg("key"))
         .def("get_into", &get_into, nb::arg("key"), nb::arg("out"))
-        .def("get_many", &get_many, nb::arg("keys"), nb::arg("out").none())
+        .def("get_many", &get_many, nb::arg("keys"), nb::arg("out").none() = nb::none())
         .def("pin", &pin, nb::arg("key"))
         .def("pin_many", &pin_many, nb::arg("keys"))
         .def("contains", [](const SpaceHandle& s, nb::handle key) { return s.owner->live()->contains(s.space, key_of(key)); },
@@ -681,22 +701,19 @@ void bind_store(nb::module_& m) {
         .def("clear", [](const SpaceHandle& s) { return s.owner->live()->clear(s.space); });
 
     nb::class_<StoreHandle>(m, "Store")
-        .def_static("open_private", [](u64 memory) {
-            return open_without_gil([&] { return Store::open_private({memory, 0}); });
-        }, nb::arg("memory"))
+        .def_static("open_private", [](u64 memory, u64 disk, std::optional<u32> seed) {
+            return open_without_gil([&] { return seeded(Store::open_private({memory, disk}), seed); });
+        }, nb::arg("memory"), nb::arg("disk") = 0, nb::arg("seed").none() = nb::none())
         .def_static("create_shared", [](const std::string& file, u64 memory, u64 disk, std::optional<u32> seed) {
-            return open_without_gil([&] {
-                auto store = Store::create_shared(file, {memory, disk});
-                if (seed) store->set_seed(*seed);
-                return store;
-            });
-        }, nb::arg("file"), nb::arg("memory"), nb::arg("disk"), nb::arg("seed").none() = nb::none())
+            return open_without_gil([&] { return seeded(Store::create_shared(file, {memory, disk}), seed); });
+        }, nb::arg("file"), nb::arg("memory"), nb::arg("disk") = 0, nb::arg("seed").none() = nb::none())
         .def_static("attach_shared", [](const std::string& file) {
             return open_without_gil([&] { return Store::attach_shared(file); });
         }, nb::arg("file"))
-        .def("attach_again", [](StoreHandle& self) {
-            if (self.store) self.store = self.store->attach_again();
+        .def("leave_to_parent", [](StoreHandle& self) {
+            if (self.store) self.store->leave_to_parent();
         })
+        .def("attach_again", [](StoreHandle& self) { self.store = self.live()->attach_again(); })
         .def("close", [](StoreHandle& self) { self.store.reset(); })
         .def_prop_ro("closed", [](const StoreHandle& self) { return !self.store; })
         .def("open_namespace", [](const std::shared_ptr<StoreHandle>& self, u32 id, const std::string& name, u32 version,
@@ -722,6 +739,12 @@ void bind_store(nb::module_& m) {
         .def("mark_failed", [](StoreHandle&, nb::list dirty) {
             for (nb::handle d : dirty) settle(nb::cast<DirtyHandle&>(d), 0, 0);
         }, nb::arg("records"))
+        .def("wait_until_settled", [](StoreHandle& self, double timeout) {
+            const std::shared_ptr<Store> store = self.live();
+            const nb::gil_scoped_release free;
+            return store->wait_until_settled(timeout);
+        }, nb::arg("timeout_s"))
+        .def("demote_all", [](StoreHandle& self) { return self.live()->demote_all(); })
         .def("insert_disk", &insert_disk, nb::arg("rows"))
         .def("find_on_disk", &find_on_disk, nb::arg("ns"), nb::arg("keys"))
         .def("begin_load", &begin_load, nb::arg("ns"), nb::arg("key"), nb::arg("entry"), nb::arg("seq"), nb::arg("length"))

@@ -72,6 +72,24 @@ bool Store::evict_one() {
     }
 }
 
+u64 Store::demote_all() {
+    u64 bytes = 0;
+    for (u32 id = 1; id < header_.namespaces.load(); ++id) {
+        const RobustLock policy_held = lock_policy(id);
+        for (u32 number = 0; number < kShards; ++number) {
+            const RobustLock held = index_.lock(number);
+            index_.each_of(number, [&](u32 at, Entry& entry) {
+                if (entry.state != EntryState::live || entry.ns != id || !entry.memory || !entry.segment || entry.pins) return;
+                take_from_order(space(id), at);
+                free_memory(at);
+                ++index_.shard(number).demotions;
+                bytes += u64{entry.units} * kUnit;
+            });
+        }
+    }
+    return bytes;
+}
+
 // Frees some entry of the shard, when there's no memory for more: the one in it that was used longest ago.
 bool Store::evict_entry_of(u32 shard_number) {
     u32 chosen = kNone, id = 0;

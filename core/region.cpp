@@ -164,11 +164,20 @@ std::unique_ptr<Region> Region::attach_shared(const std::string& file) {
     return attach(descriptor, file);
 }
 
-std::unique_ptr<Region> Region::reopen() const {
-    const std::string file = "/proc/self/fd/" + std::to_string(descriptor_);
-    const int descriptor = open(file.c_str(), O_RDWR | O_CLOEXEC);
-    if (descriptor < 0) fail("can't open the cache's memory again");
-    return attach(descriptor, "this");
+namespace {
+int open_again(int descriptor) {
+    const int another = open(("/proc/self/fd/" + std::to_string(descriptor)).c_str(), O_RDWR | O_CLOEXEC);
+    if (another < 0) fail("can't open the cache's memory again");
+    return another;
+}
+}  // namespace
+
+std::unique_ptr<Region> Region::reopen() const { return attach(open_again(descriptor_), "this"); }
+
+void Region::renew_descriptor() {
+    const int another = open_again(descriptor_);
+    close(descriptor_);
+    descriptor_ = another;
 }
 
 std::unique_ptr<Region> Region::attach(int descriptor, const std::string& file) {
@@ -210,10 +219,5 @@ void Region::drop_client_lock(u32 slot) const {
 }
 
 bool Region::client_lock_held_elsewhere(u32 slot) const { return anybody_holds(descriptor_, slot, 1); }
-
-void Region::close_descriptor() {
-    if (descriptor_ >= 0) close(descriptor_);
-    descriptor_ = -1;
-}
 
 }  // namespace kvstrata

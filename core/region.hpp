@@ -27,7 +27,7 @@ public:
     static std::unique_ptr<Region> create_private(const StoreOptions& options);
     static std::unique_ptr<Region> create_shared(const std::string& file, const StoreOptions& options);
     static std::unique_ptr<Region> attach_shared(const std::string& file);
-    // Another attachment to the same memory, with locks of its own: for a forked child.
+    // Another attachment to the same memory, with locks of its own.
     std::unique_ptr<Region> reopen() const;
     static RegionProbe probe(const std::string& file);
 
@@ -47,7 +47,7 @@ public:
     void drop_client_lock(u32 slot) const;
     bool client_lock_held_elsewhere(u32 slot) const;
 
-    void close_descriptor();                        // in a forked child: leaves the locks to the parent
+    void renew_descriptor();                        // in a forked child: leaves the locks to the parent
 
 private:
     explicit Region(int descriptor) : descriptor_(descriptor) {}

@@ -67,12 +67,12 @@ Store::~Store() {
     }
 }
 
-std::shared_ptr<Store> Store::attach_again() {
+void Store::leave_to_parent() {
     clients_.forget();
-    auto region = region_->reopen();
-    region_->close_descriptor();  // the parent's locks must not live on in this process
-    return start(std::move(region), false);
+    region_->renew_descriptor();  // the parent's locks must not live on in this process
 }
+
+std::shared_ptr<Store> Store::attach_again() const { return start(region_->reopen(), false); }
 
 bool Store::alone() const {
     for (u32 slot = 0; slot < kMaxClients; ++slot)

@@ -166,6 +166,7 @@ public:
     // With may_wait false it returns nothing instead of waiting for the tier below to catch up.
     std::optional<Reservation> reserve(Space space, Key key, u64 bytes, u64 expires, float cost, bool may_wait);
     // With `keep`, the record is pinned as it is published: for writers whose view of the block outlives the put.
+    // Afterwards reservation.header.seq is the number of the record.
     Published publish(Reservation& reservation, Pin* keep = nullptr);
     // Whether an immutable namespace has the key already; counts as an access.
     bool present_immutable(Space space, Key key);
@@ -178,6 +179,8 @@ public:
     std::vector<Dirty> take_dirty(size_t most, u64 most_bytes, double timeout);
     bool still_live(const Dirty& dirty);
     void settle(Dirty& dirty, u32 segment, u64 offset);  // segment 0: it could not be written
+    bool wait_until_settled(double timeout);             // whether all that this process has put is below
+    u64 demote_all();                                    // what lies below leaves memory, where nobody has it pinned
     std::optional<Location> locate(Space space, Key key);
     std::optional<Loading> begin_load(Space space, Key key, const Location& location);
     Pin commit_load(Loading& loading);                    // throws CorruptRecord
@@ -192,8 +195,9 @@ public:
 
     // ---- Life
     u32 reap();          // undoes what dead processes left; returns how many there were
-    // In a forked child: another attachment to the same mapping, and none of this one, which is the parent's.
-    std::shared_ptr<Store> attach_again();
+    // In a forked child: gives up this attachment, which is the parent's, without touching what it holds.
+    void leave_to_parent();
+    std::shared_ptr<Store> attach_again() const;  // another attachment to the same mapping
     bool alone() const;  // no other process is attached
     StoreStats stats();
     StoreOptions options() const { return {header_.memory, header_.disk}; }

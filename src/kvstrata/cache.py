@@ -1,0 +1,411 @@
+"""The cache and its namespaces: what users hold."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, TypeVar, overload
+
+from kvstrata import _core
+from kvstrata.config import CacheOptions, parse_duration, parse_size
+from kvstrata.errors import CacheClosed, ConfigError, TierUnavailable, UnknownOption
+from kvstrata.movement.write_behind import WriteBehind
+from kvstrata.tiers.base import Key, Tier
+from kvstrata.tiers.disk import DiskTier
+from kvstrata.tiers.memory import MemoryTier
+
+__all__ = ["Cache", "Namespace", "open"]
+
+T = TypeVar("T")
+Value = Any  # bytes-like, an array, or any exporter of the buffer or DLPack protocol
+
+
+class _LocalPin:
+    """A value that memory had no room for: like a native Pin, over private memory."""
+
+    def __init__(self, value: memoryview) -> None:
+        self._value = value
+
+    def __enter__(self) -> memoryview:
+        return self._value
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def __len__(self) -> int:
+        return self._value.nbytes
+
+    def release(self) -> None:
+        """Nothing to give back: the memory goes with its last view."""
+
+
+Pin = _core.Pin | _LocalPin
+
+
+class _SpaceOptions(NamedTuple):
+    """What everybody who has a namespace open agrees on; quota in bytes, 0 = none."""
+
+    name: str
+    version: int = 1
+    policy: str = "lru"
+    quota: int = 0
+    immutable: bool = False
+
+
+class Namespace:
+    """A partition of a cache's keys, with a version, a policy, a quota and a time to live of its own.
+
+    Keys are str (their UTF-8) or bytes, 1 to 1,024 of them. All methods may be called from any thread. They raise
+    errors of `kvstrata.errors`: InvalidKey, InvalidValue, TierFull, VersionConflict once the namespace has moved on
+    to a newer version, and CacheClosed.
+    """
+
+    def __init__(self, cache: Cache, options: _SpaceOptions, ttl_ms: int) -> None:
+        self._cache = cache
+        self._options = options
+        self._space = cache._open_space(options)
+        self._ttl_ms = ttl_ms
+        cache._opened.add(self)
+
+    @property
+    def name(self) -> str:
+        """The name that it was opened with."""
+        return self._options.name
+
+    def __repr__(self) -> str:
+        return f"<kvstrata namespace {self.name!r} of {self._cache.path or 'a private cache'}>"
+
+    @property
+    def version(self) -> int:
+        """The version that this namespace was opened with."""
+        return self._space.version
+
+    # ---- Writing
+
+    def put(self, key: Key, value: Value, *, ttl: float | None = None, cost: float | None = None) -> None:
+        """Store a value: bytes-like, an array or a tensor on the CPU; its bytes are copied once.
+
+        `ttl` is in seconds and overrides the namespace's; `cost` says how much it takes to compute the value again,
+        in any unit. In an immutable namespace a key that is there already stays as it is. Raises TierFull when the
+        value can't be stored.
+        """
+        seq = self._space.put(key, value, self._expires(ttl), 1.0 if cost is None else cost)
+        if seq:
+            self._cache.forget_older(self._space.id, [(key, seq)])
+
+    def put_many(self, items: Mapping[Key, Value], *, ttl: float | None = None, cost: float | None = None) -> None:
+        """Store values in the order given. When one fails the ones before it are stored."""
+        keys = list(items)
+        replaced = self._space.put_many(keys, list(items.values()), self._expires(ttl), 1.0 if cost is None else cost)
+        if replaced:
+            self._cache.forget_older(self._space.id, [(keys[i], seq) for i, seq in replaced])
+
+    @contextmanager
+    def reserve(
+        self, key: Key, nbytes: int, *, ttl: float | None = None, cost: float | None = None
+    ) -> Iterator[memoryview]:
+        """Give `nbytes` of the cache's own memory to fill; stored at the end of the block, dropped on an exception.
+
+        A put without a copy. Don't write through the view, or an array over it, after the block.
+        """
+        write = self._space.reserve(key, nbytes, self._expires(ttl), 1.0 if cost is None else cost)
+        try:
+            yield write.view()
+        except BaseException:
+            write.abort()
+            raise
+        seq = write.publish()
+        if seq:
+            self._cache.forget_older(self._space.id, [(key, seq)])
+
+    def _expires(self, ttl: float | None) -> int:
+        ttl_ms = self._ttl_ms if ttl is None else parse_duration(ttl)
+        return int(time.time() * 1000) + ttl_ms if ttl_ms else 0
+
+    # ---- Reading
+
+    @overload
+    def get(self, key: Key, default: None = None, *, out: None = None) -> bytes | None: ...
+    @overload
+    def get(self, key: Key, default: T, *, out: None = None) -> bytes | T: ...
+    @overload
+    def get(self, key: Key, default: T, *, out: Any) -> memoryview | T: ...
+    @overload
+    def get(self, key: Key, default: None = None, *, out: Any) -> memoryview | None: ...
+    def get(self, key: Key, default: Any = None, *, out: Any = None) -> Any:
+        """Return the value as bytes, or `default`; with `out`, a writable buffer, a memoryview of its filled part."""
+        value = self._space.get(key) if out is None else self._space.get_into(key, out)
+        if value is _core.BELOW:
+            value = _copied(self._load([key])[0], out)
+        return default if value is None else value
+
+    def get_many(self, keys: Sequence[Key], *, out: Sequence[Any] | None = None) -> list[Any]:
+        """Return the values in the order of the keys, None where absent; `out`: one writable buffer per key."""
+        values, below = self._space.get_many(keys, out)
+        if below:
+            loaded = self._load([keys[i] for i in below])
+            for i, pin in zip(below, loaded, strict=True):
+                values[i] = _copied(pin, None if out is None else out[i])
+        return values
+
+    def pin(self, key: Key) -> Pin:
+        """Return a context manager that gives the value as a read-only memoryview, without a copy.
+
+        The value stays where it is until the block ends and no view of it is left, whatever else happens to the key.
+        Raises KeyError when absent.
+        """
+        pin: Pin | None = self._space.pin(key)
+        if pin is _core.BELOW:
+            pin = self._load([key])[0]
+        if pin is None:
+            raise KeyError(key)
+        return pin
+
+    def pin_many(self, keys: Sequence[Key]) -> list[Pin | None]:
+        """Return a pin for each key, None where absent. A pin is a context manager and exports its value as a buffer."""
+        pins: list[Pin | None]
+        pins, below = self._space.pin_many(keys)
+        if below:
+            for i, pin in zip(below, self._load([keys[i] for i in below]), strict=True):
+                pins[i] = pin
+        return pins
+
+    def _load(self, keys: list[Key]) -> list[Pin | None]:
+        loaded = self._cache.load(self._space.id, keys)
+        return [_LocalPin(value) if isinstance(value, memoryview) else value for value in loaded]
+
+    def contains_prefix(self, keys: Sequence[Key]) -> int:
+        """Return how many keys from the first on are present, in whichever tier, without loading anything."""
+        return self._space.contains_prefix(keys)
+
+    def __contains__(self, key: Key) -> bool:
+        return self._space.contains(key)
+
+    # ---- Removing
+
+    def delete(self, key: Key) -> bool:
+        """Remove a key from all tiers; returns whether it was there. It does not come back after a restart."""
+        present, on_disk = self._space.remove(key)
+        if on_disk:
+            self._cache.forget_older(self._space.id, [(key, None)])
+        return present
+
+    def clear(self) -> None:
+        """Remove everything in this namespace, in all tiers and for everybody, in constant time."""
+        epoch = self._space.clear()
+        self._cache.persist_epoch(self._space.id, epoch)
+
+
+def _copied(pin: Pin | None, out: Any) -> Any:
+    """Return what a pin holds as bytes, or in `out`."""
+    if pin is None:
+        return None
+    with pin as view:
+        return bytes(view) if out is None else _core.copy_into(view, out)
+
+
+class Cache(Namespace):
+    """What `kvstrata.open` returns. Used directly, it is its namespace "default"."""
+
+    def __init__(self, path: Path | None, options: CacheOptions, shared: bool) -> None:
+        self.path = path
+        self.options = options
+        self._opened: weakref.WeakSet[Namespace] = weakref.WeakSet()
+        self._lock = threading.RLock()
+        self._pid = os.getpid()
+        self._closed = False
+        self._memory = MemoryTier.open(path, options, shared=shared)
+        self._below: Tier | None = None
+        self._writer: WriteBehind | None = None
+        try:
+            self._open_below()
+            super().__init__(self, _SpaceOptions("default"), 0)
+        except BaseException:
+            self._shut()
+            raise
+        _open_caches.add(self)
+
+    def _open_below(self) -> None:
+        if not self.options.disk:
+            return
+        assert self.path is not None
+        self._below = DiskTier(self.path, self.options.disk, self._memory.store)
+        self._writer = WriteBehind(self._memory.store, self._below)
+
+    def __repr__(self) -> str:
+        return f"<kvstrata cache at {self.path or 'no path (private)'}{', closed' if self._closed else ''}>"
+
+    # ---- Namespaces
+
+    def namespace(
+        self,
+        name: str,
+        *,
+        version: int = 1,
+        policy: str = "lru",
+        quota: int | str | None = None,
+        ttl: float | None = None,
+        immutable: bool = False,
+    ) -> Namespace:
+        """Open a partition of the cache's keys.
+
+        A higher `version` than the last one makes all older records unreachable; a lower one raises VersionConflict.
+        `quota` bounds its bytes in memory. `ttl` is the time to live of its records in seconds. `immutable` promises
+        that a key implies its value, as content digests do: such records are stored once and can be recovered from
+        the disk even when the index is lost. Who has it open already must have the same policy, quota and
+        immutable, or ConfigMismatch is raised.
+        """
+        if not isinstance(name, str) or not 1 <= len(name.encode()) <= 128:
+            raise ConfigError(f"a namespace's name is a str of 1 to 128 bytes, not {name!r}")
+        if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version < 2**32:
+            raise ConfigError(f"version must be an int from 1 on, not {version!r}")
+        if policy not in _core.policy_names():
+            raise UnknownOption("policy", policy, _core.policy_names())
+        quota_bytes = 0 if quota is None else parse_size(quota, option="quota")
+        if quota is not None and quota_bytes == 0:
+            raise ConfigError("quota must be more than 0 bytes; None means no limit")
+        ttl_ms = parse_duration(ttl)
+        with self._lock:
+            return Namespace(self, _SpaceOptions(name, version, policy, quota_bytes, bool(immutable)), ttl_ms)
+
+    def _open_space(self, options: _SpaceOptions) -> _core.Space:
+        if self._closed:
+            raise CacheClosed("this cache is closed")
+        ns = self._below.open_namespace(options.name, options.version, options.immutable).id if self._below else 0
+        return self._memory.store.open_namespace(ns, *options)
+
+    # ---- The tier below, for namespaces
+
+    def load(self, ns: int, keys: list[Key]) -> list[_core.Pin | memoryview | None]:
+        """Bring records up from the tier below; None where that can't be done."""
+        return self._below.load(ns, keys) if self._below else [None] * len(keys)
+
+    def forget_older(self, ns: int, keys: Sequence[tuple[Key, int | None]]) -> None:
+        """Remove what the tier below has of keys that were deleted, or overwritten by a record of that number."""
+        if self._below:
+            self._below.delete(ns, keys)
+
+    def persist_epoch(self, ns: int, epoch: int) -> None:
+        """Make a clear() outlast a restart."""
+        if self._below:
+            self._below.set_epoch(ns, epoch)
+
+    # ---- Life
+
+    def flush(self, timeout: float = 60.0) -> None:
+        """Wait until all that this process has put has reached the disk; raises TierUnavailable after `timeout` s."""
+        if self._writer and not self._writer.flush(timeout):
+            raise TierUnavailable(f"the disk tier did not take all records within {timeout:g} s")
+
+    def demote(self) -> int:
+        """Take out of memory what lies on disk too, where nobody has it pinned; returns the bytes that became free."""
+        return self._memory.store.demote_all()
+
+    def stats(self) -> dict[str, Any]:
+        """Return counters and sizes: those of the memory tier and index, of the disk tier, and per namespace."""
+        namespaces = {}
+        for namespace in list(self._opened):
+            records, used = namespace._space.usage
+            namespaces[namespace.name] = {"records": records, "memory_bytes": used, "version": namespace.version}
+        return {
+            "memory": self._memory.store.stats(),
+            "disk": self._below.stats() if self._below else None,
+            "namespaces": namespaces,
+        }
+
+    def close(self) -> None:
+        """Write what is not on disk yet, and let go of the cache. The last process out frees the shared memory."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            _open_caches.discard(self)
+            self._shut()
+
+    def _shut(self) -> None:
+        if self._pid != os.getpid():
+            return  # never attached in this child
+        if self._writer:
+            self._writer.stop()
+        if self._below:
+            self._below.close()
+        self._memory.close()
+
+    def __enter__(self) -> Cache:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    # ---- Forking
+
+    def leave_to_parent(self) -> None:
+        """In a forked child: let go of the parent's place; the first use of a namespace takes one of its own."""
+        self._lock = threading.RLock()
+        self._memory.leave_to_parent()
+        for namespace in list(self._opened):
+            namespace._space = _Forked(namespace)  # type: ignore[assignment]
+
+    def attach_again(self) -> None:
+        """In a forked child: take a place of its own."""
+        with self._lock:
+            if self._pid == os.getpid():
+                return
+            self._memory.attach_again()
+            self._pid = os.getpid()
+            self._open_below()
+            for namespace in list(self._opened):
+                namespace._space = self._open_space(namespace._options)
+
+
+class _Forked:
+    """Stands for a namespace's native part in a forked child until it is used."""
+
+    def __init__(self, namespace: Namespace) -> None:
+        self._namespace = namespace
+
+    def __getattr__(self, name: str) -> Any:
+        self._namespace._cache.attach_again()
+        return getattr(self._namespace._space, name)
+
+
+_open_caches: weakref.WeakSet[Cache] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for cache in list(_open_caches):
+        cache.leave_to_parent()
+
+
+def _at_exit() -> None:
+    for cache in list(_open_caches):
+        cache.close()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+atexit.register(_at_exit)
+
+
+def open(
+    path: str | os.PathLike[str] | None = None,
+    *,
+    memory: int | str = "1GiB",
+    disk: int | str | None = None,
+    shared: bool = True,
+) -> Cache:
+    """Open the cache at a directory, making it if need be; None makes a private one that leaves nothing behind.
+
+    Every process that opens the same path shares one memory tier of `memory` bytes and one disk tier of at most
+    `disk` bytes (None: 8 GiB; 0: no disk tier). Sizes are ints or strings such as "512MiB". The options of all that
+    have it open must agree, or ConfigMismatch says how they differ. `shared=False` opens it for this process alone.
+    """
+    options = CacheOptions.parse(memory=memory, disk=disk, has_path=path is not None)
+    where = None if path is None else Path(os.path.abspath(os.fspath(path)))
+    return Cache(where, options, shared)

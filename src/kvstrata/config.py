@@ -1,0 +1,82 @@
+"""Sizes and options as users write them, turned into checked numbers."""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+
+from kvstrata.errors import ConfigError
+
+__all__ = ["CacheOptions", "parse_duration", "parse_size"]
+
+_UNITS = {
+    "": 1, "b": 1,
+    "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9, "t": 10**12, "tb": 10**12,
+    "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
+}  # fmt: skip
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+
+MIN_MEMORY = 1 << 20
+MIN_DISK = 4 << 20
+MAX_SIZE = 1 << 45
+DEFAULT_DISK = 8 << 30
+
+
+def parse_size(value: int | str, *, option: str = "size") -> int:
+    """Return bytes from an int or a string such as "512MiB", "1.5 GiB" or "100MB"."""
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise ConfigError(f"{option} must be an int or a string such as '512MiB', not {value!r}")
+    if isinstance(value, str):
+        match = _SIZE.fullmatch(value)
+        unit = _UNITS.get(match[2].lower()) if match else None
+        if match is None or unit is None:
+            raise ConfigError(
+                f"{option}={value!r} is not a size; write a number of bytes or e.g. '512MiB'"
+            )
+        value = int(float(match[1]) * unit)
+    if not 0 <= value <= MAX_SIZE:
+        raise ConfigError(f"{option}={value!r} is out of range (0 to {MAX_SIZE:,} bytes)")
+    return value
+
+
+def parse_duration(seconds: float | None, *, option: str = "ttl") -> int:
+    """Return whole milliseconds from seconds; None gives 0, which means without end."""
+    if seconds is None:
+        return 0
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0:
+        raise ConfigError(f"{option} must be a positive number of seconds or None, not {seconds!r}")
+    if seconds > 10**10:
+        raise ConfigError(f"{option}={seconds!r} is longer than 10**10 seconds; use None for no end")
+    return max(1, int(seconds * 1000))
+
+
+class CacheOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What every process that opens one path must agree on; sizes in bytes, disk 0 means none."""
+
+    memory: int
+    disk: int
+
+    @classmethod
+    def parse(cls, *, memory: int | str, disk: int | str | None, has_path: bool) -> CacheOptions:
+        """Check the arguments of `kvstrata.open`; raises ConfigError."""
+        memory_bytes = parse_size(memory, option="memory")
+        if memory_bytes < MIN_MEMORY:
+            raise ConfigError(f"memory={memory!r} is too small; the least is {MIN_MEMORY:,} bytes")
+        if disk is None:
+            disk_bytes = DEFAULT_DISK if has_path else 0
+        else:
+            disk_bytes = parse_size(disk, option="disk")
+        if disk_bytes and not has_path:
+            raise ConfigError("disk needs a path: kvstrata.open('/some/directory', disk=...)")
+        if 0 < disk_bytes < MIN_DISK:
+            raise ConfigError(f"disk={disk!r} is too small; the least is {MIN_DISK:,} bytes, 0 means none")
+        return cls(memory=memory_bytes, disk=disk_bytes)
+
+    def differences(self, other: CacheOptions) -> dict[str, tuple[object, object]]:
+        """Return {option: (other's, ours)} for each option that differs."""
+        return {
+            name: (getattr(other, name), getattr(self, name))
+            for name in self.__struct_fields__
+            if getattr(other, name) != getattr(self, name)
+        }

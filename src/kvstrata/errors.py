@@ -1,0 +1,136 @@
+"""Every exception that kvstrata raises.
+
+KVStrataError
+├── ConfigError (ValueError)        options that can't be used
+│   ├── UnknownOption               a name that doesn't exist; says the nearest one that does
+│   └── ConfigMismatch              this cache is open elsewhere with other options
+├── InvalidKey (ValueError)         a key of the wrong type or length
+├── InvalidValue (ValueError)       a value that is no contiguous buffer, or doesn't fit what it is for
+├── FormatError                     files of a newer or foreign format
+├── VersionConflict                 a namespace has moved on to a newer version
+├── CacheClosed                     used after close()
+├── TierError                       a tier could not do what was asked
+│   ├── TierFull                    no room, and nothing that may leave
+│   ├── TierUnavailable             locked, broken or gone; others go on
+│   └── CorruptRecord               a record that isn't what was stored
+├── UnsupportedModel                a model whose cache can't be represented
+└── MissingExtra (ImportError)      an optional part that isn't installed
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "CacheClosed",
+    "ConfigError",
+    "ConfigMismatch",
+    "CorruptRecord",
+    "FormatError",
+    "InvalidKey",
+    "InvalidValue",
+    "KVStrataError",
+    "MissingExtra",
+    "TierError",
+    "TierFull",
+    "TierUnavailable",
+    "UnknownOption",
+    "UnsupportedModel",
+    "VersionConflict",
+]
+
+
+class KVStrataError(Exception):
+    """The root of every error below."""
+
+
+class ConfigError(KVStrataError, ValueError):
+    """An option has a value that can't be used."""
+
+
+class UnknownOption(ConfigError):
+    """A name that doesn't exist among `known`; the message names the nearest that does."""
+
+    def __init__(self, kind: str, name: object, known: Iterable[str]) -> None:
+        self.kind = kind
+        self.name = name
+        self.known = sorted(known)
+        near = difflib.get_close_matches(str(name), self.known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        super().__init__(f"unknown {kind} {name!r}{hint} (known: {', '.join(self.known)})")
+
+
+class ConfigMismatch(ConfigError):
+    """A cache or namespace is open with other options; the message says which, and with what."""
+
+    @classmethod
+    def of_cache(cls, path: str, differences: dict[str, tuple[object, object]]) -> ConfigMismatch:
+        """Build it from {option: (theirs, ours)}."""
+        told = ", ".join(
+            f"{name}: open with {theirs!r}, asked for {ours!r}"
+            for name, (theirs, ours) in differences.items()
+        )
+        return cls(
+            f"the cache at {path} is already open with other options ({told}); "
+            "use the same, or close it everywhere first"
+        )
+
+
+class InvalidKey(KVStrataError, ValueError):
+    """A key that is neither str nor bytes, or not of 1 to 1,024 bytes."""
+
+
+class InvalidValue(KVStrataError, ValueError):
+    """A value that is no contiguous buffer, or that doesn't fit what it is for."""
+
+
+class FormatError(KVStrataError):
+    """A file of a format that this release doesn't read."""
+
+
+class VersionConflict(KVStrataError):
+    """A namespace has moved on to a newer version than the one asked for."""
+
+
+class CacheClosed(KVStrataError):
+    """The cache was used after close()."""
+
+
+class TierError(KVStrataError):
+    """A tier could not do what was asked."""
+
+
+class TierFull(TierError):
+    """No room for `need` bytes in `tier`, with `free` bytes left and nothing that may leave."""
+
+    def __init__(self, tier: str, need: int, free: int) -> None:
+        self.tier = tier
+        self.need = need
+        self.free = free
+        super().__init__(
+            f"the {tier} tier has no room for {need:,} bytes ({free:,} free, and nothing else may leave); "
+            "open the cache larger, store smaller values or release pins"
+        )
+
+
+class TierUnavailable(TierError):
+    """A tier can't be reached within its time limit, or is broken."""
+
+
+class CorruptRecord(TierError):
+    """A record is damaged, or isn't the one that was asked for."""
+
+
+class UnsupportedModel(KVStrataError):
+    """A model whose attention cache can't be represented; the message says why."""
+
+
+class MissingExtra(KVStrataError, ImportError):
+    """An optional part that isn't installed; the message says how to install it."""
+
+    def __init__(self, extra: str, package: str) -> None:
+        self.extra = extra
+        super().__init__(
+            f"this needs the package {package!r}: pip install 'kvstrata[{extra}]'"
+        )

@@ -1,0 +1,1 @@
+"""Everything that moves records between tiers."""

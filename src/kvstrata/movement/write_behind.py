@@ -1,0 +1,56 @@
+"""Write-behind: what is put in memory reaches the tier below soon after, in batches.
+
+A record can't leave memory before the tier below has it. When that tier falls behind, puts wait for it (the store
+sees to that), so memory is never full of what can't leave.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from kvstrata import _core
+from kvstrata.tiers.base import Tier
+
+__all__ = ["WriteBehind"]
+
+_log = logging.getLogger("kvstrata")
+
+_BATCH_RECORDS = 1024
+_BATCH_BYTES = 32 << 20
+_IDLE_S = 0.1
+
+
+class WriteBehind:
+    """A thread that takes this process's new records to `tier`, oldest first."""
+
+    def __init__(self, store: _core.Store, tier: Tier) -> None:
+        self._store = store
+        self._tier = tier
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="kvstrata-write-behind", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            stopping = self._stopping.is_set()
+            records = self._store.take_dirty(_BATCH_RECORDS, _BATCH_BYTES, 0.0 if stopping else _IDLE_S)
+            if records:
+                try:
+                    self._tier.write(records)
+                except Exception:
+                    # The tier settles every record itself. If a defect keeps it from that, the records stay in
+                    # memory unwritten, and the thread goes on: one bad batch must not stop all later ones.
+                    _log.exception("kvstrata: %d records could not be written to the %s tier", len(records), self._tier.name)
+                    self._store.mark_failed(records)
+            elif stopping:
+                return
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until all that this process has put is below; False when the time was over first."""
+        return self._store.wait_until_settled(timeout)
+
+    def stop(self) -> None:
+        """Write what is left, and end the thread."""
+        self._stopping.set()
+        self._thread.join()

@@ -1,0 +1,1 @@
+"""Where records lie: memory, and what is below it."""

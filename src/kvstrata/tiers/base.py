@@ -1,0 +1,58 @@
+"""What a tier below memory has to do for the cache. Batched throughout: one call carries a whole request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from kvstrata._core import DirtyRecord, Pin
+
+__all__ = ["Key", "NamespaceState", "Stats", "Tier"]
+
+Key = str | bytes
+Stats = dict[str, int | float | str | None]
+
+
+class NamespaceState(NamedTuple):
+    """What a persistent tier remembers of a namespace."""
+
+    id: int
+    name: str
+    version: int
+    epoch: int
+    immutable: bool
+
+
+class Tier(Protocol):
+    """A persistent store of records below the memory tier.
+
+    The host's index says what is where, so a tier is asked only for records that it has. Faults of the tier are
+    counted and become misses; only what the caller asked to be made durable (a deletion, a new epoch) raises
+    TierUnavailable when that could not be done.
+    """
+
+    name: str
+
+    def namespaces(self) -> list[NamespaceState]:
+        """Return those that it knows."""
+
+    def open_namespace(self, name: str, version: int, immutable: bool) -> NamespaceState:
+        """Make a namespace known, or a newer version of it; raises VersionConflict for an older one."""
+
+    def set_epoch(self, ns: int, epoch: int) -> None:
+        """Make records of an earlier epoch unreachable, also after a restart, before it returns."""
+
+    def write(self, records: list[DirtyRecord]) -> None:
+        """Store records that are pinned in memory, and settle each with the store: durable, or failed."""
+
+    def load(self, ns: int, keys: Sequence[Key]) -> list[Pin | memoryview | None]:
+        """Return the values: promoted to memory and pinned, or, where memory has no room, in private memory."""
+
+    def delete(self, ns: int, keys: Sequence[Key], *, below_seq: int | None = None) -> None:
+        """Forget records, or those with a lower sequence number, also after a restart, before it returns."""
+
+    def stats(self) -> Stats:
+        """Return counters, in bytes and numbers of records."""
+
+    def close(self) -> None:
+        """Let go of everything. What was written stays."""
