@@ -710,6 +710,7 @@ void bind_store(nb::module_& m) {
         .def_static("attach_shared", [](const std::string& file) {
             return open_without_gil([&] { return Store::attach_shared(file); });
         }, nb::arg("file"))
+        .def("mark_ready", [](StoreHandle& self) { self.live()->mark_ready(); })
         .def("leave_to_parent", [](StoreHandle& self) {
             if (self.store) self.store->leave_to_parent();
         })

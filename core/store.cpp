@@ -32,7 +32,6 @@ std::shared_ptr<Store> Store::start(std::unique_ptr<Region> region, bool fresh) 
         for (u32 id = 0; id < kMaxNamespaces; ++id) store->namespaces_[id].mutex.init();
     }
     store->attach();
-    store->header_.ready.store(1);
     return store;
 }
 
@@ -451,9 +450,8 @@ void Store::free_memory(u32 at) {
 
 void Store::free_key(u32 at) {
     Entry& entry = index_.entry(at);
-    if (entry.key_len <= kInlineKey) return;
+    if (entry.key_len <= kInlineKey || !entry.key_block) return;
     release_through(&Entry::key_block, at, static_cast<u32>(align_up(entry.key_len, kUnit) / kUnit));
-    entry.key_len = 0;
 }
 
 }  // namespace kvstrata

@@ -142,6 +142,8 @@ struct StoreStats {
 class Store {
 public:
     static std::shared_ptr<Store> open_private(const StoreOptions& options);
+    // Others can attach once it is marked ready: when what lies below is known to it.
+    void mark_ready() { header_.ready.store(1); }
     static std::shared_ptr<Store> create_shared(const std::string& file, const StoreOptions& options);
     static std::shared_ptr<Store> attach_shared(const std::string& file);
     ~Store();

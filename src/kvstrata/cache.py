@@ -221,8 +221,8 @@ class Cache(Namespace):
         self._lock = threading.RLock()
         self._pid = os.getpid()
         self._closed = False
-        self._memory = MemoryTier.open(path, options, shared=shared)
         self._below: Tier | None = None
+        self._memory = MemoryTier.open(path, options, shared=shared, restore=self._restore)
         self._writer: WriteBehind | None = None
         try:
             self._open_below()
@@ -232,11 +232,19 @@ class Cache(Namespace):
             raise
         _open_caches.add(self)
 
+    def _restore(self, store: _core.Store) -> None:
+        """Tell a new memory tier what lies on disk."""
+        if self.options.disk:
+            assert self.path is not None
+            self._below = DiskTier(self.path, self.options.disk, store)
+            self._below.recover()
+
     def _open_below(self) -> None:
         if not self.options.disk:
             return
-        assert self.path is not None
-        self._below = DiskTier(self.path, self.options.disk, self._memory.store)
+        if self._below is None:
+            assert self.path is not None
+            self._below = DiskTier(self.path, self.options.disk, self._memory.store)
         self._writer = WriteBehind(self._memory.store, self._below)
 
     def __repr__(self) -> str:
@@ -359,6 +367,7 @@ class Cache(Namespace):
             if self._pid == os.getpid():
                 return
             self._memory.attach_again()
+            self._below = None
             self._pid = os.getpid()
             self._open_below()
             for namespace in list(self._opened):

@@ -7,7 +7,7 @@ import hashlib
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,8 +45,12 @@ class MemoryTier:
     # ---- Opening
 
     @classmethod
-    def open(cls, directory: Path | None, options: CacheOptions, *, shared: bool) -> MemoryTier:
+    def open(
+        cls, directory: Path | None, options: CacheOptions, *, shared: bool, restore: Callable[[_core.Store], None]
+    ) -> MemoryTier:
         """Open the tier of this directory; None makes a private one that leaves nothing behind.
+
+        A new mapping is handed to `restore`, which tells it what lies below, before anybody else can attach to it.
 
         Raises ConfigMismatch when it is open with other options, or exclusively, and ConfigError when the directory
         can't be used.
@@ -65,10 +69,11 @@ class MemoryTier:
                 identity = _identity(directory)
                 if shared:
                     file = _shared_file(directory, identity)
-                    store = _open_shared(file, directory, options, identity.seed)
+                    store = _open_shared(file, directory, options, identity.seed, restore)
                     return cls(store, directory, file, users)
                 with _explained(options):
                     store = _core.Store.open_private(options.memory, options.disk, identity.seed)
+                restore(store)
                 return cls(store, directory, None, users)
         except BaseException:
             os.close(users)
@@ -157,7 +162,9 @@ def _shared_file(directory: Path, identity: _Identity) -> Path:
     return Path(os.environ.get("KVSTRATA_SHM_DIR", "/dev/shm")) / f"kvstrata-{os.getuid()}-{digest}"
 
 
-def _open_shared(file: Path, directory: Path, options: CacheOptions, seed: int) -> _core.Store:
+def _open_shared(
+    file: Path, directory: Path, options: CacheOptions, seed: int, restore: Callable[[_core.Store], None]
+) -> _core.Store:
     exists, ready, format, in_use, memory, disk = _core.probe(str(file))
     if exists and not in_use and (not ready or (memory, disk) != (options.memory, options.disk)):
         file.unlink()  # left by processes that were killed, and of no use now
@@ -170,7 +177,14 @@ def _open_shared(file: Path, directory: Path, options: CacheOptions, seed: int) 
             raise ConfigMismatch.of_cache(str(directory), differences)
         return _core.Store.attach_shared(str(file))
     with _explained(options):
-        return _core.Store.create_shared(str(file), options.memory, options.disk, seed)
+        store = _core.Store.create_shared(str(file), options.memory, options.disk, seed)
+    try:
+        restore(store)
+    except BaseException:
+        file.unlink()
+        raise
+    store.mark_ready()
+    return store
 
 
 @contextmanager

@@ -1,0 +1,148 @@
+// A process dies at each named point; the next one goes on with a whole cache. Needs KVSTRATA_FAILPOINTS.
+#include <csignal>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "check.hpp"
+#include "store_help.hpp"
+
+using namespace kvstrata;
+using namespace kvstrata::testing;
+
+#if defined(KVSTRATA_FAILPOINTS) && !defined(__SANITIZE_THREAD__)  // TSan can't follow a fork
+namespace {
+
+const char* const kPoints[] = {
+    "allocator.tail", "allocator.split", "allocator.take", "allocator.merge", "allocator.freed", "allocator.begin",
+    "allocator.announced", "allocator.done", "allocator.freeing", "allocator.released", "allocator.forgotten",
+    "allocator.chunk", "index.link", "index.live", "index.unlink", "index.unlinked", "index.free", "store.pin",
+    "store.unpin", "store.filled", "store.published", "store.leaving", "store.left", "store.gone", "store.loaded",
+    "store.promoted",
+};
+
+std::string key_of(u32 number) {
+    // Some keys lie in the entry, some in a block of their own.
+    return (number % 3 ? "" : std::string(50, 'x')) + "key " + std::to_string(number);
+}
+
+std::string value_of(u32 number) {
+    return std::string(number % 5 == 0 ? 70000 : 100 * (number % 50), static_cast<char>('a' + number % 26));
+}
+
+// Everything that a process does, over a namespace that is always full; dies somewhere in here.
+void work(Store& store, Space space, unsigned seed) {
+    std::mt19937 random(seed);
+    std::vector<std::string> disk;
+    const u32 segment = static_cast<u32>(getpid());
+    auto write_below = [&] {
+        for (auto& dirty : store.take_dirty(4, 1 << 20, 0)) {
+            disk.emplace_back(reinterpret_cast<const char*>(dirty.pin.record()), dirty.pin.record_size());
+            store.settle(dirty, segment, (disk.size() - 1) * kUnit);
+        }
+    };
+    for (u32 row = 0;; ++row) {
+        const u32 number = random() % 200;
+        const std::string key = key_of(number);
+        switch (random() % 5) {
+            case 0:
+            case 1: {
+                auto reservation = store.reserve(space, bytes_of(key), value_of(number).size(), 0, 1, false);
+                if (!reservation) {
+                    write_below();
+                    break;
+                }
+                const std::string value = value_of(number);
+                reservation->header.payload_crc = copy_crc32c(reservation->payload(), value.data(), value.size(), 0);
+                store.publish(*reservation);
+                break;
+            }
+            case 2: store.remove(space, bytes_of(key)); break;
+            case 3: get(store, space, key); break;
+            default:
+                write_below();
+                store.insert_disk({space.id, bytes_of("row " + std::to_string(row)), row + 1u, segment, 0, 128, 0, 1, 1, 0});
+                if (const auto where = store.locate(space, bytes_of(key)); where && where->segment == segment) {
+                    if (auto loading = store.begin_load(space, bytes_of(key), *where)) {
+                        const std::string& record = disk[where->offset / kUnit];
+                        std::memcpy(loading->block.bytes(), record.data(), record.size());
+                        store.commit_load(*loading);
+                    }
+                }
+        }
+    }
+}
+
+void check_whole(Store& store, Space space, const char* point) {
+    int present = 0;
+    for (u32 number = 0; number < 200; ++number) {
+        const std::string got = get(store, space, key_of(number));
+        if (got == "(absent)") continue;
+        ++present;
+        if (!CHECK(got == value_of(number))) std::fprintf(stderr, "  after %s\n", point);
+    }
+    if (!CHECK(present > 0)) std::fprintf(stderr, "  after %s\n", point);
+}
+
+}  // namespace
+
+TEST(a_death_at_any_point_costs_nothing_but_what_was_being_put) {
+    std::vector<int> countdowns{0, 3, 40};
+    const char* const soak = std::getenv("KVSTRATA_SOAK");  // how many more, for a longer run
+    for (int more = 1; soak && more <= std::atoi(soak); ++more) countdowns.push_back(40 + more * 7);
+    for (const char* point : kPoints) {
+        for (const int countdown : countdowns) {
+            auto store = Store::open_private({1 << 20, 1 << 30});
+            const Space space = store->open_namespace(0, "default", 1, {});
+            for (u32 number = 0; number < 200; ++number) {
+                put(*store, space, key_of(number), value_of(number));
+                for (auto& dirty : store->take_dirty(8, 1 << 20, 0)) store->settle(dirty, 0, 0);
+            }
+            const pid_t child = fork();
+            if (child == 0) {
+                setenv("KVSTRATA_FAILPOINT", (std::string(point) + ":" + std::to_string(countdown)).c_str(), 1);
+                store->leave_to_parent();
+                const auto mine = store->attach_again();
+                alarm(20);
+                try {
+                    work(*mine, space, static_cast<unsigned>(countdown));
+                } catch (const std::exception& error) {
+                    std::fprintf(stderr, "  in the child: %s\n", error.what());
+                }
+                _exit(1);
+            }
+            int status = 0;
+            waitpid(child, &status, 0);
+            if (!CHECK(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL))
+                std::fprintf(stderr, "  %s:%d was never reached\n", point, countdown);
+            check_whole(*store, space, point);  // before anybody has reaped
+            CHECK(store->reap() <= 1);
+            CHECK(store->stats().clients == 1);
+            auto settle_all = [&] {  // what the dead had yet to write is ours now
+                for (auto& dirty : store->take_dirty(1000, 1 << 30, 0)) store->settle(dirty, 0, 0);
+            };
+            settle_all();
+            for (int round = 0; round < 3; ++round) {
+                for (u32 number = 0; number < 200; ++number) {
+                    put(*store, space, key_of(number), value_of(number));
+                    settle_all();
+                }
+                check_whole(*store, space, point);
+            }
+            store->drop_segment(static_cast<u32>(child));
+            for (u32 number = 0; number < 200; ++number) store->remove(space, bytes_of(key_of(number)));
+            const auto stats = store->stats();
+            if (!CHECK(stats.memory.used == 0) || !CHECK(stats.memory.free_runs == 1) || !CHECK(stats.entries == 0) ||
+                !CHECK(stats.memory.faults == 0) || !CHECK(stats.pins == 0) || !CHECK(stats.dirty_bytes == 0) ||
+                !CHECK(store->usage(space.id) == std::pair<u64, u64>(0, 0)))
+                std::fprintf(stderr, "  after %s:%d: used %lu in %u runs, faults %lu\n", point, countdown,
+                             static_cast<unsigned long>(stats.memory.used), stats.memory.free_runs,
+                             static_cast<unsigned long>(stats.memory.faults));
+        }
+    }
+}
+#else
+TEST(nothing_to_kill_in_this_build) { CHECK(true); }
+#endif
