@@ -222,8 +222,13 @@ class Cache(Namespace):
         self._pid = os.getpid()
         self._closed = False
         self._below: Tier | None = None
-        self._memory = MemoryTier.open(path, options, shared=shared, restore=self._restore)
         self._writer: WriteBehind | None = None
+        try:
+            self._memory = MemoryTier.open(path, options, shared=shared, restore=self._restore)
+        except BaseException:
+            if self._below:
+                self._below.close()
+            raise
         try:
             self._open_below()
             super().__init__(self, _SpaceOptions("default"), 0)
