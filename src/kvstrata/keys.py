@@ -35,7 +35,7 @@ MAX_BLOCK_TOKENS = 4096
 
 _CONTEXT = "kvstrata 2026-11-24 prefix block fingerprint"
 _ROOT = bytes(32)
-_DTYPES = {
+_DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype("<f4"),
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype("<u2"),
@@ -161,7 +161,7 @@ def prefix_keys(tokens: Sequence[int] | npt.ArrayLike, seed: bytes, block_tokens
         raise ConfigError(f"a seed has 32 bytes, not {len(seed)}")
     if block_tokens < 1:
         raise ConfigError(f"block_tokens must be at least 1, not {block_tokens}")
-    words = memoryview(block_tokens_array(tokens)).cast("B")
+    words = block_tokens_array(tokens).data.cast("B")
     size = 4 * block_tokens
     digest = _ROOT
     keys = []
