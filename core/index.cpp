@@ -152,7 +152,13 @@ void Index::grow(u32 number) {
     }
 }
 
-// After a death inside: rebuilds chains, the free list and the sums of pins from the entries and the clients' tables.
+bool Index::refers_to(const Entry& entry, u32 block) const {
+    return entry.state != EntryState::free &&
+           (entry.memory == block || (entry.key_len > kInlineKey && entry.key_block == block));
+}
+
+// After a death inside: rebuilds chains, the free list and the sums of pins from the entries and the clients' tables,
+// and settles whose the blocks are that were on their way in or out.
 void Index::repair(u32 number) {
     header_.rebuilt_shards.fetch_add(1);
     Shard& shard = shards_[number];
@@ -162,8 +168,16 @@ void Index::repair(u32 number) {
     shard.free_entries = kNone;
     each_of(number, [&](u32, Entry& entry) { entry.pins = 0; });
     for (u32 slot = 0; slot < kMaxClients; ++slot) {
-        const Client& client = clients_[slot];
+        Client& client = clients_[slot];
         if (!client.used.load()) continue;
+        // A block that an entry refers to is the entry's. If it stayed in flight, it would be freed with the dead
+        // client, whatever had become of the entry, and of the block, by then. What a living client writes here
+        // meanwhile can't be meant: it lets an entry refer to a block in flight only while it holds this lock.
+        for (InFlight& flight : client.in_flight) {
+            const u32 block = __atomic_load_n(&flight.block, __ATOMIC_RELAXED);
+            const u32 at = __atomic_load_n(&flight.entry, __ATOMIC_RELAXED);
+            if (block && at && owners_[at / kChunk] == number + 1 && refers_to(entries_[at], block)) flight.block = kNone;
+        }
         for (const auto& pin : client.pins) {
             const u32 pinned = pin.load(std::memory_order_relaxed);
             if (pinned && owners_[pinned / kChunk] == number + 1) ++entries_[pinned].pins;

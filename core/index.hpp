@@ -36,6 +36,7 @@ public:
     void link(u32 number);                             // makes it live; `hash` is set
     void unlink(u32 number, EntryState becomes);       // live before
     void free_entry(u32 number);                       // unlinked before, its blocks are gone
+    bool refers_to(const Entry& entry, u32 block) const;  // whether the entry still, or already, has it
 
     // Calls visit(number, entry) for each entry that belongs to the shard, whatever its state.
     template <class Visit>

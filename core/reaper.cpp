@@ -24,10 +24,8 @@ void Store::reap_client(u32 slot) {
         if (!flight.block) continue;
         bool referenced = false;
         if (flight.entry) {
-            const Entry& entry = index_.entry(flight.entry);
             const RobustLock held = index_.lock(index_.shard_holding(flight.entry));
-            referenced = entry.state != EntryState::free &&
-                         (entry.memory == flight.block || (entry.key_len > kInlineKey && entry.key_block == flight.block));
+            referenced = index_.refers_to(index_.entry(flight.entry), flight.block);
         }
         if (referenced) {
             flight.block = kNone;
