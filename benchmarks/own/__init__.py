@@ -1,0 +1,1 @@
+"""Each module measures one part and has `rows(settings) -> list[Row]`."""

@@ -1,0 +1,105 @@
+"""Single and batched calls beside other caches: values of 1 KiB and of 1 MiB, one thread."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+import kvstrata
+from benchmarks.measure import Settings, Work, interleaved
+from benchmarks.peers import Peer, open_peers
+from benchmarks.table import Row
+
+KIB, MIB = 1 << 10, 1 << 20
+BATCH = 64
+REMARKS = [
+    "cachebox and cachetools live in one process and hand out a reference to the object that was put; "
+    "kvstrata, LMDB, Redis and diskcache are shared by processes and hand out a copy.",
+]
+
+
+def rows(settings: Settings) -> list[Row]:
+    """Measure kvstrata's memory tier and all peers that are installed."""
+    small, missing = _small(settings)
+    large = _large(settings)
+    REMARKS.extend(remark for remark in missing if remark not in REMARKS)
+    return [*small, *large]
+
+
+def _small(settings: Settings) -> tuple[list[Row], list[str]]:
+    entries, calls = 10_000, 2048
+    keys = [b"%032d" % i for i in range(entries)]
+    value = random.Random(0).randbytes(KIB)
+    chosen = random.Random(1).sample(keys, calls)
+    batches = [chosen[i : i + BATCH] for i in range(0, calls, BATCH)]
+    items = [dict.fromkeys(batch, value) for batch in batches]
+    peers, missing = open_peers(settings.directory / "small", 2 * entries)
+    found: list[Row] = []
+    section = "Against other caches: values of 1 KiB"
+    # A reference is nothing to beat a copy with: the targets are for the caches that do the least.
+    targets = {"get": 0.5, "put": 0.5, "get_many": 1.0, "put_many": 1.0}
+    try:
+        with kvstrata.open(settings.directory / "ours", memory="256MiB", disk=0) as cache:
+            for owner in (cache, *peers):
+                for start in range(0, entries, 1000):
+                    owner.put_many(dict.fromkeys(keys[start : start + 1000], value))
+            verbs: dict[str, Callable[[Any], Work]] = {
+                "get": lambda owner: _work(owner.get, [(key,) for key in chosen]),
+                "put": lambda owner: _work(owner.put, [(key, value) for key in chosen]),
+                "get_many": lambda owner: _work(owner.get_many, [(batch,) for batch in batches], BATCH),
+                "put_many": lambda owner: _work(owner.put_many, [(batch,) for batch in items], BATCH),
+            }
+            for verb, make in verbs.items():
+                ours, *all_theirs = interleaved(make(cache), *map(make, peers), repeats=settings.repeats(20))
+                what = f"{verb} of {BATCH}, each" if verb.endswith("many") else verb
+                for peer, theirs in zip(peers, all_theirs, strict=True):
+                    found.append(Row(section, what, ours, "s", peer.name, theirs, at_least=targets[verb]))
+    finally:
+        _close(peers)
+    return found, missing
+
+
+def _large(settings: Settings) -> list[Row]:
+    count = settings.size(128)
+    rng = np.random.default_rng(0)
+    values = {b"%032d" % i: rng.bytes(MIB) for i in range(count)}
+    outs = [memoryview(bytearray(MIB)) for _ in range(count)]
+    peers, _ = open_peers(settings.directory / "large", count, ["lmdb", "redis", "diskcache"])
+    found = []
+    section = "Against other caches: values of 1 MiB"
+    try:
+        with kvstrata.open(settings.directory / "ours-large", memory="512MiB", disk=0) as cache:
+
+            def ours_into(key: bytes, out: memoryview) -> None:
+                cache.get(key, out=out)
+
+            into = list(zip(values, outs, strict=True))
+            puts = list(values.items())
+            repeats = settings.repeats(12)
+            owners = (cache, *peers)
+            stored = interleaved(*(_work(owner.put, puts) for owner in owners), repeats=repeats)
+            copies = [_work(ours_into, into), *(_work(peer.get_into, into) for peer in peers)]
+            copied = interleaved(*copies, repeats=repeats)
+            for what, (ours, *all_theirs) in (("get into a buffer", copied), ("put", stored)):
+                for peer, theirs in zip(peers, all_theirs, strict=True):
+                    at_least = 5.0 if what != "put" and peer.name.startswith("Redis") else None
+                    found.append(Row(section, what, ours, "s", peer.name, theirs, at_least=at_least))
+    finally:
+        _close(peers)
+    return found
+
+
+def _work(verb: Callable[..., Any], calls: list[tuple[Any, ...]], each: int = 1) -> Work:
+    def run() -> None:
+        for arguments in calls:
+            verb(*arguments)
+
+    return Work(run, len(calls) * each)
+
+
+def _close(peers: list[Peer]) -> None:
+    for peer in peers:
+        peer.close()
