@@ -45,9 +45,7 @@ def main(
     facts = machine(directory)
     busy = os.getloadavg()[0]
     if busy > 0.5:
-        console.print(
-            f"the load is {busy:.1f}: figures are less certain than on an idle machine", style="yellow"
-        )
+        console.print(f"the load is {busy:.1f}, so figures are less certain", style="yellow")
     rows: list[Row] = []
     remarks: list[str] = []
     for name in names or PARTS:

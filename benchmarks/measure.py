@@ -15,7 +15,7 @@ __all__ = ["Sample", "Settings", "Work", "interleaved"]
 
 @dataclass(frozen=True)
 class Settings:
-    """`directory` is on the file system to be measured, and is emptied later; `quick` trades certainty for time."""
+    """`directory` is on the file system to be measured, and goes later; `quick` trades certainty for time."""
 
     directory: Path
     quick: bool = False

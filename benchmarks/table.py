@@ -162,8 +162,8 @@ def write_markdown(path: Path, rows: Sequence[Row], facts: dict[str, str], remar
     lines = [
         "# Benchmarks",
         "",
-        '`make bench BENCH_ARGS="--markdown docs/benchmarks.md"` writes this file. These are figures of one run on',
-        "one machine, not promises; what carries over is the ratios.",
+        '`make bench BENCH_ARGS="--markdown docs/benchmarks.md"` writes this file. These are figures of one run',
+        "on one machine, not promises; what carries over is the ratios.",
         "",
         _LEGEND,
         "",

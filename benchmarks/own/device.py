@@ -22,7 +22,7 @@ MIB = 1 << 20
 class RawFile:
     """A file of `requests` blocks of `request` bytes (whole pages), moved by `depth` threads with O_DIRECT.
 
-    It is allocated at once and written by `write`. Raises OSError (EINVAL) where the file system refuses O_DIRECT.
+    It is allocated at once and written by `write`. Raises OSError where the file system refuses O_DIRECT.
     """
 
     def __init__(self, path: Path, *, request: int = MIB, requests: int = 256, depth: int = 8) -> None:

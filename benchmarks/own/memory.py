@@ -69,9 +69,7 @@ def _copies(settings: Settings) -> list[Row]:
         ):
             ours, theirs = interleaved(Work(work, count), Work(copy, count), repeats=settings.repeats(24))
             found.append(Row("Memory", what, ours, "s", COPYTO, theirs, at_least=target))
-        if not all(
-            np.array_equal(np.frombuffer(cache.get(keys[i])), values[i].view(float)) for i in range(count)
-        ):
+        if not all(cache.get(key) == value.tobytes() for key, value in zip(keys, values, strict=True)):
             raise AssertionError("a value came back changed")
     return found
 

@@ -30,16 +30,16 @@ def rows(settings: Settings) -> list[Row]:
 
 
 def _small(settings: Settings) -> tuple[list[Row], list[str]]:
-    entries, calls = 10_000, 2048
+    entries, calls = 10_000, 8192
     keys = [b"%032d" % i for i in range(entries)]
     value = random.Random(0).randbytes(KIB)
-    chosen = random.Random(1).sample(keys, calls)
+    chosen = random.Random(1).choices(keys, k=calls)
     batches = [chosen[i : i + BATCH] for i in range(0, calls, BATCH)]
     items = [dict.fromkeys(batch, value) for batch in batches]
     peers, missing = open_peers(settings.directory / "small", 2 * entries)
     found: list[Row] = []
     section = "Against other caches: values of 1 KiB"
-    # A reference is nothing to beat a copy with: the targets are for the caches that do the least.
+    # Beside cachebox, which does the least.
     targets = {"get": 0.5, "put": 0.5, "get_many": 1.0, "put_many": 1.0}
     try:
         with kvstrata.open(settings.directory / "ours", memory="256MiB", disk=0) as cache:
@@ -56,7 +56,8 @@ def _small(settings: Settings) -> tuple[list[Row], list[str]]:
                 ours, *all_theirs = interleaved(make(cache), *map(make, peers), repeats=settings.repeats(20))
                 what = f"{verb} of {BATCH}, each" if verb.endswith("many") else verb
                 for peer, theirs in zip(peers, all_theirs, strict=True):
-                    found.append(Row(section, what, ours, "s", peer.name, theirs, at_least=targets[verb]))
+                    at_least = targets[verb] if peer.name.startswith("cachebox") else None
+                    found.append(Row(section, what, ours, "s", peer.name, theirs, at_least=at_least))
     finally:
         _close(peers)
     return found, missing

@@ -17,7 +17,7 @@ class Unavailable(Exception):
 
 
 class Peer(Protocol):
-    """A cache of bytes under bytes. Where a peer has a function of this meaning, the verb is that function."""
+    """A cache of bytes under bytes. Where a peer has such a function, the verb is that function itself."""
 
     name: str
 
