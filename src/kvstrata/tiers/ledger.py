@@ -1,0 +1,167 @@
+"""The small file of a disk tier whose lock serialises its writers, and which says how far they came.
+
+Everything that allocates in the directory or changes the catalog holds the lock: so the capacity can be a hard
+bound, and a catalog can be replaced while other processes have it open. The kernel releases the lock of a process
+that dies.
+
+The counter of commits stands outside of SQLite on purpose. A damaged write-ahead log makes SQLite lose its last
+transactions without a word, and a deletion among them would be undone; a catalog that has fewer commits than
+the ledger counts is therefore taken for damaged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import struct
+import threading
+import time
+import weakref
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from kvstrata import _core
+from kvstrata.errors import FormatError, TierUnavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+__all__ = ["Ledger", "Mark", "after_fork"]
+
+_LAYOUT = struct.Struct("<4sIQQI32xI")  # magic, format, commits, segment, seed, checksum of the 60 bytes before
+_MAGIC = b"KVSL"
+FORMAT = 1
+
+
+class Mark(NamedTuple):
+    """How far the writers of a directory came."""
+
+    commits: int = 0
+    """Transactions that were committed to the catalog."""
+    segment: int = 0
+    """The highest segment number that was ever given out."""
+    seed: int = 0
+    """What the header checksums of the cache's records start from."""
+
+
+class Ledger:
+    """The lock of a directory and its mark. One object may be shared by threads; `hold` may be nested."""
+
+    def __init__(self, directory: Path, *, seed: int = 0, patience: float = 5.0) -> None:
+        self.path = directory / "ledger"
+        self._known = Mark(seed=seed)  # what to go on with when the file gets damaged
+        self._patience = patience  # seconds
+        self._fd = -1
+        self._depth = 0
+        self._thread_lock = threading.RLock()
+        after_fork(self)
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Keep all other threads and processes out; raises TierUnavailable when that takes too long."""
+        if not self._thread_lock.acquire(timeout=self._patience):
+            raise TierUnavailable(f"another thread holds {self.path} for more than {self._patience} s")
+        try:
+            if self._depth == 0:
+                self._lock_file()
+            self._depth += 1
+            try:
+                yield
+            finally:
+                self._depth -= 1
+                if self._depth == 0:
+                    fcntl.flock(self._fd, fcntl.LOCK_UN)
+        finally:
+            self._thread_lock.release()
+
+    def read(self) -> Mark | None:
+        """Return the mark, None when there is none or it is damaged. The lock must be held.
+
+        Raises FormatError when a newer release wrote it.
+        """
+        data = os.pread(self._fd, _LAYOUT.size, 0)
+        if len(data) < _LAYOUT.size:
+            return None
+        magic, version, commits, segment, seed, checksum = _LAYOUT.unpack(data)
+        if magic != _MAGIC or _core.crc32c(data[:-4]) != checksum:
+            return None
+        if version > FORMAT:
+            raise FormatError(f"{self.path} has format {version}; this release reads up to {FORMAT}")
+        self._known = Mark(commits, segment, seed)
+        return self._known
+
+    def mark(self) -> Mark:
+        """Return the mark, or the last that was seen where it is damaged. The lock must be held."""
+        return self.read() or self._known
+
+    def write(self, mark: Mark) -> None:
+        """Replace the mark. The lock must be held."""
+        self._known = mark
+        data = _LAYOUT.pack(_MAGIC, FORMAT, mark.commits, mark.segment, mark.seed, 0)[:-4]
+        os.pwrite(self._fd, data + _core.crc32c(data).to_bytes(4, "little"), 0)
+
+    def close(self) -> None:
+        """Give the file back; it is opened again when needed."""
+        with self._thread_lock:
+            self._close_file()
+
+    def _lock_file(self) -> None:
+        deadline = time.monotonic() + self._patience
+        pause = 0.0002
+        while True:
+            try:
+                if self._fd < 0:
+                    self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if self._is_current():
+                    return
+                self._close_file()
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise TierUnavailable(
+                        f"another process holds {self.path} for more than {self._patience} s; is it stopped?"
+                    ) from None
+                time.sleep(pause)
+                pause = min(pause * 1.5, 0.01)
+            except OSError as error:
+                raise TierUnavailable(f"{self.path} can't be opened: {error.strerror}") from error
+
+    def _is_current(self) -> bool:
+        """Whether the locked file is still the one in the directory: a lock on a removed one excludes nobody."""
+        try:
+            there = self.path.stat()
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(there, os.fstat(self._fd))
+
+    def _close_file(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _forget_parent(self) -> None:
+        # The parent's lock belongs to the open file, which a child shares: held open here it would outlive the parent.
+        self._thread_lock = threading.RLock()
+        self._depth = 0
+        self._close_file()
+
+
+class _Forkable(Protocol):
+    def _forget_parent(self) -> None: ...
+
+
+_forkable: weakref.WeakSet[_Forkable] = weakref.WeakSet()
+
+
+def after_fork(resource: _Forkable) -> None:
+    """Have `resource._forget_parent()` called in each forked child, for as long as it exists."""
+    _forkable.add(resource)
+
+
+def _in_child() -> None:
+    for resource in list(_forkable):
+        resource._forget_parent()  # noqa: SLF001
+
+
+os.register_at_fork(after_in_child=_in_child)
