@@ -58,6 +58,10 @@ class BufferPool:
             if self._idle is not None and self._idle.capacity >= tokens:
                 buffer, self._idle = self._idle, None
                 return buffer
+        return self.make(tokens)
+
+    def make(self, tokens: int) -> KVBuffer:
+        """Return a new buffer for at least `tokens` tokens, to keep."""
         return KVBuffer(self._layout, -(-tokens // _GRAIN) * _GRAIN, self._device)
 
     def give(self, buffer: KVBuffer) -> None:

@@ -76,8 +76,13 @@ def weights_identity(model: Any) -> str:
     digest = blake3.blake3(max_threads=blake3.blake3.AUTO)
     digest.update(json.dumps(_config_of(_base(model)), sort_keys=True, default=str).encode())
     digest.update(json.dumps(sorted({type(module).__qualname__ for module in model.modules()})).encode())
+    seen: dict[int, str] = {}
     for name in sorted(state):
         tensor = state[name].detach()
+        first = seen.setdefault(id(state[name]), name)
+        if first != name:  # tied: digest it once
+            digest.update(f"\0{name}\0={first}\0".encode())
+            continue
         digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
         if tensor.numel():
             digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -125,7 +130,8 @@ def _refuse_by_config(model: Any) -> Any:
         raise UnsupportedModel("encoder-decoder models keep a second cache, of the encoder's input")
     if base.training:
         raise UnsupportedModel("the model is in training mode (dropout may change the KV); call model.eval()")
-    if not type(base)._supports_default_dynamic_cache():
+    kind: Any = type(base)
+    if not kind._supports_default_dynamic_cache():
         raise UnsupportedModel(f"{type(base).__name__} keeps its state in a cache of its own kind")
     devices = {parameter.device for parameter in base.parameters()}
     if any(device.type == "meta" for device in devices):

@@ -58,9 +58,10 @@ _OPTIONS: dict[str, tuple[tuple[object, ...], str]] = {
     "output_hidden_states": ((None, False), "a reused prefix has no hidden states"),
 }
 _OWN_ARGUMENTS = {"cache", "past_key_values", "cache_params"}
-_PLAIN_ARGUMENTS = {
-    "assistant_model", "custom_generate", "generation_config", "logits_processor", "prefix_allowed_tokens_fn",
-    "stopping_criteria", "streamer", "synced_gpus", "tokenizer", "use_model_defaults",
+_OPTIONS_OF_GENERATION = vars(GenerationConfig()).keys()  # type: ignore[no-untyped-call]
+_HARMLESS_ARGUMENTS = _OPTIONS_OF_GENERATION | {
+    "assistant_model", "attention_mask", "custom_generate", "generation_config", "logits_processor",
+    "prefix_allowed_tokens_fn", "stopping_criteria", "streamer", "synced_gpus", "tokenizer", "use_model_defaults",
 }  # fmt: skip
 
 
@@ -187,14 +188,15 @@ class PrefixReuse:
         self._refresh()
         prefixes, pool = self._prefixes, self._pool
         tokens = ids[0].cpu().numpy()
-        buffer = pool.take(len(tokens) + self._new_tokens(len(tokens), kwargs))
-        keep = False
+        room = len(tokens) + self._new_tokens(len(tokens), kwargs)
+        # An output that isn't just tokens holds the cache, and the cache looks into the buffer.
+        keep = bool(self._option("return_dict_in_generate", kwargs))
+        buffer = pool.make(room) if keep else pool.take(room)
         try:
             loaded, error = self._load(prefixes, tokens, buffer)
             reused = loaded.tokens if loaded is not None else 0
             cache = cache_over(buffer, reused)
             output = self.model.generate(ids, streamer=timer, **{_CACHE_ARGUMENT: cache}, **kwargs)
-            keep = not torch.is_tensor(output)  # such an output holds the cache, which looks into the buffer
             stored = 0
             if self.store:
                 sequence = (output if torch.is_tensor(output) else output.sequences)[0]
@@ -252,9 +254,8 @@ class PrefixReuse:
         mask = kwargs.get("attention_mask")
         if mask is not None and (mask.shape != ids.shape or not bool((mask == 1).all())):
             raise UnsupportedModel("attention_mask hides or pads tokens; a prefix's KV would depend on it")
-        config = kwargs.get("generation_config") or self.model.generation_config
         for name, (allowed, reason) in _OPTIONS.items():
-            value = kwargs.get(name, getattr(config, name, None))
+            value = self._option(name, kwargs)
             if not any(value is item or value == item for item in allowed):
                 shown = value if isinstance(value, int | str) else type(value).__name__
                 raise UnsupportedModel(f"{name}={shown!r}: {reason}")
@@ -263,19 +264,22 @@ class PrefixReuse:
                 raise UnsupportedModel(
                     f"{name} is what this object provides; call model.generate for your own"
                 )
-            known = name == "attention_mask" or name in _PLAIN_ARGUMENTS or hasattr(config, name)
-            if not known:
+            if name not in _HARMLESS_ARGUMENTS:
                 raise UnsupportedModel(f"the input {name!r} may change the KV, but isn't in the token ids")
         return ids
 
     def _new_tokens(self, prompt: int, kwargs: dict[str, Any]) -> int:
         """An upper bound, or a guess, of how many tokens will be generated after `prompt` tokens."""
-        config: GenerationConfig = kwargs.get("generation_config") or self.model.generation_config
         for name, less in (("max_new_tokens", 0), ("max_length", prompt)):
-            value = kwargs.get(name, getattr(config, name, None))
+            value = self._option(name, kwargs)
             if value is not None:
                 return max(1, int(value) - less)
         return _UNKNOWN_LENGTH
+
+    def _option(self, name: str, kwargs: dict[str, Any]) -> Any:
+        """The value that `generate` will use for an option of generation."""
+        config = kwargs.get("generation_config") or self.model.generation_config
+        return kwargs.get(name, getattr(config, name, None))
 
     def _refresh(self) -> None:
         """Follow a change of weights, adapters or attention: other KV, so other keys."""
