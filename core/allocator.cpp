@@ -198,15 +198,21 @@ u32 Allocator::find_block(u32 size_class) {
 
 // ---- Blocks -------------------------------------------------------------------------------------
 
+// Says for repair() what is being done, and to the block in which slot: never an operation with another's slot.
+void Allocator::begin(u32 operation, u32 client, u32 slot) {
+    state_.client = client;
+    state_.slot = slot;
+    KVSTRATA_COMMIT("allocator.slot");
+    state_.operation = operation;
+}
+
 bool Allocator::allocate(u32 units, u32 client, u32 slot) {
     const RobustLock held = lock();
     InFlight& flight = in_flight(client, slot);
     const bool small = units <= kSmallUnits;
     const u32 block = small ? find_block(class_of(units)) : find_run(pages_for(units)) * kUnitsPerPage;
     if (!block) return false;
-    state_.client = client;
-    state_.slot = slot;
-    state_.operation = kAllocating;
+    begin(kAllocating, client, slot);
     KVSTRATA_COMMIT("allocator.begin");
     flight.units = units;
     flight.entry = kNone;
@@ -259,9 +265,7 @@ void Allocator::release(u32 client, u32 slot) {
     if (!is_allocated(flight.block, flight.units)) {
         ++state_.faults;  // a double free, refused
     } else {
-        state_.client = client;
-        state_.slot = slot;
-        state_.operation = kFreeing;
+        begin(kFreeing, client, slot);
         KVSTRATA_COMMIT("allocator.freeing");
         free_block(flight.block, flight.units);
         KVSTRATA_COMMIT("allocator.released");

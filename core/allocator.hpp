@@ -31,6 +31,7 @@ public:
 
 private:
     RobustLock lock();
+    void begin(u32 operation, u32 client, u32 slot);
     InFlight& in_flight(u32 client, u32 slot) const;
     PageDescriptor& page(u32 number) const { return pages_[number]; }
     using Word [[gnu::may_alias]] = u64;

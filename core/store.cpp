@@ -134,8 +134,9 @@ Space Store::open_namespace(u32 id, const std::string& name, u32 version, const 
             throw ConfigMismatch("namespace '" + name + "' is already open with " + differs + "; use the same");
     }
     if (version > ns.version.load()) {
-        ns.version.store(version);
         ns.epoch.fetch_add(1);
+        KVSTRATA_COMMIT("store.epoch");  // the new version must never be there with the old records
+        ns.version.store(version);
     }
     return {chosen, version};
 }
