@@ -38,26 +38,31 @@ std::vector<Dirty> Store::take_dirty(size_t most, u64 most_bytes, double timeout
         }
     }
     std::vector<Dirty> taken;
+    taken.reserve(wanted.size());
     u64 bytes = 0;
     size_t done = 0;
-    for (; done < wanted.size() && (taken.empty() || bytes < most_bytes); ++done) {
-        const auto [at, units, seq] = wanted[done];
-        Pin pin;
-        {
-            Lease lease(clients_.pins);
-            const RobustLock held = index_.lock(index_.shard_holding(at));
-            Entry& entry = index_.entry(at);
-            if (entry.state == EntryState::live && entry.seq == seq && (entry.flags & kDirty)) {
-                claim(at, lease, pin);
-                entry.flags |= kWriting;
-                bytes += u64{units} * kUnit;
+    try {
+        for (; done < wanted.size() && (taken.empty() || bytes < most_bytes); ++done) {
+            const auto [at, units, seq] = wanted[done];
+            Pin pin;
+            {
+                Lease lease(clients_.pins);
+                const RobustLock held = index_.lock(index_.shard_holding(at));
+                Entry& entry = index_.entry(at);
+                if (entry.state == EntryState::live && entry.seq == seq && (entry.flags & kDirty)) {
+                    claim(at, lease, pin);
+                    entry.flags |= kWriting;
+                    bytes += u64{units} * kUnit;
+                }
+            }
+            if (pin) {
+                taken.push_back({std::move(pin), seq});
+            } else {
+                settled(u64{units} * kUnit);
             }
         }
-        if (pin) {
-            taken.push_back({std::move(pin), seq});
-        } else {
-            settled(u64{units} * kUnit);
-        }
+    } catch (const TierUnavailable&) {
+        // All pins are in use, or a lock can't be had: what is left has to wait for the next call.
     }
     if (done < wanted.size()) {
         const std::lock_guard lock(dirty_mutex_);

@@ -42,7 +42,7 @@ struct PinHandle {
     bool whole_record = false;  // or only the value
     bool released = false;
     int exports = 0;
-    nb::object view;            // given out by `with`
+    nb::object view;            // given out by `with`: a weak reference
 
     void release_if_unused() {
         if (released && exports == 0) pin = Pin(), store.reset();
@@ -50,6 +50,12 @@ struct PinHandle {
     const u8* data() const { return whole_record ? pin.record() : pin.value(); }
     u64 size() const { return whole_record ? pin.record_size() : pin.size(); }
 };
+
+nb::object view_of(nb::handle object) {
+    PyObject* view = PyMemoryView_FromObject(object.ptr());
+    if (!view) throw nb::python_error();
+    return nb::steal(view);
+}
 
 int export_pin(PyObject* self, Py_buffer* buffer, int flags) {
     PinHandle* pin = nb::inst_ptr<PinHandle>(self);
@@ -76,22 +82,26 @@ PyType_Slot pin_slots[] = {
     {0, nullptr},
 };
 
+// Gives out a view of the object, of which the object keeps a weak reference: a strong one would keep both for ever.
+nb::object give_view(nb::handle object, nb::object& reference) {
+    nb::object view = view_of(object);
+    reference = nb::steal(PyWeakref_NewRef(view.ptr(), nullptr));
+    if (!reference.is_valid()) throw nb::python_error();
+    return view;
+}
+
 // Ends the view that was given out; one that others still look through stays valid, and so does what it keeps.
-void end_view(nb::object& view) {
-    if (!view.is_valid()) return;
+void end_view(nb::object& reference) {
+    if (!reference.is_valid()) return;
+    const nb::object view = reference();
+    reference.reset();
+    if (view.is_none()) return;
     PyObject* done = PyObject_CallMethod(view.ptr(), "release", nullptr);
     if (!done) {
         if (!PyErr_ExceptionMatches(PyExc_BufferError)) throw nb::python_error();
         PyErr_Clear();
     }
     Py_XDECREF(done);
-    view.reset();
-}
-
-nb::object view_of(nb::handle object) {
-    PyObject* view = PyMemoryView_FromObject(object.ptr());
-    if (!view) throw nb::python_error();
-    return nb::steal(view);
 }
 
 void release_pin(PinHandle& pin) {
@@ -108,7 +118,7 @@ struct WriteHandle {
     Pin kept;  // of the published record, while somebody can still write to it
     bool finished = false;
     int exports = 0;
-    nb::object view;
+    nb::object view;  // a weak reference
 
     // Ends it. A view that somebody still holds keeps the memory that it looks into, until it goes.
     void finish() {
@@ -123,8 +133,8 @@ struct WriteHandle {
 
 int export_write(PyObject* self, Py_buffer* buffer, int flags) {
     WriteHandle* write = nb::inst_ptr<WriteHandle>(self);
-    if (write->finished) {
-        PyErr_SetString(PyExc_ValueError, "this reservation is finished");
+    if (write->finished || write->store->left_to_parent()) {
+        PyErr_SetString(PyExc_ValueError, "this reservation is finished, or another process's");
         return -1;
     }
     if (PyBuffer_FillInfo(buffer, self, write->data(), static_cast<Py_ssize_t>(write->size()), 0, flags) != 0) return -1;
@@ -165,6 +175,7 @@ u64 replaced(Published published, const Reservation& reservation) {
 u64 commit_write(WriteHandle& write) {
     if (write.finished || !write.reservation) throw InvalidValue("this reservation is finished");
     end_view(write.view);
+    if (write.store->left_to_parent()) throw InvalidValue("this reservation belongs to the process that forked this one");
     Reservation& reservation = *write.reservation;
     const u64 size = reservation.header.stored_len;
     Published published;
@@ -449,11 +460,10 @@ Reservation reserve_or_wait(Store& store, Space space, Key key, u64 size, u64 ex
 }
 
 u64 put(const SpaceHandle& self, nb::handle key_object, nb::handle value_object, u64 expires, float cost) {
-    const std::shared_ptr<Store>& store = self.owner->live();
+    const std::shared_ptr<Store> store = self.owner->live();  // kept: others may run, and close the cache
     const Key key = key_of(key_object);
     const Value value(value_object);
     if (store->present_immutable(self.space, key)) return 0;
-    const std::shared_ptr<Store> kept = value.size() >= kWorthASwitch ? store : nullptr;
     Reservation reservation = reserve_or_wait(*store, self.space, key, value.size(), expires, cost);
     const WithoutGil free(value.size());
     reservation.header.payload_crc = copy_crc32c(reservation.payload(), value.data(), value.size(), 0);
@@ -638,9 +648,7 @@ void bind_store(nb::module_& m) {
 
     nb::class_<PinHandle>(m, "Pin", nb::type_slots(pin_slots))
         .def("__enter__", [](nb::handle self) {
-            PinHandle& pin = nb::cast<PinHandle&>(self);
-            pin.view = view_of(self);
-            return pin.view;
+            return give_view(self, nb::cast<PinHandle&>(self).view);
         })
         .def("__exit__", [](PinHandle& self, nb::handle, nb::handle, nb::handle) { release_pin(self); },
              nb::arg().none(), nb::arg().none(), nb::arg().none())
@@ -652,9 +660,7 @@ void bind_store(nb::module_& m) {
 
     nb::class_<WriteHandle>(m, "Write", nb::type_slots(write_slots))
         .def("view", [](nb::handle self) {
-            WriteHandle& write = nb::cast<WriteHandle&>(self);
-            write.view = view_of(self);
-            return write.view;
+            return give_view(self, nb::cast<WriteHandle&>(self).view);
         })
         .def("publish", &commit_write)
         .def("commit", &commit_load)

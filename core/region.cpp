@@ -1,5 +1,6 @@
 #include "region.hpp"
 
+#include <csignal>
 #include <cstring>
 #include <fcntl.h>
 #include <sys/mman.h>
@@ -7,12 +8,14 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <bit>
 
 namespace kvstrata {
 namespace {
 
 constexpr u64 kGuard = 64 * 1024;
+constexpr u64 kPiece = 64 << 20;  // allocated at once
 constexpr int kPopulateRead = 22, kPopulateWrite = 23;  // MADV_POPULATE_*, newer than some headers
 
 [[noreturn]] void fail(const std::string& what, int code = errno) {
@@ -63,6 +66,22 @@ struct flock client_range(short type, u32 slot, u32 count) {
     range.l_len = count;
     return range;
 }
+
+// An allocation that a signal interrupts is undone by some kernels; a profiler's timer would never let it end.
+class SignalsHeldBack {
+public:
+    SignalsHeldBack() {
+        sigset_t all;
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &before_);
+    }
+    ~SignalsHeldBack() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+    SignalsHeldBack(const SignalsHeldBack&) = delete;
+    SignalsHeldBack& operator=(const SignalsHeldBack&) = delete;
+
+private:
+    sigset_t before_;
+};
 
 bool anybody_holds(int descriptor, u32 slot, u32 count) {
     struct flock range = client_range(F_WRLCK, slot, count);
@@ -175,9 +194,13 @@ int open_again(int descriptor) {
 std::unique_ptr<Region> Region::reopen() const { return attach(open_again(descriptor_), "this"); }
 
 void Region::renew_descriptor() {
-    const int another = open_again(descriptor_);
-    close(descriptor_);
-    descriptor_ = another;
+    const int inherited = descriptor_;
+    descriptor_ = -1;  // and stays so, if there's no descriptor to be had; what uses it then says so
+    try {
+        descriptor_ = open_again(inherited);
+    } catch (const OsError&) {
+    }
+    close(inherited);
 }
 
 std::unique_ptr<Region> Region::attach(int descriptor, const std::string& file) {
@@ -204,8 +227,14 @@ Region::~Region() {
 }
 
 void Region::back(u64 offset, u64 bytes) const {
-    const int code = posix_fallocate(descriptor_, static_cast<off_t>(offset), static_cast<off_t>(bytes));
-    if (code != 0) fail("no memory for the cache (" + std::to_string(bytes) + " bytes)", code);
+    for (u64 done = 0; done < bytes;) {
+        const u64 piece = std::min(bytes - done, kPiece);
+        const SignalsHeldBack held;
+        const int code = posix_fallocate(descriptor_, static_cast<off_t>(offset + done), static_cast<off_t>(piece));
+        if (code == EINTR) continue;
+        if (code != 0) fail("no memory for the cache (" + std::to_string(bytes) + " bytes)", code);
+        done += piece;
+    }
 }
 
 bool Region::hold_client_lock(u32 slot) const {

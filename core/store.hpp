@@ -199,6 +199,7 @@ public:
     u32 reap();          // undoes what dead processes left; returns how many there were
     // In a forked child: gives up this attachment, which is the parent's, without touching what it holds.
     void leave_to_parent();
+    bool left_to_parent() const { return clients_.self() == ~0u; }
     std::shared_ptr<Store> attach_again() const;  // another attachment to the same mapping
     bool alone() const;  // no other process is attached
     StoreStats stats();

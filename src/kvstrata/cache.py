@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar, overload
@@ -85,7 +85,7 @@ class Namespace:
     @property
     def version(self) -> int:
         """The version that this namespace was opened with."""
-        return self._space.version
+        return self._options.version
 
     # ---- Writing
 
@@ -291,6 +291,7 @@ class Cache(Namespace):
     def _open_space(self, options: _SpaceOptions) -> _core.Space:
         if self._closed:
             raise CacheClosed("this cache is closed")
+        self.attach_again()
         ns = self._below.open_namespace(options.name, options.version, options.immutable).id if self._below else 0
         return self._memory.store.open_namespace(ns, *options)
 
@@ -314,15 +315,18 @@ class Cache(Namespace):
 
     def flush(self, timeout: float = 60.0) -> None:
         """Wait until all that this process has put has reached the disk; raises TierUnavailable after `timeout` s."""
+        self.attach_again()
         if self._writer and not self._writer.flush(timeout):
             raise TierUnavailable(f"the disk tier did not take all records within {timeout:g} s")
 
     def demote(self) -> int:
         """Take out of memory what lies on disk too, where nobody has it pinned; returns the bytes that became free."""
+        self.attach_again()
         return self._memory.store.demote_all()
 
     def stats(self) -> dict[str, Any]:
         """Return counters and sizes: those of the memory tier and index, of the disk tier, and per namespace."""
+        self.attach_again()
         namespaces = {}
         for namespace in list(self._opened):
             records, used = namespace._space.usage
@@ -345,11 +349,15 @@ class Cache(Namespace):
     def _shut(self) -> None:
         if self._pid != os.getpid():
             return  # never attached in this child
-        if self._writer:
-            self._writer.stop()
-        if self._below:
-            self._below.close()
-        self._memory.close()
+        try:
+            if self._writer:
+                with suppress(TierUnavailable):
+                    self._memory.store.reap()  # what the dead had yet to write is ours to write
+                self._writer.stop()
+            if self._below:
+                self._below.close()
+        finally:
+            self._memory.close()
 
     def __enter__(self) -> Cache:
         return self
@@ -362,21 +370,21 @@ class Cache(Namespace):
     def leave_to_parent(self) -> None:
         """In a forked child: let go of the parent's place; the first use of a namespace takes one of its own."""
         self._lock = threading.RLock()
-        self._memory.leave_to_parent()
         for namespace in list(self._opened):
             namespace._space = _Forked(namespace)  # type: ignore[assignment]
+        self._memory.leave_to_parent()
 
     def attach_again(self) -> None:
-        """In a forked child: take a place of its own."""
+        """In a forked child: take a place of its own, unless it has one."""
+        if self._pid == os.getpid():
+            return
         with self._lock:
             if self._pid == os.getpid():
                 return
-            self._memory.attach_again()
             self._below = None
-            self._pid = os.getpid()
+            self._memory.attach_again(self._restore)
             self._open_below()
-            for namespace in list(self._opened):
-                namespace._space = self._open_space(namespace._options)
+            self._pid = os.getpid()
 
 
 class _Forked:
@@ -386,8 +394,11 @@ class _Forked:
         self._namespace = namespace
 
     def __getattr__(self, name: str) -> Any:
-        self._namespace._cache.attach_again()
-        return getattr(self._namespace._space, name)
+        namespace = self._namespace
+        current: object = namespace._space
+        if current is self:
+            namespace._space = namespace._cache._open_space(namespace._options)
+        return getattr(namespace._space, name)
 
 
 _open_caches: weakref.WeakSet[Cache] = weakref.WeakSet()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import msgspec
@@ -31,14 +32,23 @@ class _Identity(msgspec.Struct, frozen=True):
     seed: int
 
 
+class _Format(msgspec.Struct):
+    """What every format of it says."""
+
+    format: int
+
+
 class MemoryTier:
     """Opens, shares and finally removes the mapping; the verbs are those of its `store`."""
 
     name = "memory"
 
-    def __init__(self, store: _core.Store, directory: Path | None, file: Path | None, users: int | None) -> None:
+    def __init__(
+        self, store: _core.Store, options: CacheOptions, directory: Path | None, file: Path | None, users: int | None
+    ) -> None:
         self.store = store
         self.directory = directory
+        self._options = options
         self._file = file
         self._users = users  # descriptor of the lock that says how this process uses the directory
 
@@ -57,24 +67,23 @@ class MemoryTier:
         """
         if directory is None:
             with _explained(options):
-                return cls(_core.Store.open_private(options.memory), None, None, None)
-        try:
+                return cls(_core.Store.open_private(options.memory), options, None, None, None)
+        with _usable(directory):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            users = os.open(directory / "users.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise ConfigError(f"can't use {directory} as a cache: {error.strerror or error}") from error
+        users = _claim_directory(directory, shared)
         try:
-            _claim_directory(users, directory, shared)
             with _setup_lock(directory):
                 identity = _identity(directory)
+                file = _shared_file(directory, identity)
                 if shared:
-                    file = _shared_file(directory, identity)
                     store = _open_shared(file, directory, options, identity.seed, restore)
-                    return cls(store, directory, file, users)
+                    return cls(store, options, directory, file, users)
                 with _explained(options):
+                    # Left by processes that were killed. What is done here would make it untrue.
+                    file.unlink(missing_ok=True)
                     store = _core.Store.open_private(options.memory, options.disk, identity.seed)
                 restore(store)
-                return cls(store, directory, None, users)
+                return cls(store, options, directory, None, users)
         except BaseException:
             os.close(users)
             raise
@@ -86,43 +95,59 @@ class MemoryTier:
         self.store.leave_to_parent()
         if self._users is not None and self._file is not None:
             os.close(self._users)
-            assert self.directory is not None
-            self._users = os.open(self.directory / "users.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._users = None
 
-    def attach_again(self) -> None:
-        """In a forked child: take a place of its own in the same mapping."""
-        if self._users is not None and self._file is not None:
-            assert self.directory is not None
-            _claim_directory(self._users, self.directory, shared=True)
-        self.store.attach_again()
+    def attach_again(self, restore: Callable[[_core.Store], None]) -> None:
+        """In a forked child: take a place of its own in the mapping, or in a new one if all others have left it."""
+        if self._file is None:
+            self.store.attach_again()
+            return
+        assert self.directory is not None
+        if self._users is None:
+            self._users = _claim_directory(self.directory, shared=True)
+        with _setup_lock(self.directory):
+            self.store = _open_shared(self._file, self.directory, self._options, self.store.seed, restore)
 
     def close(self) -> None:
         """Leave the mapping; the last one out removes it."""
-        self.store.close()
-        if self.directory is not None and self._file is not None:
-            try:
-                with _setup_lock(self.directory):
-                    if not _core.probe(str(self._file))[3]:
+        try:
+            if self.directory is not None and self._file is not None:
+                # If the directory has gone, nobody else can come.
+                with _setup_lock(self.directory) if self.directory.is_dir() else nullcontext():
+                    # Pins may keep the mapping in use here, but nobody needs to find it any more.
+                    alone = self.store.alone()
+                    self.store.close()
+                    if alone or not _core.probe(str(self._file))[3]:
                         self._file.unlink(missing_ok=True)
-            except OSError:
-                pass  # the directory has gone; the next open of this path makes another cache
+        except (ConfigError, OSError, TierUnavailable):
+            pass  # left behind until the next open of this path
+        finally:
+            self.store.close()
         if self._users is not None:
             os.close(self._users)
             self._users = None
 
 
-def _claim_directory(users: int, directory: Path, shared: bool) -> None:
+def _claim_directory(directory: Path, shared: bool) -> int:
+    """Take the lock that says how a process uses the directory, and return its descriptor."""
+    with _usable(directory):
+        users = os.open(directory / "users.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(users, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError as error:
+        os.close(users)
+        if not isinstance(error, BlockingIOError):
+            raise ConfigError(f"can't lock {directory}/users.lock: {error.strerror or error}") from error
         how = "exclusively (shared=False)" if shared else "elsewhere, and shared=False wants it alone"
         raise ConfigMismatch(f"the cache at {directory} is already open {how}; close it there first") from None
+    return users
 
 
 @contextmanager
 def _setup_lock(directory: Path) -> Iterator[None]:
     """Hold the lock under which the mapping is made, attached and removed."""
-    descriptor = os.open(directory / "setup.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    with _usable(directory):
+        descriptor = os.open(directory / "setup.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         until = time.monotonic() + _SETUP_PATIENCE_S
         while True:
@@ -143,16 +168,24 @@ def _setup_lock(directory: Path) -> Iterator[None]:
 def _identity(directory: Path) -> _Identity:
     """Read which cache this directory holds; a new or unreadable one becomes a new cache."""
     path = directory / "identity.json"
-    try:
-        found = msgspec.json.decode(path.read_bytes(), type=_Identity)
-    except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError):
-        found = _Identity(_FORMAT, secrets.token_hex(16), secrets.randbits(32))
-        draft = directory / f"identity.json.{os.getpid()}"
-        draft.write_bytes(msgspec.json.encode(found))
-        draft.replace(path)
-    if found.format > _FORMAT:
-        raise FormatError(f"{directory} has format {found.format}, this release reads format {_FORMAT}; upgrade kvstrata")
-    return found
+    with _usable(directory):
+        try:
+            text = path.read_bytes()
+            format = msgspec.json.decode(text, type=_Format).format
+            if format > _FORMAT:
+                raise FormatError(
+                    f"{path} has format {format}, this release reads format {_FORMAT}; upgrade kvstrata"
+                )
+            return msgspec.json.decode(text, type=_Identity)
+        except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError):
+            new = _Identity(_FORMAT, secrets.token_hex(16), secrets.randbits(32))
+            draft = directory / "identity.json.new"
+            with draft.open("wb") as file:
+                file.write(msgspec.json.encode(new))
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(path)
+            return new
 
 
 def _shared_file(directory: Path, identity: _Identity) -> Path:
@@ -165,18 +198,23 @@ def _shared_file(directory: Path, identity: _Identity) -> Path:
 def _open_shared(
     file: Path, directory: Path, options: CacheOptions, seed: int, restore: Callable[[_core.Store], None]
 ) -> _core.Store:
-    exists, ready, format, in_use, memory, disk = _core.probe(str(file))
-    if exists and not in_use and (not ready or (memory, disk) != (options.memory, options.disk)):
-        file.unlink()  # left by processes that were killed, and of no use now
-        exists = False
-    if exists:
-        if not ready:
-            raise FormatError(f"{file} is in use by a release with format {format}, which this one doesn't read")
-        differences = options.differences(CacheOptions(memory=memory, disk=disk))
-        if differences:
-            raise ConfigMismatch.of_cache(str(directory), differences)
-        return _core.Store.attach_shared(str(file))
     with _explained(options):
+        exists, ready, format, in_use, memory, disk = _core.probe(str(file))
+        if exists and not in_use and (not ready or (memory, disk) != (options.memory, options.disk)):
+            file.unlink()  # left by processes that were killed, and of no use now
+            exists = False
+        if exists:
+            if not ready:
+                raise FormatError(f"{file} is in use by a release with format {format}, which this one doesn't read")
+            differences = options.differences(CacheOptions(memory=memory, disk=disk))
+            if differences:
+                raise ConfigMismatch.of_cache(str(directory), differences)
+            try:
+                return _core.Store.attach_shared(str(file))
+            except TierUnavailable:
+                if in_use:
+                    raise
+                file.unlink()  # every place in it is taken by a process that was killed
         store = _core.Store.create_shared(str(file), options.memory, options.disk, seed)
     try:
         restore(store)
@@ -189,9 +227,22 @@ def _open_shared(
 
 @contextmanager
 def _explained(options: CacheOptions) -> Iterator[None]:
-    """Turn a lack of memory at opening into the error that says so."""
+    """Turn a lack of memory at opening, or of the right to use it, into the error that says so."""
     try:
         yield
     except OSError as error:
-        filesystem = os.statvfs(os.environ.get("KVSTRATA_SHM_DIR", "/dev/shm"))
-        raise TierFull("memory (/dev/shm)", options.memory, filesystem.f_bavail * filesystem.f_frsize) from error
+        place = os.environ.get("KVSTRATA_SHM_DIR", "/dev/shm")
+        if error.errno not in (errno.ENOSPC, errno.ENOMEM):
+            raise TierUnavailable(f"can't make or open the memory tier in {place}: {error.strerror or error}") from error
+        filesystem = os.statvfs(place)
+        free = filesystem.f_bavail * filesystem.f_frsize
+        raise TierFull(f"memory ({place})", options.memory, free) from error
+
+
+@contextmanager
+def _usable(directory: Path) -> Iterator[None]:
+    """Turn a refusal of the file system into the error that names the directory."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"can't use {directory} as a cache: {error.strerror or error}") from error
