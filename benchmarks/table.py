@@ -162,7 +162,7 @@ def write_markdown(path: Path, rows: Sequence[Row], facts: dict[str, str], remar
     lines = [
         "# Benchmarks",
         "",
-        '`make bench BENCH_ARGS="--markdown docs/benchmarks.md"` writes this file. These are figures of one run',
+        '`make bench BENCH_ARGS="--markdown docs/benchmarks.md"` writes this file. Figures of one run',
         "on one machine, not promises; what carries over is the ratios.",
         "",
         _LEGEND,
