@@ -74,6 +74,30 @@ u32 Allocator::class_units(u32 size_class) {
     return 64 + (size_class - 39) * 8;
 }
 
+bool Allocator::owners_inside(u32 size_class) {
+    // Between the first descriptor and the last: a word of bits, and four bytes a block.
+    return kSlabUnits / class_units(size_class) > ((kSlabPages - 2) * sizeof(PageDescriptor) - sizeof(u64)) / sizeof(u32);
+}
+
+u32 Allocator::first_block(u32 size_class) {
+    if (!owners_inside(size_class)) return 0;
+    return static_cast<u32>(align_up(kSlabUnits / class_units(size_class) * sizeof(u32), kUnit) / kUnit);
+}
+
+u32 Allocator::blocks_of(u32 size_class) { return (kSlabUnits - first_block(size_class)) / class_units(size_class); }
+
+u32* Allocator::owners(u32 slab) const {
+    if (owners_inside(page(slab).size_class)) return reinterpret_cast<u32*>(region_.data() + u64{slab} * kPage);
+    return reinterpret_cast<u32*>(&pages_[slab + 1]) + sizeof(u64) / sizeof(u32);
+}
+
+u32 Allocator::slab_of(u32 block) const { return block / kUnitsPerPage - back_[block / kUnitsPerPage]; }
+
+u32 Allocator::index_in(u32 slab, u32 block) const {
+    const u32 size_class = page(slab).size_class;
+    return (block - slab * kUnitsPerPage - first_block(size_class)) / class_units(size_class);
+}
+
 // ---- Runs of pages ------------------------------------------------------------------------------
 
 // Makes [first, first + length) a free run and puts it in its bin.
@@ -131,13 +155,17 @@ void Allocator::take_pages(u32 first, u32 length, PageKind kind, u8 size_class) 
     unbin_run(first);
     if (rest) bin_run(first + length, rest);
     KVSTRATA_COMMIT("allocator.split");
-    if (length > 1) page(first + length - 1).kind = PageKind::interior;
+    if (length > 1) {
+        page(first + length - 1).kind = PageKind::interior;
+        page(first + length - 1).length = length;
+    }
     if (kind == PageKind::slab) {
-        std::memset(bitmap(first), 0, kSlabUnits / 8);
+        std::memset(&pages_[first + 1], 0, (kSlabPages - 2) * sizeof(PageDescriptor));
         for (u32 i = 0; i < kSlabPages; ++i) back_[first + i] = static_cast<u8>(i);
     }
     KVSTRATA_COMMIT("allocator.take");
-    page(first).next = page(first).prev = kNone;
+    __atomic_store_n(&page(first).next, kNone, __ATOMIC_RELAXED);
+    page(first).prev = kNone;
     store_head(page(first), length, kind, size_class);
     state_.free_pages -= length;
 }
@@ -187,11 +215,12 @@ u32 Allocator::find_block(u32 size_class) {
         take_pages(slab, kSlabPages, PageKind::slab, static_cast<u8>(size_class));
         link_slab(slab);
     }
-    const u32 units = class_units(size_class), blocks = kSlabUnits / units;
+    const u32 units = class_units(size_class), blocks = blocks_of(size_class);
     const Word* const bits = bitmap(slab);
     for (u32 word = 0; word * 64 < blocks; ++word) {
         const u32 bit = static_cast<u32>(std::countr_one(bits[word]));
-        if (bit < 64 && word * 64 + bit < blocks) return slab * kUnitsPerPage + (word * 64 + bit) * units;
+        if (bit < 64 && word * 64 + bit < blocks)
+            return slab * kUnitsPerPage + first_block(size_class) + (word * 64 + bit) * units;
     }
     return kNone;  // not reached: a slab in the list has room
 }
@@ -219,11 +248,10 @@ bool Allocator::allocate(u32 units, u32 client, u32 slot) {
     flight.block = block;
     KVSTRATA_COMMIT("allocator.announced");
     if (small) {
-        const u32 slab = block / kUnitsPerPage - back_[block / kUnitsPerPage];
-        const u32 size = class_units(page(slab).size_class);
-        const u32 index = (block - slab * kUnitsPerPage) / size;
+        const u32 slab = slab_of(block), index = index_in(slab, block);
+        __atomic_store_n(&owners(slab)[index], kNone, __ATOMIC_RELAXED);
         bitmap(slab)[index / 64] |= u64{1} << (index % 64);
-        if (++page(slab).used == kSlabUnits / size) unlink_slab(slab);
+        if (++page(slab).used == blocks_of(page(slab).size_class)) unlink_slab(slab);
     } else {
         take_pages(block / kUnitsPerPage, pages_for(units), PageKind::run, 0);
     }
@@ -238,19 +266,18 @@ bool Allocator::is_allocated(u32 block, u32 units) const {
     if (units > kSmallUnits)
         return block % kUnitsPerPage == 0 && page(number).kind == PageKind::run && page(number).length == pages_for(units);
     if (back_[number] > number) return false;
-    const u32 slab = number - back_[number];
+    const u32 slab = slab_of(block);
     if (page(slab).kind != PageKind::slab || page(slab).size_class != class_of(units)) return false;
-    const u32 index = (block - slab * kUnitsPerPage) / class_units(page(slab).size_class);
+    if (block - slab * kUnitsPerPage < first_block(page(slab).size_class)) return false;
+    const u32 index = index_in(slab, block);
     return bitmap(slab)[index / 64] >> (index % 64) & 1;
 }
 
 void Allocator::free_block(u32 block, u32 units) {
     const u32 number = block / kUnitsPerPage;
     if (units > kSmallUnits) return free_pages(number);
-    const u32 slab = number - back_[number];
-    const u32 size = class_units(page(slab).size_class);
-    const u32 index = (block - slab * kUnitsPerPage) / size;
-    if (page(slab).used == kSlabUnits / size) link_slab(slab);
+    const u32 slab = slab_of(block), index = index_in(slab, block);
+    if (page(slab).used == blocks_of(page(slab).size_class)) link_slab(slab);
     bitmap(slab)[index / 64] &= ~(u64{1} << (index % 64));
     KVSTRATA_COMMIT("allocator.freed");
     if (--page(slab).used == 0) {
@@ -273,6 +300,47 @@ void Allocator::release(u32 client, u32 slot) {
     flight.block = kNone;
     KVSTRATA_COMMIT("allocator.forgotten");
     state_.operation = kNothing;
+}
+
+void Allocator::set_owner(u32 block, u32 units, u32 entry) {
+    u32* at = &page(block / kUnitsPerPage).next;
+    if (units <= kSmallUnits) {
+        const u32 slab = slab_of(block);
+        at = &owners(slab)[index_in(slab, block)];
+    }
+    __atomic_store_n(at, entry, __ATOMIC_RELAXED);
+}
+
+Allocator::Neighbour Allocator::describe(u32 first) const {
+    const PageDescriptor& head = page(first);
+    Neighbour run{first, head.length, {}};
+    auto add = [&](u32 entry, u32 block) { run.residents.push_back(entry ? Resident{entry, block} : Resident{kNone, kNone}); };
+    if (head.kind == PageKind::run) add(__atomic_load_n(&head.next, __ATOMIC_RELAXED), first * kUnitsPerPage);
+    if (head.kind == PageKind::slab)
+        for (u32 index = 0; index < blocks_of(head.size_class); ++index)
+            if (bitmap(first)[index / 64] >> (index % 64) & 1)
+                add(__atomic_load_n(&owners(first)[index], __ATOMIC_RELAXED),
+                    first * kUnitsPerPage + first_block(head.size_class) + index * class_units(head.size_class));
+    return run;
+}
+
+std::vector<Allocator::Neighbour> Allocator::neighbours(u32 block, u32 block_units, u32 units) {
+    const RobustLock held = lock();
+    std::vector<Neighbour> runs;
+    if (!is_allocated(block, block_units)) return runs;
+    const bool small = units <= kSmallUnits;
+    if (small && block_units <= kSmallUnits && class_of(units) == class_of(block_units)) return runs;
+    const u32 wanted = small ? kSlabPages : pages_for(units);
+    const u32 first = block_units <= kSmallUnits ? slab_of(block) : block / kUnitsPerPage;
+    u32 start = first;
+    for (u32 reach = page(first).length; start > 1 && reach < wanted;) {
+        const u32 length = page(start - 1).length;
+        start -= length;
+        reach += length;
+    }
+    const u32 stop = std::min(state_.pages, first + std::max(wanted, page(first).length));
+    for (u32 at = start; at < stop; at += page(at).length) runs.push_back(describe(at));
+    return runs;
 }
 
 // After a death inside: rebuilds all lists from a walk over the page table, then finishes or undoes the operation.
@@ -301,7 +369,7 @@ void Allocator::repair() {
         }
         if (head.kind == PageKind::slab) {
             head.used = 0;
-            for (u32 word = 0; word < kSlabUnits / 64; ++word)
+            for (u32 word = 0; word * 64 < blocks_of(head.size_class); ++word)
                 head.used = static_cast<u16>(head.used + std::popcount(bitmap(number)[word]));
             if (head.used == 0) head.kind = PageKind::free;
         }
@@ -309,8 +377,11 @@ void Allocator::repair() {
             if (!run) run = number;
         } else {
             close_run(number);
-            if (head.kind == PageKind::slab && head.used < kSlabUnits / class_units(head.size_class)) link_slab(number);
-            if (length > 1 && head.kind == PageKind::run) page(number + length - 1).kind = PageKind::interior;
+            if (head.kind == PageKind::slab && head.used < blocks_of(head.size_class)) link_slab(number);
+            if (length > 1) {
+                page(number + length - 1).kind = PageKind::interior;
+                page(number + length - 1).length = length;
+            }
             if (number * kUnitsPerPage == pending.block) pending_run_seen = true;
         }
         number += length;
@@ -364,7 +435,7 @@ Allocator::Usage Allocator::usage() {
             ++usage.free_runs;
             usage.largest_free = std::max(usage.largest_free, u64{head.length} * kPage);
         } else if (head.kind == PageKind::slab) {
-            usage.free += (kSlabUnits / class_units(head.size_class) - head.used) * u64{class_units(head.size_class)} * kUnit;
+            usage.free += (blocks_of(head.size_class) - head.used) * u64{class_units(head.size_class)} * kUnit;
         }
     }
     usage.used = usage.total - usage.free;

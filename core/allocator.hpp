@@ -5,6 +5,8 @@
 // 2004). Each step is ordered so that the page table can be walked after a death at any point; `repair` does that.
 #pragma once
 
+#include <vector>
+
 #include "region.hpp"
 
 namespace kvstrata {
@@ -19,6 +21,21 @@ public:
     bool allocate(u32 units, u32 client, u32 slot);
     // Gives back the block in that in-flight slot, and empties the slot.
     void release(u32 client, u32 slot);
+
+    // Says which entry a block belongs to, from now on: whoever needs its place asks that entry to leave.
+    void set_owner(u32 block, u32 units, u32 entry);
+
+    struct Resident {
+        u32 entry, block;  // kNone and kNone: a block that nobody can be asked to leave
+    };
+    // A run of pages near a block, with what lives in it; free when there are no residents.
+    struct Neighbour {
+        u32 first, length;
+        std::vector<Resident> residents;
+    };
+    // The runs around `block`, in order of address, as far as a block of `units` that needs its place could reach.
+    // Empty when the block is in a slab that takes blocks of this size: its own place will do.
+    std::vector<Neighbour> neighbours(u32 block, u32 block_units, u32 units);
 
     // Takes the next chunk of entries for `shard`; kNone when all are taken or memory is short.
     u32 take_chunk(u32 shard);
@@ -38,6 +55,14 @@ private:
     Word* bitmap(u32 slab) const { return reinterpret_cast<Word*>(&pages_[slab + 1]); }
     static u32 class_of(u32 units);
     static u32 class_units(u32 size_class);
+    // A slab of many small blocks has the list of their owners in itself, before the blocks; others in the page table.
+    static bool owners_inside(u32 size_class);
+    static u32 first_block(u32 size_class);    // in units from the start of the slab
+    static u32 blocks_of(u32 size_class);
+    u32* owners(u32 slab) const;
+    u32 slab_of(u32 block) const;
+    u32 index_in(u32 slab, u32 block) const;
+    Neighbour describe(u32 first) const;
 
     u32 find_run(u32 length) const;
     void bin_run(u32 first, u32 length);

@@ -151,6 +151,7 @@ Pin Store::commit_load(Loading& loading) {
                 flight.entry = at;
                 KVSTRATA_COMMIT("store.loaded");
                 entry.memory = flight.block;
+                allocator_.set_owner(flight.block, flight.units, at);
                 KVSTRATA_COMMIT("store.promoted");
                 flight.block = kNone;
                 put_in_order(ns, at);
@@ -210,6 +211,7 @@ bool Store::insert_disk(const DiskRow& row) {
         InFlight& flight = clients_.mine().in_flight[key_block.slot_];
         flight.entry = at;
         entry.key_block = flight.block;
+        allocator_.set_owner(flight.block, flight.units, at);
         KVSTRATA_COMMIT("store.row");
         index_.link(at);
         flight.block = kNone;

@@ -9,47 +9,145 @@ namespace kvstrata {
 namespace {
 constexpr u32 kTriesALock = 64;          // records looked at before the policy's lock is let go
 constexpr double kPatience = 5;          // seconds a put waits for the tier below
+constexpr double kHot = 5;               // how much worse it is to lose what was used just now than what is due to go
+constexpr double kImmovable = 1e18;
 constexpr int kMostEvictions = 1 << 20;  // a bound on the loop that makes room for one block
 }  // namespace
 
-// Lets the policy's next victims leave until one has; false when nothing of the namespace may.
-bool Store::evict_from(u32 id) {
+bool Store::may_leave(const Entry& entry) const {
+    return !entry.pins && !(entry.flags & kDirty && current(entry, space(entry.ns)));
+}
+
+// Takes out of memory what may leave. Policy and shard are locked.
+void Store::leave_memory(u32 at) {
+    Entry& entry = index_.entry(at);
+    Namespace& ns = space(entry.ns);
+    Shard& shard = index_.shard(index_.shard_holding(at));
+    take_from_order(ns, at);
+    if (!current(entry, ns)) {
+        ++shard.expired;
+        drop(at);
+    } else if (entry.segment) {
+        ++shard.demotions;
+        free_memory(at);  // from now on only below
+    } else {
+        ++shard.evictions;
+        drop(at);
+    }
+}
+
+// Asks whoever lives in that block to leave; false when it doesn't.
+bool Store::vacate(Allocator::Resident resident) {
+    const u32 shard = index_.shard_holding(resident.entry);
+    u32 id;
+    {
+        const RobustLock held = index_.lock(shard);
+        if (index_.entry(resident.entry).state != EntryState::live) return false;
+        id = index_.entry(resident.entry).ns;
+    }
+    const RobustLock policy_held = lock_policy(id);
+    const RobustLock held = index_.lock(shard);
+    Entry& entry = index_.entry(resident.entry);
+    if (entry.state != EntryState::live || entry.ns != id || !may_leave(entry)) return false;
+    if (entry.memory == resident.block) {
+        leave_memory(resident.entry);
+    } else if (entry.key_len > kInlineKey && entry.key_block == resident.block) {
+        if (entry.memory) take_from_order(space(id), resident.entry);
+        ++index_.shard(shard).evictions;
+        drop(resident.entry);
+    }
+    return true;
+}
+
+// Empties the place of `victim` for a block of `units`, together with as much of its neighbourhood as that takes, so
+// that a large block doesn't wait until by chance neighbours have left. Of the windows that are long enough and hold
+// the victim, the one with the least in it that was used lately. False when there is none.
+bool Store::clear_window(u32 victim, u32 units) {
+    u32 block, block_units, now = header_.tick.load(), oldest;
+    {
+        const RobustLock held = index_.lock(index_.shard_holding(victim));
+        const Entry& entry = index_.entry(victim);
+        if (entry.state != EntryState::live || !entry.memory) return true;  // somebody was quicker
+        block = entry.memory;
+        block_units = entry.units;
+        oldest = std::max(1u, now - entry.node.stamp);
+    }
+    const auto runs = allocator_.neighbours(block, block_units, units);
+    if (runs.empty()) return vacate({victim, block});
+    const u32 wanted = units <= kSmallUnits ? kSlabPages : static_cast<u32>(align_up(u64{units} * kUnit, kPage) / kPage);
+    std::vector<double> costs;  // pages, counted up to kHot times when used lately; infinite when someone won't go
+    size_t own = 0;
+    for (size_t i = 0; i < runs.size(); ++i) {
+        const auto& run = runs[i];
+        if (u64{run.first} * kPage <= u64{block} * kUnit) own = i;
+        double cost = 0;
+        for (const auto& resident : run.residents) {
+            double share = static_cast<double>(run.length) / static_cast<double>(run.residents.size());
+            if (!resident.entry) {
+                share = kImmovable;
+            } else {
+                const RobustLock held = index_.lock(index_.shard_holding(resident.entry));
+                const Entry& entry = index_.entry(resident.entry);
+                if (entry.state == EntryState::zombie || (entry.state == EntryState::live && !may_leave(entry))) {
+                    share = kImmovable;
+                } else if (entry.state == EntryState::live && current(entry, space(entry.ns))) {
+                    const double age = std::min(now - entry.node.stamp, oldest);
+                    share *= kHot - (kHot - 1) * age / oldest;
+                }
+            }
+            cost += share;
+        }
+        costs.push_back(cost);
+    }
+    size_t best_from = 0, best_to = 0;
+    double best = kImmovable;
+    for (size_t from = 0; from <= own; ++from) {
+        double cost = 0;
+        u64 pages = 0;
+        for (size_t to = from; to < runs.size() && cost < best; ++to) {
+            cost += costs[to];
+            pages += runs[to].length;
+            if (to < own || pages < wanted) continue;
+            if (cost < best) best = cost, best_from = from, best_to = to + 1;
+            break;
+        }
+    }
+    if (best >= kImmovable) return false;
+    for (size_t i = best_from; i < best_to; ++i)
+        for (const auto& resident : runs[i].residents) vacate(resident);
+    return true;
+}
+
+// Lets the policy's next victims leave until one has made room for a block of `units`, or at least gone; false when
+// nothing of the namespace may leave.
+bool Store::evict_from(u32 id, u32 units) {
     Namespace& ns = space(id);
     u32 looked_at = 0, count = 1;
-    while (looked_at < count) {
+    u32 victim = kNone;
+    while (looked_at < count && !victim) {
         const RobustLock policy_held = lock_policy(id);
         const Policy& policy = policy_by_number(ns.policy);
         count = ns.order.count;
-        for (u32 tries = 0; tries < kTriesALock && looked_at < count; ++tries, ++looked_at) {
+        for (u32 tries = 0; tries < kTriesALock && looked_at < count && !victim; ++tries, ++looked_at) {
             const u32 at = policy.victim(index_.nodes(), ns.order);
             if (!at) return false;
-            const u32 shard_number = index_.shard_holding(at);
-            const RobustLock held = index_.lock(shard_number);
-            Entry& entry = index_.entry(at);
-            if (entry.pins || (entry.flags & kDirty && current(entry, ns))) {
+            const RobustLock held = index_.lock(index_.shard_holding(at));
+            if (!may_leave(index_.entry(at))) {
                 policy.spare(index_.nodes(), ns.order, at);
-                continue;
-            }
-            Shard& shard = index_.shard(shard_number);
-            take_from_order(ns, at);
-            if (!current(entry, ns)) {
-                ++shard.expired;
-                drop(at);
-            } else if (entry.segment) {
-                ++shard.demotions;
-                free_memory(at);  // from now on only below
+            } else if (!units) {
+                leave_memory(at);
+                return true;
             } else {
-                ++shard.evictions;
-                drop(at);
+                victim = at;
             }
-            return true;
         }
     }
-    return false;
+    if (!victim) return false;
+    return clear_window(victim, units) || evict_from(id, 0);
 }
 
-// Evicts from the namespace whose victim was used longest ago.
-bool Store::evict_one() {
+// Makes room in the namespace whose victim was used longest ago.
+bool Store::evict_one(u32 units) {
     const u32 namespaces = header_.namespaces.load();
     std::vector<bool> refused(namespaces);
     for (;;) {
@@ -67,7 +165,7 @@ bool Store::evict_one() {
             }
         }
         if (!oldest) return false;
-        if (evict_from(oldest)) return true;
+        if (evict_from(oldest, units)) return true;
         refused[oldest] = true;
     }
 }
@@ -140,7 +238,7 @@ Block Store::take_block(u32 units, Space wanted, bool may_wait) {
         for (int evictions = 0;; ++evictions) {
             const bool over_quota = ns.quota && ns.bytes.load() + bytes > ns.quota;
             if (!over_quota && allocator_.allocate(units, clients_.self(), slot)) break;
-            if (evictions < kMostEvictions && (over_quota ? evict_from(wanted.id) : evict_one())) continue;
+            if (evictions < kMostEvictions && (over_quota ? evict_from(wanted.id, 0) : evict_one(units))) continue;
             if (!reaped) {  // dead processes may hold what we need
                 reaped = true;
                 if (reap()) continue;

@@ -131,14 +131,16 @@ enum class PageKind : u8 {
     slab = 4,       // first page of a slab of small blocks
 };
 
-// One 4 KiB page of data. Only first pages count: following `length` from page to page visits every run.
-// In a slab the descriptors after the first hold its bitmap.
+// One 4 KiB page of data. Only first pages count: following `length` from page to page visits every run. The last page
+// of a run has its length too, so that one can go back.
+// In a slab the descriptors between them hold its bitmap, and where there is room, the owners of its blocks.
 struct PageDescriptor {
     u32 length;  // pages in the run
     PageKind kind;
     u8 size_class;
     u16 used;    // blocks in use, in a slab
-    u32 next, prev;
+    u32 next;    // in a list of free runs or of slabs with room; of a run in use, the entry that it belongs to
+    u32 prev;
 };
 static_assert(sizeof(PageDescriptor) == 16 && kSlabPages * kPage / kUnit / 8 <= 8 * sizeof(PageDescriptor));
 

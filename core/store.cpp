@@ -343,11 +343,13 @@ Published Store::publish(Reservation& reservation, Pin* keep) {
                 InFlight& flight = clients_.mine().in_flight[reservation.block.slot_];
                 flight.entry = at;
                 entry.memory = flight.block;
+                allocator_.set_owner(flight.block, flight.units, at);
                 InFlight* key_flight = nullptr;
                 if (reservation.key_block) {
                     key_flight = &clients_.mine().in_flight[reservation.key_block.slot_];
                     key_flight->entry = at;
                     entry.key_block = key_flight->block;
+                    allocator_.set_owner(key_flight->block, key_flight->units, at);
                 } else {
                     std::memcpy(entry.key, key.data(), key.size());
                 }

@@ -229,8 +229,12 @@ private:
     void release_through(u32 Entry::* reference, u32 at, u32 units);
 
     Block take_block(u32 units, Space space, bool may_wait);
-    bool evict_from(u32 id);
-    bool evict_one();
+    bool may_leave(const Entry& entry) const;
+    void leave_memory(u32 at);
+    bool vacate(Allocator::Resident resident);
+    bool clear_window(u32 victim, u32 units);
+    bool evict_from(u32 id, u32 units);
+    bool evict_one(u32 units);
     bool evict_entry_of(u32 shard);
     bool wait_for_progress(double seconds);
     void abort_block(u32 slot) noexcept;
