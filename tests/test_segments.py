@@ -18,7 +18,15 @@ from typing import NamedTuple
 import pytest
 
 from kvstrata.errors import FormatError, TierFull, TierUnavailable
-from kvstrata.record import IMMUTABLE, NAMESPACE, PAGE, NamespaceInfo, build_descriptor, build_record, parse_record
+from kvstrata.record import (
+    IMMUTABLE,
+    NAMESPACE,
+    PAGE,
+    NamespaceInfo,
+    build_descriptor,
+    build_record,
+    parse_record,
+)
 from kvstrata.tiers import blockio, segments
 from kvstrata.tiers.blockio import SHORT_READ, Read, aligned_buffer
 from kvstrata.tiers.ledger import Ledger
@@ -43,7 +51,9 @@ class Out(NamedTuple):
 
 
 def out(key: bytes, size: int, *, ns: int = 1, epoch: int = 0, aligned: bool = True) -> Out:
-    record = build_record(key, random.Random(key).randbytes(size), seed=SEED, ns=ns, version=1, epoch=epoch, seq=1)
+    record = build_record(
+        key, random.Random(key).randbytes(size), seed=SEED, ns=ns, version=1, epoch=epoch, seq=1
+    )
     buffer = aligned_buffer(len(record) + PAGE)
     view = buffer[: len(record)] if aligned else buffer[64 : 64 + len(record)]
     view[:] = record
@@ -102,7 +112,9 @@ def read_back(files: SegmentSet, places: list[tuple[int, int]], lengths: list[in
 def test_records_of_all_sizes_are_read_back_as_they_were_written(tmp_path: Path, direct: bool) -> None:
     files = make(tmp_path, direct=direct)
     sizes = random.Random(1)
-    records = [out(b"%d" % i, sizes.choice([0, 10, 1000, 5000, 65535, 65536, 100_000, 300_000])) for i in range(60)]
+    records = [
+        out(b"%d" % i, sizes.choice([0, 10, 1000, 5000, 65535, 65536, 100_000, 300_000])) for i in range(60)
+    ]
     places = append_all(files, records)
     order = list(range(60))
     sizes.shuffle(order)
@@ -162,7 +174,9 @@ def test_threads_that_append_and_read_at_once_get_what_they_wrote(files: Segment
     assert wrong == []
 
 
-def test_the_missing_and_the_short_are_told_apart_and_the_rest_is_read(files: SegmentSet, tmp_path: Path) -> None:
+def test_the_missing_and_the_short_are_told_apart_and_the_rest_is_read(
+    files: SegmentSet, tmp_path: Path
+) -> None:
     records = [out(b"%d" % i, 100_000) for i in range(3)]
     places = append_all(files, records)
     files.seal()
@@ -186,10 +200,10 @@ def test_no_descriptor_of_a_file_stays_open_after_reading(files: SegmentSet) -> 
 
 def test_an_active_segment_is_allocated_in_full_and_trimmed_when_it_is_sealed(files: SegmentSet) -> None:
     files.append([out(b"a", 100)])
-    assert files.list() == [Segment(1, SIZE)]
+    assert files.all() == [Segment(1, SIZE)]
     assert files.path_of(1).stat().st_blocks * 512 >= SIZE
     files.seal()
-    assert files.list() == [Segment(1, 2 * PAGE)]
+    assert files.all() == [Segment(1, 2 * PAGE)]
 
 
 def test_numbers_are_not_given_out_again_when_files_are_gone(tmp_path: Path) -> None:
@@ -214,7 +228,7 @@ def test_something_else_under_a_segments_name_is_neither_used_nor_overwritten(tm
     (tmp_path / "seg-00000007.kvs").mkdir()
     files = make(tmp_path)
     assert files.append([out(b"a", 100)])[0] == 8
-    assert files.list() == [Segment(8, SIZE)]
+    assert files.all() == [Segment(8, SIZE)]
     assert read_back(files, [(7, PAGE)], [PAGE]) == [errno.EISDIR]
     files.close()
 
@@ -225,7 +239,9 @@ def test_a_segment_deleted_under_its_writer_is_given_up(files: SegmentSet) -> No
     assert files.append([out(b"b", 100)])[0] == 2
 
 
-def test_room_is_asked_for_before_a_file_is_made_and_a_smaller_one_is_taken_where_it_must_be(tmp_path: Path) -> None:
+def test_room_is_asked_for_before_a_file_is_made_and_a_smaller_one_is_taken_where_it_must_be(
+    tmp_path: Path,
+) -> None:
     asked: list[int] = []
 
     def make_room(size: int) -> None:
@@ -236,10 +252,10 @@ def test_room_is_asked_for_before_a_file_is_made_and_a_smaller_one_is_taken_wher
     files = make(tmp_path, make_room=make_room)
     files.append([out(b"a", 100)])
     assert asked[0] == SIZE
-    assert files.list() == [Segment(1, asked[1])]
+    assert files.all() == [Segment(1, asked[1])]
     with pytest.raises(TierFull):
         files.append([out(b"b", 100_000)])
-    assert len(files.list()) == 1
+    assert len(files.all()) == 1
     files.close()
 
 
@@ -251,7 +267,7 @@ def test_a_failed_allocation_leaves_no_file(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(segments.os, "posix_fallocate", full)
     with pytest.raises(OSError, match="No space"):
         files.append([out(b"a", 100)])
-    assert files.list() == []
+    assert files.all() == []
     files.close()
 
 
@@ -351,10 +367,12 @@ def test_a_scan_yields_descriptors_and_records_in_the_order_of_the_file(files: S
     assert described == [(1, 0), (2, 0), (1, 1)]
 
 
-def test_a_descriptor_stands_before_the_first_record_of_its_namespace_in_each_segment(files: SegmentSet) -> None:
+def test_a_descriptor_stands_before_the_first_record_of_its_namespace_in_each_segment(
+    files: SegmentSet,
+) -> None:
     records = [out(b"%d" % i, 200_000, ns=1 + i % 3) for i in range(20)]
     append_all(files, records)
-    for segment in files.list():
+    for segment in files.all():
         known: set[int] = set()
         for _, record, payload in files.scan(segment.number):
             if payload is not None:
@@ -367,7 +385,7 @@ def test_a_scan_goes_over_batches_and_many_small_records(files: SegmentSet) -> N
     records = [out(b"%d" % i, (i * 37) % 700) for i in range(1500)]
     for start in range(0, 1500, 70):
         append_all(files, records[start : start + 70])
-    seen = [r.key for s in files.list() for _, r, payload in files.scan(s.number) if payload is None]
+    seen = [r.key for s in files.all() for _, r, payload in files.scan(s.number) if payload is None]
     assert seen == [record.key for record in records]
 
 
@@ -423,7 +441,9 @@ def test_a_segment_under_another_number_is_not_walked_through(files: SegmentSet)
     assert list(files.scan(5)) == []
 
 
-def test_a_segment_of_a_newer_format_is_refused_by_name(files: SegmentSet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_segment_of_a_newer_format_is_refused_by_name(
+    files: SegmentSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files.append([out(b"a", 100)])
     files.seal()
     with monkeypatch.context() as newer:
@@ -495,7 +515,7 @@ def test_a_segment_whose_writer_was_killed_becomes_an_ordinary_one(tmp_path: Pat
     assert [r.key for _, r, _ in files.scan(number)][1:] == [b"child"]
     end = max(offset + r.length for offset, r, _ in files.scan(number))
     files.trim(number, end)
-    assert files.list() == [Segment(number, end)]
+    assert files.all() == [Segment(number, end)]
     assert [r.key for _, r, _ in files.scan(number)][1:] == [b"child"]
     files.close()
 

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Ledger", "Mark", "after_fork"]
 
-_LAYOUT = struct.Struct("<4sIQQI32xI")  # magic, format, commits, segment, seed, checksum of the 60 bytes before
+_LAYOUT = struct.Struct(
+    "<4sIQQI32xI"
+)  # magic, format, commits, segment, seed, checksum of the 60 bytes before
 _MAGIC = b"KVSL"
 FORMAT = 1
 
@@ -161,7 +163,7 @@ def after_fork(resource: _Forkable) -> None:
 
 def _in_child() -> None:
     for resource in list(_forkable):
-        resource._forget_parent()  # noqa: SLF001
+        resource._forget_parent()
 
 
 os.register_at_fork(after_in_child=_in_child)

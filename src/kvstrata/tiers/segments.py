@@ -136,7 +136,10 @@ class SegmentSet:
             refusal = None  # says nothing about O_DIRECT
         if refusal is not None:
             log.warning(
-                "%s: O_DIRECT is refused (errno %s, %s); using the page cache", directory, refusal.errno, refusal.strerror
+                "%s: O_DIRECT is refused (errno %s, %s); using the page cache",
+                directory,
+                refusal.errno,
+                refusal.strerror,
             )
         self._reader = Reader(self.path_of, self._workers, direct=direct and refusal is None)
         self._stream_buffer: memoryview | None = None
@@ -153,7 +156,7 @@ class SegmentSet:
         """Return the file of a segment."""
         return self._directory / f"seg-{number:08d}.kvs"
 
-    def list(self) -> list[Segment]:
+    def all(self) -> list[Segment]:
         """Return all segments, the oldest first."""
         return sorted(Segment(number, size) for number, size in self._entries() if size >= 0)
 
@@ -257,7 +260,11 @@ class SegmentSet:
                 if match is None:
                     continue
                 try:
-                    size = entry.stat(follow_symlinks=False).st_size if entry.is_file(follow_symlinks=False) else -1
+                    size = (
+                        entry.stat(follow_symlinks=False).st_size
+                        if entry.is_file(follow_symlinks=False)
+                        else -1
+                    )
                 except FileNotFoundError:
                     continue
                 yield int(match[1]), size
@@ -343,12 +350,16 @@ class SegmentSet:
                 raise
             if self._reader.direct:
                 self._reader.direct = False
-                log.warning("%s: O_DIRECT is refused (errno %d); using the page cache", active.path, error.errno)
+                log.warning(
+                    "%s: O_DIRECT is refused (errno %d); using the page cache", active.path, error.errno
+                )
             transfer(os.pwritev, active.fd, views, offset)
 
     def _allocate(self, first: Outgoing) -> _Active:
         descriptor = self._describe(first.ns, first.version, first.epoch)
-        least = PAGE + page_ceil(len(descriptor) + first.length) + (PAGE if first.length >= _LARGE_RECORD else 0)
+        least = (
+            PAGE + page_ceil(len(descriptor) + first.length) + (PAGE if first.length >= _LARGE_RECORD else 0)
+        )
         size = max(self._segment_bytes, least)
         with self._ledger.hold():
             try:
@@ -361,7 +372,9 @@ class SegmentSet:
             mark = self._ledger.mark()
             number = max([mark.segment, *(number for number, _ in self._entries())]) + 1
             if number > _MAX_NUMBER:
-                raise TierUnavailable(f"{self._directory}: segment numbers are used up; start with an empty directory")
+                raise TierUnavailable(
+                    f"{self._directory}: segment numbers are used up; start with an empty directory"
+                )
             active = self._create(number, size)
             self._ledger.write(mark._replace(segment=number))
         return active
@@ -445,7 +458,9 @@ def stored_seed(directory: Path) -> int | None:
                 return mark.seed
     finally:
         ledger.close()
-    for name in sorted((entry.name for entry in directory.iterdir() if _NAME.fullmatch(entry.name)), reverse=True):
+    for name in sorted(
+        (entry.name for entry in directory.iterdir() if _NAME.fullmatch(entry.name)), reverse=True
+    ):
         header = read_header(directory / name)
         if header is not None:
             return header[1]

@@ -1,0 +1,556 @@
+"""The catalog of a disk tier: what namespaces there are and where records lie, kept by SQLite across restarts.
+
+It is never trusted: a record's own header decides what it is. So a row that lies costs a miss, and only what no
+record can say, the epoch and version of a namespace, has a checksum here. A catalog that is damaged in any way that
+can be seen raises CatalogDamaged; `Catalog.replace` then puts another in its place, also under the feet of processes
+that have the old one open: they notice at their next transaction. Each new one has a name of its own, since SQLite
+deletes a log by name when it closes, and must not find another's there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import sqlite3
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from kvstrata import _core
+from kvstrata.errors import FormatError, TierFull, TierUnavailable
+from kvstrata.record import PAGE, NamespaceInfo
+from kvstrata.tiers.ledger import Ledger, after_fork
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["FORMAT", "Catalog", "CatalogDamaged", "Extent", "Row"]
+
+FORMAT = 1
+_NAME = re.compile(r"catalog-(\d{6})\.(db|new)(-wal|-shm|-journal)?")
+
+Row = tuple[int, bytes, int, int, int, int, int, int, int, int]
+"""ns, key, seq, segment, offset, length, expires, version, epoch, flags: as the native store takes them."""
+
+_SCHEMA = {
+    "meta": "CREATE TABLE meta(name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID",
+    "namespaces": (
+        "CREATE TABLE namespaces(id INTEGER PRIMARY KEY, name BLOB NOT NULL UNIQUE, version INTEGER NOT NULL,"
+        " epoch INTEGER NOT NULL, immutable INTEGER NOT NULL, crc INTEGER NOT NULL)"
+    ),
+    "records": (
+        "CREATE TABLE records(ns INTEGER NOT NULL, key BLOB NOT NULL, seq INTEGER NOT NULL, segment INTEGER NOT NULL,"
+        " offset INTEGER NOT NULL, length INTEGER NOT NULL, expires INTEGER NOT NULL, version INTEGER NOT NULL,"
+        " epoch INTEGER NOT NULL, flags INTEGER NOT NULL, PRIMARY KEY(ns, key)) WITHOUT ROWID"
+    ),
+    "records_by_segment": "CREATE INDEX records_by_segment ON records(segment)",
+}
+_ANY = (1 << 63) - 1  # above every sequence number
+_COLUMNS = "ns, key, seq, segment, offset, length, expires, version, epoch, flags"
+_UPSERT = (
+    f"INSERT INTO records({_COLUMNS}) VALUES(?,?,?,?,?,?,?,?,?,?) ON CONFLICT(ns, key) DO UPDATE SET"
+    " seq=excluded.seq, segment=excluded.segment, offset=excluded.offset, length=excluded.length,"
+    " expires=excluded.expires, version=excluded.version, epoch=excluded.epoch, flags=excluded.flags"
+    " WHERE excluded.seq >= records.seq"
+)
+# What a row must look like so that the store can take it: damage may have changed types and ranges.
+_SOUND = (
+    "typeof(key)='blob' AND length(key) BETWEEN 1 AND 1024"
+    " AND typeof(seq)='integer' AND seq BETWEEN 0 AND 9223372036854775806"
+    " AND typeof(segment)='integer' AND segment BETWEEN 1 AND 4294967295"
+    " AND typeof(offset)='integer' AND offset BETWEEN 4096 AND 140737488355328 AND offset % 64 = 0"
+    " AND typeof(length)='integer' AND length BETWEEN 128 AND 140737488355328 AND length % 64 = 0"
+    " AND typeof(expires)='integer' AND expires BETWEEN 0 AND 9223372036854775806"
+    " AND typeof(flags)='integer' AND flags BETWEEN 0 AND 255"
+)
+# SQLite result codes that speak of the surroundings, not of the file's content.
+_ELSEWHERE = {
+    sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY,
+    sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_PERM, sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_AUTH,
+}  # fmt: skip
+
+
+class CatalogDamaged(TierUnavailable):
+    """The catalog can't be used any more and has to be replaced."""
+
+
+class Extent(NamedTuple):
+    """What the catalog says of a segment: records, the byte after the last, the highest sequence number."""
+
+    records: int
+    end: int
+    seq: int
+
+
+class Catalog:
+    """The catalog of one directory. Threads may share it; a forked child opens it anew.
+
+    `room(bytes)` is called, with the ledger held, before a transaction that lets the catalog grow by up to so many
+    bytes; it makes room or raises TierFull. Every method raises CatalogDamaged, and TierUnavailable when the file
+    system or another process is in the way.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        ledger: Ledger,
+        *,
+        room: Callable[[int], None] = lambda _: None,
+        batch_rows: int = 1024,
+        wal_bytes: int = 4 << 20,
+        patience: float = 5.0,
+    ) -> None:
+        self._directory = directory
+        self._generation = 0  # number of the catalog that is open, 0 = none
+        self.batch_rows = batch_rows  # most rows of one transaction
+        self._ledger = ledger
+        self._room = room
+        self._wal_bytes = wal_bytes  # size at which the write-ahead log is copied into the database
+        self._patience = patience  # seconds
+        self._lock = threading.RLock()
+        self._connection: sqlite3.Connection | None = None
+        after_fork(self)
+
+    # ---- Life
+
+    @property
+    def path(self) -> Path:
+        """The database that is open, or was last."""
+        return self._path_of(self._generation)
+
+    def open(self) -> bool:
+        """Open the catalog and read it through, or make an empty one; returns whether it was there.
+
+        Raises CatalogDamaged when it can't be relied on, FormatError when a newer release wrote it. Who joins others
+        that have done so needs not: the first use opens it.
+        """
+        with self._ledger.hold(), self._lock:
+            mark = self._ledger.read()
+            self._generation = self._newest()
+            if self._generation == 0:
+                self._generation = 1
+                if mark is not None and mark.commits > 0:
+                    raise CatalogDamaged(f"{self.path} is gone")
+                self._make(self.path, commits=0).close()
+                self._connect()
+                self._ledger.write(self._ledger.mark()._replace(commits=0))
+                return False
+            self._discard(self._generation)
+            with self._translated():
+                if self.path.stat().st_size == 0:
+                    raise CatalogDamaged(f"{self.path} is empty")
+                connection = self._connect()
+                self._check(connection, thoroughly=True)
+                commits = self._meta(connection, "commits")
+            if mark is None:
+                raise CatalogDamaged(
+                    f"{self._ledger.path} is damaged, and with it the proof that nothing is missing"
+                )
+            if commits < mark.commits:
+                raise CatalogDamaged(f"{self.path} has lost {mark.commits - commits} transactions")
+            return True
+
+    def close(self) -> None:
+        """Close the connection; the last one of all processes folds the write-ahead log into the database."""
+        with self._lock:
+            connection, self._connection = self._connection, None
+            if connection is not None:
+                with contextlib.suppress(sqlite3.Error):
+                    connection.close()
+
+    def replace(self, namespaces: Iterable[NamespaceInfo], batches: Iterable[Sequence[Row]]) -> None:
+        """Put a new catalog with this content in place of the old one, whatever that has become.
+
+        `namespaces` is gone through after `batches`.
+        """
+        with self._ledger.hold(), self._lock, self._translated():
+            self.close()
+            generation = max([0, *(number for number, _ in self._files())]) + 1
+            self._discard(generation)
+            # Killed from here to the end, the next one finds that the catalog is gone, and makes another.
+            mark = self._ledger.mark()
+            commits = mark.commits + 1
+            self._ledger.write(mark._replace(commits=commits))
+            fresh = self._path_of(generation).with_suffix(".new")
+            connection = self._make(fresh, commits=commits)
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+                for rows in batches:
+                    connection.executemany(_UPSERT, rows)
+                for namespace in namespaces:
+                    self._put_namespace(connection, namespace)
+                connection.execute("COMMIT")
+            finally:
+                connection.close()
+            fresh.rename(self._path_of(generation))
+            self._generation = generation
+
+    def is_superseded(self) -> bool:
+        """Whether another process has put another catalog in place of the one that is open."""
+        return self._newest() > self._generation
+
+    @property
+    def reserve(self) -> int:
+        """Bytes that should stay free for deletions: by them the catalog grows before it frees anything."""
+        return self._wal_bytes + _growth(self.batch_rows)
+
+    # ---- Namespaces
+
+    def load_namespaces(self) -> list[NamespaceInfo]:
+        """Return all namespaces."""
+        with self._reading() as connection:
+            return self._namespaces(connection)
+
+    def register_namespace(self, wanted: NamespaceInfo) -> NamespaceInfo:
+        """Return the namespace of this name, made from `wanted` when there is none; its id 0 means any free one.
+
+        A higher version or epoch in `wanted` is taken over; with a version the epoch rises too, as it does in the
+        store. Raises TierUnavailable when its id is another's.
+        """
+        with self._transaction(1) as connection:
+            known = self._namespaces(connection)
+            found = next((namespace for namespace in known if namespace.name == wanted.name), None)
+            if found is None:
+                number = wanted.id or max((namespace.id for namespace in known), default=0) + 1
+                if any(namespace.id == number for namespace in known):
+                    raise TierUnavailable(f"namespace number {number} of {wanted.name!r} belongs to another")
+                found = NamespaceInfo(number, wanted.name, wanted.version, wanted.epoch, wanted.immutable)
+            elif wanted.id not in (0, found.id):
+                raise TierUnavailable(f"namespace {wanted.name!r} has number {found.id}, not {wanted.id}")
+            epoch = found.epoch + 1 if wanted.version > found.version else found.epoch
+            merged = NamespaceInfo(
+                found.id,
+                found.name,
+                max(found.version, wanted.version),
+                max(epoch, wanted.epoch),
+                wanted.immutable,
+            )
+            self._put_namespace(connection, merged)
+        return merged
+
+    # ---- Records
+
+    def rows(self, batch: int = 8192) -> Iterator[list[Row]]:
+        """Yield the rows of all records that may still be served, in batches, each read by itself."""
+        now = time.time_ns() // 1_000_000
+        for namespace in self.load_namespaces():
+            key = b""
+            while True:
+                with self._reading() as connection:
+                    rows: list[Row] = connection.execute(
+                        f"SELECT {_COLUMNS} FROM records WHERE ns=? AND key>? AND epoch=? AND version=?"
+                        f" AND (expires=0 OR expires>?) AND {_SOUND} ORDER BY key LIMIT ?",
+                        (namespace.id, key, namespace.epoch, namespace.version, now, batch),
+                    ).fetchall()
+                if rows:
+                    yield rows
+                if len(rows) < batch:
+                    break
+                key = rows[-1][1]
+
+    def extents(self) -> dict[int, Extent]:
+        """Return for each segment what the catalog says of it."""
+        with self._reading() as connection:
+            found = connection.execute(
+                f"SELECT segment, count(*), max(offset + length), max(seq) FROM records WHERE {_SOUND} GROUP BY segment"
+            )
+            return {segment: Extent(records, end, seq) for segment, records, end, seq in found}
+
+    def add(self, rows: Sequence[Row], live: Callable[[], Sequence[bool]]) -> list[bool]:
+        """Commit the rows of those records that `live` says still count; returns which those are.
+
+        `live` is asked while no deletion can be committed, so none can be overtaken. At most batch_rows rows.
+        Raises TierFull when the catalog has no room for them.
+        """
+        with self._transaction(len(rows)) as connection:
+            alive = list(live())
+            connection.executemany(_UPSERT, [row for row, wanted in zip(rows, alive, strict=True) if wanted])
+        return alive
+
+    def delete(self, ns: int, keys: Iterable[tuple[bytes, int | None]]) -> int:
+        """Commit the deletion of rows, where a number is given only of those with a lower one; returns how many."""
+        wanted = [(ns, key, _ANY if below is None else below) for key, below in keys]
+        deleted = 0
+        for start in range(0, len(wanted), self.batch_rows):
+            part = wanted[start : start + self.batch_rows]
+            with self._transaction(len(part), must=True) as connection:
+                deleted += connection.executemany(
+                    "DELETE FROM records WHERE ns=? AND key=? AND seq<?", part
+                ).rowcount
+        return deleted
+
+    def drop_segment(self, segment: int, *, beyond: int = 0) -> int:
+        """Commit the deletion of all rows that lie in `segment` and end after byte `beyond`; returns how many."""
+        deleted = self._delete_where("segment=? AND offset+length>?", (segment, beyond))
+        self._shrink()
+        return deleted
+
+    def drop_stale(self) -> int:
+        """Delete the rows that can't be served any more: of older epochs and versions, and expired ones."""
+        now = time.time_ns() // 1_000_000
+        deleted = 0
+        for namespace in self.load_namespaces():
+            deleted += self._delete_where(
+                "ns=? AND (epoch<>? OR version<>? OR (expires>0 AND expires<=?))",
+                (namespace.id, namespace.epoch, namespace.version, now),
+            )
+        return deleted
+
+    # ---- Inside: transactions
+
+    def _delete_where(self, condition: str, arguments: tuple[int, ...]) -> int:
+        deleted = 0
+        while True:
+            with self._transaction(self.batch_rows, must=True) as connection:
+                found = connection.execute(
+                    f"SELECT ns, key FROM records WHERE {condition} LIMIT ?", (*arguments, self.batch_rows)
+                ).fetchall()
+                connection.executemany("DELETE FROM records WHERE ns=? AND key=?", found)
+            deleted += len(found)
+            if len(found) < self.batch_rows:
+                return deleted
+
+    def _shrink(self) -> None:
+        """Give pages back to the file system, some at a time, when a quarter of the database is empty."""
+        with self._reading() as connection:
+            free, pages = (
+                connection.execute(f"PRAGMA {name}").fetchone()[0]
+                for name in ("freelist_count", "page_count")
+            )
+        if free > max(64, pages // 4):
+            with self._transaction(self.batch_rows, must=True) as connection:
+                connection.execute(f"PRAGMA incremental_vacuum({self.batch_rows})").fetchall()
+
+    @contextlib.contextmanager
+    def _transaction(self, rows: int, *, must: bool = False) -> Iterator[sqlite3.Connection]:
+        """Commit what is done inside. `must`: a deletion, which is durable even where the capacity forbids it."""
+        with self._ledger.hold(), self._lock, self._translated():
+            connection = self._current_connection()
+            try:
+                self._room(_growth(rows) + self._unwritten())
+            except TierFull:
+                if not must:
+                    raise
+            connection = self._current_connection()  # making room can have replaced it
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+                commits = self._meta(connection, "commits") + 1
+                mark = self._ledger.mark()
+                if commits <= mark.commits:
+                    raise CatalogDamaged(f"{self.path} has lost {mark.commits - commits + 1} transactions")
+                connection.execute("UPDATE meta SET value=? WHERE name='commits'", (commits,))
+                connection.execute("COMMIT")
+            except BaseException:
+                with contextlib.suppress(sqlite3.Error):
+                    connection.execute("ROLLBACK")
+                raise
+            self._ledger.write(mark._replace(commits=commits))
+            self._shorten_log(connection)
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        with self._lock, self._translated():
+            yield self._current_connection()
+
+    def _unwritten(self) -> int:
+        """Bytes that the database file will grow by when the log is copied into it."""
+        with self._lock:
+            if self._connection is None:
+                return 0
+            with self._translated():
+                pages: int = self._connection.execute("PRAGMA page_count").fetchone()[0]
+        with contextlib.suppress(FileNotFoundError):
+            return max(0, pages * PAGE - self.path.stat().st_size)
+        return 0
+
+    def _shorten_log(self, connection: sqlite3.Connection) -> None:
+        # Passive: never waits for a reader. Once all of the log is copied, the next writer starts it from the front.
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(f"{self.path}-wal").st_size > self._wal_bytes:
+                connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
+
+    # ---- Inside: files and connections
+
+    def _path_of(self, generation: int) -> Path:
+        return self._directory / f"catalog-{generation:06d}.db"
+
+    def _files(self) -> Iterator[tuple[int, Path]]:
+        """Yield (generation, path) of everything that bears the name of a catalog or belongs to one."""
+        for path in self._directory.iterdir():
+            match = _NAME.fullmatch(path.name)
+            if match is not None:
+                yield int(match[1]), path
+
+    def _newest(self) -> int:
+        return max([0, *(number for number, path in self._files() if path.suffix == ".db")])
+
+    def _discard(self, but: int) -> None:
+        """Remove all catalogs but one; what isn't a file, and so isn't ours, is set aside."""
+        for generation, path in list(self._files()):
+            if generation == but and ".new" not in path.name:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                path.rename(path.with_name(f"{path.name}.set-aside-{time.time_ns()}"))
+            else:
+                path.unlink(missing_ok=True)
+
+    def _current_connection(self) -> sqlite3.Connection:
+        """Return a connection to the catalog that is in place now."""
+        if self._connection is not None and self.path.exists():
+            return self._connection
+        self.close()
+        generation = self._newest()
+        if generation == 0:
+            raise CatalogDamaged(f"{self.path} is gone")
+        self._generation = generation
+        connection = self._connect()
+        self._check(connection, thoroughly=False)
+        return connection
+
+    def _connect(self) -> sqlite3.Connection:
+        if not self.path.is_file():
+            raise CatalogDamaged(f"{self.path} is no file")
+        connection = sqlite3.connect(
+            self.path,
+            timeout=self._patience,
+            isolation_level=None,
+            check_same_thread=False,
+            cached_statements=64,
+        )
+        try:
+            _settle(connection)
+        except BaseException:
+            connection.close()
+            raise
+        self._connection = connection
+        return connection
+
+    def _forget_parent(self) -> None:
+        # SQLite's connection must be neither used nor closed in a forked child: it is given away for good.
+        self._lock = threading.RLock()
+        if self._connection is not None:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._connection))
+            self._connection = None
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        """Turn SQLite's errors into ours."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)
+            in_the_way = any(os.path.isdir(f"{self.path}{suffix}") for suffix in ("", "-wal", "-shm"))
+            short = code in (sqlite3.SQLITE_IOERR_SHORT_READ, sqlite3.SQLITE_IOERR_CORRUPTFS)
+            if (code & 0xFF) in _ELSEWHERE and not in_the_way and not short:
+                raise TierUnavailable(f"{self.path}: {error}") from error
+            raise CatalogDamaged(f"{self.path}: {error}") from error
+
+    # ---- Inside: content
+
+    def _make(self, path: Path, *, commits: int) -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            path, timeout=self._patience, isolation_level=None, check_same_thread=False
+        )
+        try:
+            path.chmod(0o600)
+            connection.execute(f"PRAGMA page_size={PAGE}")
+            connection.execute("PRAGMA auto_vacuum=INCREMENTAL")
+            connection.execute("PRAGMA journal_mode=OFF")  # set to WAL when it is opened
+            connection.execute("BEGIN IMMEDIATE")
+            for statement in _SCHEMA.values():
+                connection.execute(statement)
+            connection.execute(f"PRAGMA user_version={FORMAT}")
+            connection.executemany("INSERT INTO meta VALUES(?,?)", [("format", FORMAT), ("commits", commits)])
+            connection.execute("COMMIT")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _check(self, connection: sqlite3.Connection, *, thoroughly: bool) -> None:
+        version: int = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version != FORMAT:
+            # A newer release says so in two places; a flipped bit does in one.
+            if version > FORMAT and self._meta(connection, "format") == version:
+                raise FormatError(f"{self.path} has format {version}; this release reads up to {FORMAT}")
+            raise CatalogDamaged(f"{self.path} has format {version}, which is none")
+        schema = connection.execute(
+            "SELECT name, sql FROM sqlite_schema WHERE name NOT LIKE 'sqlite_%'"
+        ).fetchall()
+        if dict(schema) != _SCHEMA or self._meta(connection, "format") != FORMAT:
+            raise CatalogDamaged(f"{self.path} has other tables than it should")
+        if thoroughly:
+            verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if verdict != "ok":
+                raise CatalogDamaged(f"{self.path}: {verdict}")
+        self._namespaces(connection)
+
+    def _meta(self, connection: sqlite3.Connection, name: str) -> int:
+        row = connection.execute("SELECT value FROM meta WHERE name=?", (name,)).fetchone()
+        if row is None or not isinstance(row[0], int):
+            raise CatalogDamaged(f"{self.path} lacks {name!r}")
+        return row[0]
+
+    def _namespaces(self, connection: sqlite3.Connection) -> list[NamespaceInfo]:
+        found = []
+        for number, name, version, epoch, immutable, crc in connection.execute(
+            "SELECT id, name, version, epoch, immutable, crc FROM namespaces ORDER BY id"
+        ):
+            try:
+                namespace = NamespaceInfo(number, name.decode(), version, epoch, bool(immutable))
+                intact = _namespace_crc(namespace) == crc
+            except (AttributeError, UnicodeDecodeError, TypeError, struct.error):
+                intact = False
+            if not intact:
+                raise CatalogDamaged(f"{self.path}: the row of namespace {number!r} is damaged")
+            found.append(namespace)
+        return found
+
+    def _put_namespace(self, connection: sqlite3.Connection, namespace: NamespaceInfo) -> None:
+        connection.execute(
+            "INSERT OR REPLACE INTO namespaces(id, name, version, epoch, immutable, crc) VALUES(?,?,?,?,?,?)",
+            (
+                namespace.id,
+                namespace.name.encode(),
+                namespace.version,
+                namespace.epoch,
+                int(namespace.immutable),
+                _namespace_crc(namespace),
+            ),
+        )
+
+
+def _growth(rows: int) -> int:
+    """Bytes that a transaction which touches `rows` rows can add to the files.
+
+    Each row changes at most a leaf of the table and two of the index, and there are a few inner pages besides; the
+    log holds each with a header.
+    """
+    return (3 * rows + 12) * (PAGE + 24) + 32768
+
+
+def _settle(connection: sqlite3.Connection) -> None:
+    """Apply the settings of every connection."""
+    mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
+    if mode != "wal":
+        raise TierUnavailable(f"the file system can't hold a catalog: journal mode is {mode!r}, not 'wal'")
+    for setting in (
+        "synchronous=NORMAL",
+        "wal_autocheckpoint=0",  # done by size instead
+        "cache_spill=OFF",  # else a page could be logged more than once
+        "temp_store=MEMORY",
+        "mmap_size=0",  # a truncated mapped file would kill the process
+        "cell_size_check=ON",
+        "trusted_schema=OFF",
+    ):
+        connection.execute(f"PRAGMA {setting}")
+
+
+def _namespace_crc(namespace: NamespaceInfo) -> int:
+    numbers = struct.pack("<IIIB", namespace.id, namespace.version, namespace.epoch, namespace.immutable)
+    return _core.crc32c(numbers + namespace.name.encode())
