@@ -17,6 +17,14 @@ void Store::enqueue_dirty(const Waiting& waiting) {
     dirty_ready_.notify_one();
 }
 
+void Store::wake_writer() {
+    {
+        const std::lock_guard lock(dirty_mutex_);
+        woken_ = true;
+    }
+    dirty_ready_.notify_all();
+}
+
 // `bytes` are no longer waiting: written, failed or gone.
 void Store::settled(u64 bytes) {
     clients_.mine().dirty_bytes.fetch_sub(bytes);
@@ -31,7 +39,8 @@ std::vector<Dirty> Store::take_dirty(size_t most, u64 most_bytes, double timeout
     std::vector<Waiting> wanted;
     {
         std::unique_lock lock(dirty_mutex_);
-        dirty_ready_.wait_for(lock, std::chrono::duration<double>(timeout), [this] { return !dirty_.empty(); });
+        dirty_ready_.wait_for(lock, std::chrono::duration<double>(timeout), [this] { return !dirty_.empty() || woken_; });
+        woken_ = false;
         while (!dirty_.empty() && wanted.size() < most) {
             wanted.push_back(dirty_.front());
             dirty_.pop_front();

@@ -132,7 +132,10 @@ Key kvstrata::key_of(nb::handle object) {
         size = PyBytes_GET_SIZE(object.ptr());
     } else if (PyUnicode_Check(object.ptr())) {
         data = PyUnicode_AsUTF8AndSize(object.ptr(), &size);
-        if (!data) throw nb::python_error();
+        if (!data) {
+            PyErr_Clear();
+            throw InvalidKey("a key that is a str must have a UTF-8 encoding; this one has a lone surrogate");
+        }
     } else {
         throw InvalidKey(std::string("a key is str or bytes, not ") + Py_TYPE(object.ptr())->tp_name);
     }

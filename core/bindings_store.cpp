@@ -686,24 +686,24 @@ void bind_store(nb::module_& m) {
             const auto [records, bytes] = s.owner->live()->usage(s.space.id);
             return nb::make_tuple(records, bytes);
         })
-        .def("get", &get, nb::arg("key"))
-        .def("get_into", &get_into, nb::arg("key"), nb::arg("out"))
-        .def("get_many", &get_many, nb::arg("keys"), nb::arg("out").none() = nb::none())
-        .def("pin", &pin, nb::arg("key"))
-        .def("pin_many", &pin_many, nb::arg("keys"))
+        .def("get", &get, nb::arg("key").none())
+        .def("get_into", &get_into, nb::arg("key").none(), nb::arg("out").none())
+        .def("get_many", &get_many, nb::arg("keys").none(), nb::arg("out").none() = nb::none())
+        .def("pin", &pin, nb::arg("key").none())
+        .def("pin_many", &pin_many, nb::arg("keys").none())
         .def("contains", [](const SpaceHandle& s, nb::handle key) { return s.owner->live()->contains(s.space, key_of(key)); },
-             nb::arg("key"))
-        .def("contains_prefix", &contains_prefix, nb::arg("keys"))
-        .def("put", &put, nb::arg("key"), nb::arg("value"), nb::arg("expires") = 0, nb::arg("cost") = 1.0f)
-        .def("put_many", &put_many, nb::arg("keys"), nb::arg("values"), nb::arg("expires") = 0, nb::arg("cost") = 1.0f)
-        .def("reserve", &reserve, nb::arg("key"), nb::arg("nbytes"), nb::arg("expires") = 0, nb::arg("cost") = 1.0f)
+             nb::arg("key").none())
+        .def("contains_prefix", &contains_prefix, nb::arg("keys").none())
+        .def("put", &put, nb::arg("key").none(), nb::arg("value").none(), nb::arg("expires") = 0, nb::arg("cost") = 1.0f)
+        .def("put_many", &put_many, nb::arg("keys").none(), nb::arg("values").none(), nb::arg("expires") = 0, nb::arg("cost") = 1.0f)
+        .def("reserve", &reserve, nb::arg("key").none(), nb::arg("nbytes"), nb::arg("expires") = 0, nb::arg("cost") = 1.0f)
         .def("present_immutable", [](const SpaceHandle& s, nb::handle key) {
             return s.owner->live()->present_immutable(s.space, key_of(key));
-        }, nb::arg("key"))
+        }, nb::arg("key").none())
         .def("remove", [](const SpaceHandle& s, nb::handle key) {
             const auto removed = s.owner->live()->remove(s.space, key_of(key));
             return nb::make_tuple(removed.present, removed.on_disk);
-        }, nb::arg("key"))
+        }, nb::arg("key").none())
         .def("clear", [](const SpaceHandle& s) { return s.owner->live()->clear(s.space); });
 
     nb::class_<StoreHandle>(m, "Store")
@@ -731,6 +731,7 @@ void bind_store(nb::module_& m) {
             self.live()->restore_namespace(id, name, version, epoch, immutable);
         }, nb::arg("id"), nb::arg("name"), nb::arg("version"), nb::arg("epoch"), nb::arg("immutable"))
         .def("take_dirty", &take_dirty, nb::arg("max_records"), nb::arg("max_bytes"), nb::arg("timeout_s"))
+        .def("wake_writer", [](StoreHandle& self) { self.live()->wake_writer(); })
         .def("still_live", [](StoreHandle& self, nb::list dirty) {
             nb::list live;
             for (nb::handle d : dirty) {

@@ -179,6 +179,7 @@ public:
 
     // ---- The tier below
     std::vector<Dirty> take_dirty(size_t most, u64 most_bytes, double timeout);
+    void wake_writer();  // lets take_dirty return at once, though there's nothing
     bool still_live(const Dirty& dirty);
     void settle(Dirty& dirty, u32 segment, u64 offset);  // segment 0: it could not be written
     bool wait_until_settled(double timeout);             // whether all that this process has put is below
@@ -262,6 +263,7 @@ private:
     std::condition_variable dirty_ready_, dirty_settled_;
     std::deque<Waiting> dirty_;  // oldest first
     u64 settled_ = 0;            // how many
+    bool woken_ = false;
 };
 
 template <class NextKey>

@@ -23,6 +23,8 @@ from kvstrata.tiers.memory import MemoryTier
 
 __all__ = ["Cache", "Namespace", "open"]
 
+_LOADED_AT_ONCE = 256  # records that get_many keeps pinned until it has copied them
+
 T = TypeVar("T")
 Value = Any  # bytes-like, an array, or any exporter of the buffer or DLPack protocol
 
@@ -149,9 +151,9 @@ class Namespace:
     def get_many(self, keys: Sequence[Key], *, out: Sequence[Any] | None = None) -> list[Any]:
         """Return the values in the order of the keys, None where absent; `out`: one writable buffer per key."""
         values, below = self._space.get_many(keys, out)
-        if below:
-            loaded = self._load([keys[i] for i in below])
-            for i, pin in zip(below, loaded, strict=True):
+        for start in range(0, len(below), _LOADED_AT_ONCE):
+            wanted = below[start : start + _LOADED_AT_ONCE]
+            for i, pin in zip(wanted, self._load([keys[i] for i in wanted]), strict=True):
                 values[i] = _copied(pin, None if out is None else out[i])
         return values
 
@@ -178,6 +180,14 @@ class Namespace:
         return pins
 
     def _load(self, keys: list[Key]) -> list[Pin | None]:
+        pins = self._load_once(keys)
+        for i, pin in enumerate(pins):
+            if pin is None:  # somebody else may have brought it up meanwhile
+                found = self._space.pin(keys[i])
+                pins[i] = self._load_once([keys[i]])[0] if found is _core.BELOW else found
+        return pins
+
+    def _load_once(self, keys: list[Key]) -> list[Pin | None]:
         loaded = self._cache.load(self._space.id, keys)
         return [_LocalPin(value) if isinstance(value, memoryview) else value for value in loaded]
 
@@ -289,9 +299,7 @@ class Cache(Namespace):
             return Namespace(self, _SpaceOptions(name, version, policy, quota_bytes, bool(immutable)), ttl_ms)
 
     def _open_space(self, options: _SpaceOptions) -> _core.Space:
-        if self._closed:
-            raise CacheClosed("this cache is closed")
-        self.attach_again()
+        self._check_open()
         ns = self._below.open_namespace(options.name, options.version, options.immutable).id if self._below else 0
         return self._memory.store.open_namespace(ns, *options)
 
@@ -315,18 +323,18 @@ class Cache(Namespace):
 
     def flush(self, timeout: float = 60.0) -> None:
         """Wait until all that this process has put has reached the disk; raises TierUnavailable after `timeout` s."""
-        self.attach_again()
+        self._check_open()
         if self._writer and not self._writer.flush(timeout):
             raise TierUnavailable(f"the disk tier did not take all records within {timeout:g} s")
 
     def demote(self) -> int:
         """Take out of memory what lies on disk too, where nobody has it pinned; returns the bytes that became free."""
-        self.attach_again()
+        self._check_open()
         return self._memory.store.demote_all()
 
     def stats(self) -> dict[str, Any]:
         """Return counters and sizes: those of the memory tier and index, of the disk tier, and per namespace."""
-        self.attach_again()
+        self._check_open()
         namespaces = {}
         for namespace in list(self._opened):
             records, used = namespace._space.usage
@@ -336,6 +344,11 @@ class Cache(Namespace):
             "disk": self._below.stats() if self._below else None,
             "namespaces": namespaces,
         }
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise CacheClosed("this cache is closed")
+        self.attach_again()
 
     def close(self) -> None:
         """Write what is not on disk yet, and let go of the cache. The last process out frees the shared memory."""

@@ -53,4 +53,5 @@ class WriteBehind:
     def stop(self) -> None:
         """Write what is left, and end the thread."""
         self._stopping.set()
+        self._store.wake_writer()
         self._thread.join()

@@ -1,0 +1,1 @@
+"""What several test files need: processes to talk to, values that tell whose they are."""
