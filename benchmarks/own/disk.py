@@ -99,7 +99,7 @@ def _writes(settings: Settings) -> list[Row]:
     found = []
     for what, capacity, target in (
         ("sustained write of 1 MiB, put and flush", (count * (repeats + 4) + 512) * MIB, 0.85),
-        ("the same, the disk tier full", 2 * count * MIB, None),
+        ("the same, the disk tier full", 4 * count * MIB, None),
     ):
         path = settings.directory / f"writes-{next(numbers)}"
         with kvstrata.open(path, memory=(count + 256) * MIB, disk=capacity) as cache:
@@ -109,6 +109,8 @@ def _writes(settings: Settings) -> list[Row]:
                     cache.put(b"%032d" % next(numbers), value)
                 cache.flush()
 
+            for _ in range(4 if target is None else 0):
+                write()
             raw = _NewFile(settings.directory / "raw-writes", count)
             ours, theirs = interleaved(Work(write), Work(raw.write, 1, raw.make, raw.remove), repeats=repeats)
         nbytes = count * MIB
