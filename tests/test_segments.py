@@ -27,10 +27,11 @@ from kvstrata.record import (
     build_record,
     parse_record,
 )
-from kvstrata.tiers import blockio, segments
+from kvstrata.tiers import blockio, segment_format, segments
 from kvstrata.tiers.blockio import SHORT_READ, Read, aligned_buffer
 from kvstrata.tiers.ledger import Ledger
-from kvstrata.tiers.segments import Segment, SegmentSet, pack_header, segment_bytes_for, stored_seed
+from kvstrata.tiers.segment_format import pack_header, stored_seed
+from kvstrata.tiers.segments import Segment, SegmentSet, segment_bytes_for
 
 SEED = 77
 SIZE = 1 << 20
@@ -190,9 +191,9 @@ def test_no_descriptor_of_a_file_stays_open_after_reading(files: SegmentSet) -> 
     records = [out(b"%d" % i, 600_000) for i in range(4)]
     places = append_all(files, records)
     files.seal()
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     read_back(files, places, [record.length for record in records])
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 # ---- Files and numbers
@@ -447,7 +448,7 @@ def test_a_segment_of_a_newer_format_is_refused_by_name(
     files.append([out(b"a", 100)])
     files.seal()
     with monkeypatch.context() as newer:
-        newer.setattr(segments, "FORMAT", 2)
+        newer.setattr(segment_format, "FORMAT", 2)
         header = pack_header(1, SEED)
     with files.path_of(1).open("r+b") as file:
         file.write(header)

@@ -6,6 +6,7 @@ O_DIRECT wants file offset, length and address on pages. What isn't is moved thr
 from __future__ import annotations
 
 import collections
+import contextlib
 import errno
 import logging
 import mmap
@@ -55,7 +56,10 @@ def is_aligned(buffer: memoryview) -> bool:
 def transfer(
     call: Callable[[int, list[memoryview], int], int], fd: int, buffers: Sequence[memoryview], offset: int
 ) -> int:
-    """Have os.preadv or os.pwritev move all of `buffers`; returns the bytes moved, fewer only at the end of the file."""
+    """Have os.preadv or os.pwritev move all of `buffers`.
+
+    Returns the bytes moved, which are fewer only at the end of the file.
+    """
     left = list(buffers)
     total = 0
     while left:
@@ -71,7 +75,7 @@ def transfer(
 
 
 def try_direct(directory: Path) -> OSError | None:
-    """Write and read a page with O_DIRECT in `directory`; returns the error that the file system refuses it with."""
+    """Write and read a page with O_DIRECT in `directory`; returns the error if it is refused."""
     path = directory / f"probe-{os.getpid()}.tmp"
     fd = -1
     page = aligned_buffer(PAGE)
@@ -98,7 +102,10 @@ class Workers:
         after_fork(self)
 
     def run(self, jobs: Sequence[Callable[[], None]]) -> None:
-        """Run all jobs, the caller helping. Returns when none is running; raises the first error, after which no further job is started."""
+        """Run all jobs, the caller helping; returns when none is running.
+
+        Raises an error of one of them, after which no further job was started.
+        """
         todo = collections.deque(jobs)
 
         def work() -> None:
@@ -112,11 +119,8 @@ class Workers:
                 raise
 
         helpers: list[Future[None]] = []
-        try:
-            for _ in range(min(self._count, len(jobs)) - 1):
-                helpers.append(self._started().submit(work))
-        except RuntimeError:
-            pass  # the interpreter is shutting down and starts no more threads
+        with contextlib.suppress(RuntimeError):  # at shutdown the interpreter starts no more threads
+            helpers.extend(self._started().submit(work) for _ in range(min(self._count, len(jobs)) - 1))
         try:
             work()
         finally:
@@ -161,7 +165,10 @@ class _Run(NamedTuple):
 
 
 class Reader:
-    """Reads many pieces of segments at once. Files are open only meanwhile, so that a dropped one frees its space."""
+    """Reads many pieces of segments at once.
+
+    Files are open only meanwhile, so that a dropped one frees its space.
+    """
 
     def __init__(self, path_of: Callable[[int], Path], workers: Workers, *, direct: bool) -> None:
         self._path_of = path_of

@@ -1,10 +1,10 @@
-"""The catalog of a disk tier: what namespaces there are and where records lie, kept by SQLite across restarts.
+"""The catalog of a disk tier: its namespaces and where records lie, kept by SQLite across restarts.
 
-It is never trusted: a record's own header decides what it is. So a row that lies costs a miss, and only what no
-record can say, the epoch and version of a namespace, has a checksum here. A catalog that is damaged in any way that
-can be seen raises CatalogDamaged; `Catalog.replace` then puts another in its place, also under the feet of processes
-that have the old one open: they notice at their next transaction. Each new one has a name of its own, since SQLite
-deletes a log by name when it closes, and must not find another's there.
+It is never trusted: a record's own header decides what it is. So a row that lies costs a miss, and only what
+no record can say, the epoch and version of a namespace, has a checksum here. A catalog whose damage can be
+seen raises CatalogDamaged; `Catalog.replace` then puts another in its place, also under the feet of
+processes that have the old one open: they notice at their next transaction. Each new one has a name of its
+own, since SQLite deletes a log by its name, and must not find another's there.
 """
 
 from __future__ import annotations
@@ -14,68 +14,21 @@ import ctypes
 import os
 import re
 import sqlite3
-import struct
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
-from kvstrata import _core
-from kvstrata.errors import FormatError, TierFull, TierUnavailable
+from kvstrata.errors import TierFull, TierUnavailable
 from kvstrata.record import PAGE, NamespaceInfo
+from kvstrata.tiers import catalog_schema as schema
+from kvstrata.tiers.catalog_schema import FORMAT, CatalogDamaged, Row
 from kvstrata.tiers.ledger import Ledger, after_fork
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 __all__ = ["FORMAT", "Catalog", "CatalogDamaged", "Extent", "Row"]
 
-FORMAT = 1
 _NAME = re.compile(r"catalog-(\d{6})\.(db|new)(-wal|-shm|-journal)?")
-
-Row = tuple[int, bytes, int, int, int, int, int, int, int, int]
-"""ns, key, seq, segment, offset, length, expires, version, epoch, flags: as the native store takes them."""
-
-_SCHEMA = {
-    "meta": "CREATE TABLE meta(name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID",
-    "namespaces": (
-        "CREATE TABLE namespaces(id INTEGER PRIMARY KEY, name BLOB NOT NULL UNIQUE, version INTEGER NOT NULL,"
-        " epoch INTEGER NOT NULL, immutable INTEGER NOT NULL, crc INTEGER NOT NULL)"
-    ),
-    "records": (
-        "CREATE TABLE records(ns INTEGER NOT NULL, key BLOB NOT NULL, seq INTEGER NOT NULL, segment INTEGER NOT NULL,"
-        " offset INTEGER NOT NULL, length INTEGER NOT NULL, expires INTEGER NOT NULL, version INTEGER NOT NULL,"
-        " epoch INTEGER NOT NULL, flags INTEGER NOT NULL, PRIMARY KEY(ns, key)) WITHOUT ROWID"
-    ),
-    "records_by_segment": "CREATE INDEX records_by_segment ON records(segment)",
-}
-_ANY = (1 << 63) - 1  # above every sequence number
-_COLUMNS = "ns, key, seq, segment, offset, length, expires, version, epoch, flags"
-_UPSERT = (
-    f"INSERT INTO records({_COLUMNS}) VALUES(?,?,?,?,?,?,?,?,?,?) ON CONFLICT(ns, key) DO UPDATE SET"
-    " seq=excluded.seq, segment=excluded.segment, offset=excluded.offset, length=excluded.length,"
-    " expires=excluded.expires, version=excluded.version, epoch=excluded.epoch, flags=excluded.flags"
-    " WHERE excluded.seq >= records.seq"
-)
-# What a row must look like so that the store can take it: damage may have changed types and ranges.
-_SOUND = (
-    "typeof(key)='blob' AND length(key) BETWEEN 1 AND 1024"
-    " AND typeof(seq)='integer' AND seq BETWEEN 0 AND 9223372036854775806"
-    " AND typeof(segment)='integer' AND segment BETWEEN 1 AND 4294967295"
-    " AND typeof(offset)='integer' AND offset BETWEEN 4096 AND 140737488355328 AND offset % 64 = 0"
-    " AND typeof(length)='integer' AND length BETWEEN 128 AND 140737488355328 AND length % 64 = 0"
-    " AND typeof(expires)='integer' AND expires BETWEEN 0 AND 9223372036854775806"
-    " AND typeof(flags)='integer' AND flags BETWEEN 0 AND 255"
-)
-# SQLite result codes that speak of the surroundings, not of the file's content.
-_ELSEWHERE = {
-    sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY,
-    sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_PERM, sqlite3.SQLITE_PROTOCOL, sqlite3.SQLITE_AUTH,
-}  # fmt: skip
-
-
-class CatalogDamaged(TierUnavailable):
-    """The catalog can't be used any more and has to be replaced."""
 
 
 class Extent(NamedTuple):
@@ -89,9 +42,9 @@ class Extent(NamedTuple):
 class Catalog:
     """The catalog of one directory. Threads may share it; a forked child opens it anew.
 
-    `room(bytes)` is called, with the ledger held, before a transaction that lets the catalog grow by up to so many
-    bytes; it makes room or raises TierFull. Every method raises CatalogDamaged, and TierUnavailable when the file
-    system or another process is in the way.
+    `room(bytes)` is called, with the ledger held, before a transaction that lets the catalog grow by up to so
+    many bytes; it makes room or raises TierFull. Every method raises CatalogDamaged, and TierUnavailable when
+    the file system or another process is in the way.
     """
 
     def __init__(
@@ -125,33 +78,29 @@ class Catalog:
     def open(self) -> bool:
         """Open the catalog and read it through, or make an empty one; returns whether it was there.
 
-        Raises CatalogDamaged when it can't be relied on, FormatError when a newer release wrote it. Who joins others
-        that have done so needs not: the first use opens it.
+        Raises CatalogDamaged when it can't be relied on, FormatError when a newer release wrote it. Who joins
+        others that have done so need not: the first use opens it.
         """
-        with self._ledger.hold(), self._lock:
+        with self._ledger.hold(), self._lock, self._translated():
+            self.close()
             mark = self._ledger.read()
             self._generation = self._newest()
             if self._generation == 0:
                 self._generation = 1
                 if mark is not None and mark.commits > 0:
-                    raise CatalogDamaged(f"{self.path} is gone")
-                self._make(self.path, commits=0).close()
+                    raise CatalogDamaged("it is gone")
+                schema.create(self.path, commits=0).close()
                 self._connect()
                 self._ledger.write(self._ledger.mark()._replace(commits=0))
                 return False
             self._discard(self._generation)
-            with self._translated():
-                if self.path.stat().st_size == 0:
-                    raise CatalogDamaged(f"{self.path} is empty")
-                connection = self._connect()
-                self._check(connection, thoroughly=True)
-                commits = self._meta(connection, "commits")
+            if self.path.stat().st_size == 0:
+                raise CatalogDamaged("it is empty")
+            connection = self._connect()
+            schema.check(connection, thoroughly=True)
             if mark is None:
-                raise CatalogDamaged(
-                    f"{self._ledger.path} is damaged, and with it the proof that nothing is missing"
-                )
-            if commits < mark.commits:
-                raise CatalogDamaged(f"{self.path} has lost {mark.commits - commits} transactions")
+                raise CatalogDamaged("the ledger is damaged, and with it the proof that nothing is missing")
+            self._check_commits(connection, mark.commits)
             return True
 
     def close(self) -> None:
@@ -160,12 +109,12 @@ class Catalog:
             connection, self._connection = self._connection, None
             if connection is not None:
                 with contextlib.suppress(sqlite3.Error):
-                    connection.close()
+                    connection.close()  # never fails for long: a log that can't be folded up stays
 
-    def replace(self, namespaces: Iterable[NamespaceInfo], batches: Iterable[Sequence[Row]]) -> None:
+    def replace(self, namespaces: Mapping[int, NamespaceInfo], batches: Iterable[Sequence[Row]]) -> None:
         """Put a new catalog with this content in place of the old one, whatever that has become.
 
-        `namespaces` is gone through after `batches`.
+        `namespaces` is looked at after `batches`, which may fill it in.
         """
         with self._ledger.hold(), self._lock, self._translated():
             self.close()
@@ -176,18 +125,19 @@ class Catalog:
             commits = mark.commits + 1
             self._ledger.write(mark._replace(commits=commits))
             fresh = self._path_of(generation).with_suffix(".new")
-            connection = self._make(fresh, commits=commits)
+            connection = schema.create(fresh, commits=commits)
             try:
                 connection.execute("BEGIN IMMEDIATE")
                 for rows in batches:
-                    connection.executemany(_UPSERT, rows)
-                for namespace in namespaces:
-                    self._put_namespace(connection, namespace)
+                    connection.executemany(schema.UPSERT, rows)
+                for namespace in namespaces.values():
+                    schema.put_namespace(connection, namespace)
                 connection.execute("COMMIT")
             finally:
                 connection.close()
             fresh.rename(self._path_of(generation))
             self._generation = generation
+            self._connect()
 
     def is_superseded(self) -> bool:
         """Whether another process has put another catalog in place of the one that is open."""
@@ -196,23 +146,23 @@ class Catalog:
     @property
     def reserve(self) -> int:
         """Bytes that should stay free for deletions: by them the catalog grows before it frees anything."""
-        return self._wal_bytes + _growth(self.batch_rows)
+        return self._wal_bytes + schema.growth(self.batch_rows)
 
     # ---- Namespaces
 
     def load_namespaces(self) -> list[NamespaceInfo]:
         """Return all namespaces."""
         with self._reading() as connection:
-            return self._namespaces(connection)
+            return schema.read_namespaces(connection)
 
     def register_namespace(self, wanted: NamespaceInfo) -> NamespaceInfo:
-        """Return the namespace of this name, made from `wanted` when there is none; its id 0 means any free one.
+        """Return the namespace of this name, made from `wanted` when there is none, whose id 0 means any.
 
-        A higher version or epoch in `wanted` is taken over; with a version the epoch rises too, as it does in the
-        store. Raises TierUnavailable when its id is another's.
+        A higher version or epoch in `wanted` is taken over; with a version the epoch rises too, as it does in
+        the store. Raises TierUnavailable when its id is another's.
         """
         with self._transaction(1) as connection:
-            known = self._namespaces(connection)
+            known = schema.read_namespaces(connection)
             found = next((namespace for namespace in known if namespace.name == wanted.name), None)
             if found is None:
                 number = wanted.id or max((namespace.id for namespace in known), default=0) + 1
@@ -229,7 +179,7 @@ class Catalog:
                 max(epoch, wanted.epoch),
                 wanted.immutable,
             )
-            self._put_namespace(connection, merged)
+            schema.put_namespace(connection, merged)
         return merged
 
     # ---- Records
@@ -242,8 +192,8 @@ class Catalog:
             while True:
                 with self._reading() as connection:
                     rows: list[Row] = connection.execute(
-                        f"SELECT {_COLUMNS} FROM records WHERE ns=? AND key>? AND epoch=? AND version=?"
-                        f" AND (expires=0 OR expires>?) AND {_SOUND} ORDER BY key LIMIT ?",
+                        f"SELECT {schema.COLUMNS} FROM records WHERE ns=? AND key>? AND epoch=? AND version=?"
+                        f" AND (expires=0 OR expires>?) AND {schema.SOUND} ORDER BY key LIMIT ?",
                         (namespace.id, key, namespace.epoch, namespace.version, now, batch),
                     ).fetchall()
                 if rows:
@@ -256,7 +206,8 @@ class Catalog:
         """Return for each segment what the catalog says of it."""
         with self._reading() as connection:
             found = connection.execute(
-                f"SELECT segment, count(*), max(offset + length), max(seq) FROM records WHERE {_SOUND} GROUP BY segment"
+                "SELECT segment, count(*), max(offset + length), max(seq) FROM records"
+                f" WHERE {schema.SOUND} GROUP BY segment"
             )
             return {segment: Extent(records, end, seq) for segment, records, end, seq in found}
 
@@ -266,25 +217,27 @@ class Catalog:
         `live` is asked while no deletion can be committed, so none can be overtaken. At most batch_rows rows.
         Raises TierFull when the catalog has no room for them.
         """
-        with self._transaction(len(rows)) as connection:
+        with self._transaction(len(rows), sum(len(row[1]) for row in rows)) as connection:
             alive = list(live())
-            connection.executemany(_UPSERT, [row for row, wanted in zip(rows, alive, strict=True) if wanted])
+            connection.executemany(
+                schema.UPSERT, [row for row, wanted in zip(rows, alive, strict=True) if wanted]
+            )
         return alive
 
     def delete(self, ns: int, keys: Iterable[tuple[bytes, int | None]]) -> int:
-        """Commit the deletion of rows, where a number is given only of those with a lower one; returns how many."""
-        wanted = [(ns, key, _ANY if below is None else below) for key, below in keys]
+        """Commit the deletion of rows, of those with a lower number where one is given; returns how many."""
+        wanted = [(ns, key, schema.ANY if below is None else below) for key, below in keys]
         deleted = 0
         for start in range(0, len(wanted), self.batch_rows):
             part = wanted[start : start + self.batch_rows]
-            with self._transaction(len(part), must=True) as connection:
+            with self._transaction(len(part), sum(len(key) for _, key, _ in part), must=True) as connection:
                 deleted += connection.executemany(
                     "DELETE FROM records WHERE ns=? AND key=? AND seq<?", part
                 ).rowcount
         return deleted
 
     def drop_segment(self, segment: int, *, beyond: int = 0) -> int:
-        """Commit the deletion of all rows that lie in `segment` and end after byte `beyond`; returns how many."""
+        """Commit the deletion of all rows of `segment` that end after byte `beyond`; returns how many."""
         deleted = self._delete_where("segment=? AND offset+length>?", (segment, beyond))
         self._shrink()
         return deleted
@@ -323,15 +276,18 @@ class Catalog:
             )
         if free > max(64, pages // 4):
             with self._transaction(self.batch_rows, must=True) as connection:
-                connection.execute(f"PRAGMA incremental_vacuum({self.batch_rows})").fetchall()
+                for _ in range(min(free, 2 * self.batch_rows)):
+                    connection.execute("PRAGMA incremental_vacuum(1)")  # of a larger number one is done, too
 
     @contextlib.contextmanager
-    def _transaction(self, rows: int, *, must: bool = False) -> Iterator[sqlite3.Connection]:
-        """Commit what is done inside. `must`: a deletion, which is durable even where the capacity forbids it."""
+    def _transaction(
+        self, rows: int, key_bytes: int | None = None, *, must: bool = False
+    ) -> Iterator[sqlite3.Connection]:
+        """Commit what is done inside. `must`: a deletion, durable even where the capacity forbids it."""
         with self._ledger.hold(), self._lock, self._translated():
             connection = self._current_connection()
             try:
-                self._room(_growth(rows) + self._unwritten())
+                self._room(schema.growth(rows, key_bytes) + self._unwritten())
             except TierFull:
                 if not must:
                     raise
@@ -339,10 +295,8 @@ class Catalog:
             connection.execute("BEGIN IMMEDIATE")
             try:
                 yield connection
-                commits = self._meta(connection, "commits") + 1
                 mark = self._ledger.mark()
-                if commits <= mark.commits:
-                    raise CatalogDamaged(f"{self.path} has lost {mark.commits - commits + 1} transactions")
+                commits = self._check_commits(connection, mark.commits) + 1
                 connection.execute("UPDATE meta SET value=? WHERE name='commits'", (commits,))
                 connection.execute("COMMIT")
             except BaseException:
@@ -351,6 +305,12 @@ class Catalog:
                 raise
             self._ledger.write(mark._replace(commits=commits))
             self._shorten_log(connection)
+
+    def _check_commits(self, connection: sqlite3.Connection, expected: int) -> int:
+        commits = schema.read_meta(connection, "commits")
+        if commits < expected:
+            raise CatalogDamaged(f"it has lost {expected - commits} transactions")
+        return commits
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
@@ -369,9 +329,9 @@ class Catalog:
         return 0
 
     def _shorten_log(self, connection: sqlite3.Connection) -> None:
-        # Passive: never waits for a reader. Once all of the log is copied, the next writer starts it from the front.
+        # Passive: never waits for a reader. Once all is copied, the next writer starts the log anew.
         with contextlib.suppress(FileNotFoundError):
-            if os.stat(f"{self.path}-wal").st_size > self._wal_bytes:
+            if Path(f"{self.path}-wal").stat().st_size > self._wal_bytes:
                 connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
     # ---- Inside: files and connections
@@ -406,15 +366,15 @@ class Catalog:
         self.close()
         generation = self._newest()
         if generation == 0:
-            raise CatalogDamaged(f"{self.path} is gone")
+            raise CatalogDamaged("there is none")
         self._generation = generation
         connection = self._connect()
-        self._check(connection, thoroughly=False)
+        schema.check(connection, thoroughly=False)
         return connection
 
     def _connect(self) -> sqlite3.Connection:
         if not self.path.is_file():
-            raise CatalogDamaged(f"{self.path} is no file")
+            raise CatalogDamaged("it is no file")
         connection = sqlite3.connect(
             self.path,
             timeout=self._patience,
@@ -423,7 +383,7 @@ class Catalog:
             cached_statements=64,
         )
         try:
-            _settle(connection)
+            schema.settle(connection)
         except BaseException:
             connection.close()
             raise
@@ -443,114 +403,10 @@ class Catalog:
         try:
             yield
         except sqlite3.Error as error:
-            code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT)
-            in_the_way = any(os.path.isdir(f"{self.path}{suffix}") for suffix in ("", "-wal", "-shm"))
-            short = code in (sqlite3.SQLITE_IOERR_SHORT_READ, sqlite3.SQLITE_IOERR_CORRUPTFS)
-            if (code & 0xFF) in _ELSEWHERE and not in_the_way and not short:
+            in_the_way = any(Path(f"{self.path}{suffix}").is_dir() for suffix in ("", "-wal", "-shm"))
+            # A database may say of itself that it is read-only, and ours never does.
+            read_only = getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_READONLY
+            claimed = read_only and os.access(self.path, os.W_OK)
+            if schema.describes_surroundings(error) and not in_the_way and not claimed:
                 raise TierUnavailable(f"{self.path}: {error}") from error
             raise CatalogDamaged(f"{self.path}: {error}") from error
-
-    # ---- Inside: content
-
-    def _make(self, path: Path, *, commits: int) -> sqlite3.Connection:
-        connection = sqlite3.connect(
-            path, timeout=self._patience, isolation_level=None, check_same_thread=False
-        )
-        try:
-            path.chmod(0o600)
-            connection.execute(f"PRAGMA page_size={PAGE}")
-            connection.execute("PRAGMA auto_vacuum=INCREMENTAL")
-            connection.execute("PRAGMA journal_mode=OFF")  # set to WAL when it is opened
-            connection.execute("BEGIN IMMEDIATE")
-            for statement in _SCHEMA.values():
-                connection.execute(statement)
-            connection.execute(f"PRAGMA user_version={FORMAT}")
-            connection.executemany("INSERT INTO meta VALUES(?,?)", [("format", FORMAT), ("commits", commits)])
-            connection.execute("COMMIT")
-        except BaseException:
-            connection.close()
-            raise
-        return connection
-
-    def _check(self, connection: sqlite3.Connection, *, thoroughly: bool) -> None:
-        version: int = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version != FORMAT:
-            # A newer release says so in two places; a flipped bit does in one.
-            if version > FORMAT and self._meta(connection, "format") == version:
-                raise FormatError(f"{self.path} has format {version}; this release reads up to {FORMAT}")
-            raise CatalogDamaged(f"{self.path} has format {version}, which is none")
-        schema = connection.execute(
-            "SELECT name, sql FROM sqlite_schema WHERE name NOT LIKE 'sqlite_%'"
-        ).fetchall()
-        if dict(schema) != _SCHEMA or self._meta(connection, "format") != FORMAT:
-            raise CatalogDamaged(f"{self.path} has other tables than it should")
-        if thoroughly:
-            verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-            if verdict != "ok":
-                raise CatalogDamaged(f"{self.path}: {verdict}")
-        self._namespaces(connection)
-
-    def _meta(self, connection: sqlite3.Connection, name: str) -> int:
-        row = connection.execute("SELECT value FROM meta WHERE name=?", (name,)).fetchone()
-        if row is None or not isinstance(row[0], int):
-            raise CatalogDamaged(f"{self.path} lacks {name!r}")
-        return row[0]
-
-    def _namespaces(self, connection: sqlite3.Connection) -> list[NamespaceInfo]:
-        found = []
-        for number, name, version, epoch, immutable, crc in connection.execute(
-            "SELECT id, name, version, epoch, immutable, crc FROM namespaces ORDER BY id"
-        ):
-            try:
-                namespace = NamespaceInfo(number, name.decode(), version, epoch, bool(immutable))
-                intact = _namespace_crc(namespace) == crc
-            except (AttributeError, UnicodeDecodeError, TypeError, struct.error):
-                intact = False
-            if not intact:
-                raise CatalogDamaged(f"{self.path}: the row of namespace {number!r} is damaged")
-            found.append(namespace)
-        return found
-
-    def _put_namespace(self, connection: sqlite3.Connection, namespace: NamespaceInfo) -> None:
-        connection.execute(
-            "INSERT OR REPLACE INTO namespaces(id, name, version, epoch, immutable, crc) VALUES(?,?,?,?,?,?)",
-            (
-                namespace.id,
-                namespace.name.encode(),
-                namespace.version,
-                namespace.epoch,
-                int(namespace.immutable),
-                _namespace_crc(namespace),
-            ),
-        )
-
-
-def _growth(rows: int) -> int:
-    """Bytes that a transaction which touches `rows` rows can add to the files.
-
-    Each row changes at most a leaf of the table and two of the index, and there are a few inner pages besides; the
-    log holds each with a header.
-    """
-    return (3 * rows + 12) * (PAGE + 24) + 32768
-
-
-def _settle(connection: sqlite3.Connection) -> None:
-    """Apply the settings of every connection."""
-    mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
-    if mode != "wal":
-        raise TierUnavailable(f"the file system can't hold a catalog: journal mode is {mode!r}, not 'wal'")
-    for setting in (
-        "synchronous=NORMAL",
-        "wal_autocheckpoint=0",  # done by size instead
-        "cache_spill=OFF",  # else a page could be logged more than once
-        "temp_store=MEMORY",
-        "mmap_size=0",  # a truncated mapped file would kill the process
-        "cell_size_check=ON",
-        "trusted_schema=OFF",
-    ):
-        connection.execute(f"PRAGMA {setting}")
-
-
-def _namespace_crc(namespace: NamespaceInfo) -> int:
-    numbers = struct.pack("<IIIB", namespace.id, namespace.version, namespace.epoch, namespace.immutable)
-    return _core.crc32c(numbers + namespace.name.encode())

@@ -1,33 +1,32 @@
-"""The disk tier: records in segment files, where they lie in the catalog and in the host's index.
+"""The disk tier: records in segment files; where they lie is in the catalog and in the host's index.
 
-It settles every record that it is given and answers every load: what goes wrong below is counted, logged once and
-becomes a miss. Only a deletion or a new epoch raises, since it isn't durable then.
+It settles every record that it is given and answers every load: what goes wrong below is counted, logged once
+and becomes a miss. Only a deletion or a new epoch raises, since it isn't durable then.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import os
-import threading
-import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from kvstrata.errors import CorruptRecord, FormatError, TierFull, TierUnavailable, VersionConflict
-from kvstrata.record import PAGE, NamespaceInfo, build_descriptor, parse_record, payload_of
+from kvstrata.errors import TierFull, TierUnavailable, VersionConflict
+from kvstrata.record import PAGE, NamespaceInfo, build_descriptor
 from kvstrata.tiers.base import Key, NamespaceState, Stats
-from kvstrata.tiers.blockio import SHORT_READ, Read, aligned_buffer, page_ceil
+from kvstrata.tiers.blockio import page_ceil
 from kvstrata.tiers.catalog import Catalog, CatalogDamaged
+from kvstrata.tiers.counters import Counters, errno_name
 from kvstrata.tiers.ledger import Ledger, after_fork
+from kvstrata.tiers.loading import Loaded, Loader, key_bytes
 from kvstrata.tiers.recovery import recovered
-from kvstrata.tiers.segments import SegmentSet, read_header, segment_bytes_for
+from kvstrata.tiers.segment_format import read_header
+from kvstrata.tiers.segments import SegmentSet, segment_bytes_for
 
 if TYPE_CHECKING:
-    from kvstrata._core import DirtyRecord, Pin, Store, Write
+    from kvstrata._core import DirtyRecord, Store
 
 __all__ = ["DiskTier"]
 
@@ -35,7 +34,20 @@ T = TypeVar("T")
 log = logging.getLogger("kvstrata.disk")
 
 _FIRST_EPOCH = 1  # as in the store
-_LOADS_AT_ONCE = 64  # blocks of memory that are claimed before they are filled
+_COUNTERS = (
+    "written_records",
+    "written_bytes",
+    "failed_records",
+    "loaded_records",
+    "loaded_bytes",
+    "unpromoted_records",
+    "corrupt_records",
+    "vanished_records",
+    "dropped_segments",
+    "dropped_rows",
+    "catalog_rebuilds",
+    "restored_records",
+)
 
 
 class DiskTier:
@@ -46,25 +58,25 @@ class DiskTier:
     def __init__(
         self, directory: Path, capacity: int, store: Store, *, direct: bool = True, depth: int = 8
     ) -> None:
-        """Prepare the tier, `capacity` bytes at most over all files of the directory; `depth` transfers at a time.
+        """Prepare the tier: at most `capacity` bytes over all files in it, `depth` transfers at a time.
 
         Raises TierUnavailable when the directory can't be used.
         """
         self.directory = directory
         self.capacity = capacity
         self._store = store
-        self._counts: Counter[str] = Counter()
-        self._counts_lock = threading.Lock()
-        self._logged: set[str] = set()
+        self._counters = Counters(str(directory))
         self._namespaces: dict[int, NamespaceInfo] = {}
         self._making_room = False  # the ledger is held
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._ledger = Ledger(directory, seed=store.seed)
-            rows = max(8, min(1024, capacity // (64 * 3 * PAGE)))
-            wal_bytes = max(64 << 10, min(4 << 20, capacity // 64))
             self._catalog = Catalog(
-                directory, self._ledger, room=self._make_room, batch_rows=rows, wal_bytes=wal_bytes
+                directory,
+                self._ledger,
+                room=self._make_room,
+                batch_rows=max(8, min(1024, capacity // (64 * 11 * PAGE))),
+                wal_bytes=max(64 << 10, min(4 << 20, capacity // 64)),
             )
             self._segments = SegmentSet(
                 directory,
@@ -72,12 +84,15 @@ class DiskTier:
                 segment_bytes=segment_bytes_for(capacity),
                 ledger=self._ledger,
                 make_room=self._make_room,
-                describe=self._describe,
+                describe=self._descriptor,
                 direct=direct,
                 depth=depth,
             )
         except OSError as error:
             raise TierUnavailable(f"{directory} can't hold a disk tier: {error.strerror or error}") from error
+        self._loader = Loader(
+            store, self._segments, self._counters, describe=self._from_catalog, forget=self._forget
+        )
         after_fork(self)
 
     def recover(self) -> None:
@@ -110,95 +125,78 @@ class DiskTier:
 
         Raises VersionConflict when it has moved on to a version above this one, and TierUnavailable.
         """
-        wanted = NamespaceInfo(0, name, version, _FIRST_EPOCH, immutable)
-        for info in self._mended(self._catalog.load_namespaces):
-            if info.name == name and info.version == version and info.immutable == immutable:
-                break
-            if info.name == name and info.version > version:
-                raise VersionConflict(f"namespace {name!r} has moved on to version {info.version}")
-        else:
+        known = self._mended(self._catalog.load_namespaces)
+        info = next((info for info in known if info.name == name), None)
+        if info is None or info.version < version or info.immutable != immutable:
+            wanted = NamespaceInfo(0, name, version, _FIRST_EPOCH, immutable)
             info = self._mended(lambda: self._catalog.register_namespace(wanted))
+        if info.version > version:
+            raise VersionConflict(f"namespace {name!r} has moved on to version {info.version}")
         self._namespaces[info.id] = info
         return _state(info)
 
     def set_epoch(self, ns: int, epoch: int) -> None:
-        """Make records of an earlier epoch unreachable, also after a restart; raises TierUnavailable if it can't."""
+        """Make records of an earlier epoch unreachable, also after a restart.
+
+        Raises TierUnavailable when that can't be made durable.
+        """
         known = self._known(ns)
         if epoch > known.epoch:
             self._raise(NamespaceInfo(ns, known.name, known.version, epoch, known.immutable))
 
-    # ---- Writing
+    # ---- Records
 
     def write(self, records: Sequence[DirtyRecord]) -> None:
         """Store records that are pinned in memory, and settle each with the store: durable, or failed."""
         alive = self._store.still_live(list(records))
-        dead = [record for record, lives in zip(records, alive, strict=True) if not lives]
         left = [record for record, lives in zip(records, alive, strict=True) if lives]
-        self._store.mark_failed(dead)
+        self._store.mark_failed([record for record, lives in zip(records, alive, strict=True) if not lives])
         while left:
-            done = 1
             try:
-                segment, offsets = self._mended(lambda batch=left: self._segments.append(batch))  # type: ignore[misc]
-                done = len(offsets)
-                self._commit(left[:done], segment, offsets)
+                segment, offsets = self._append(left)
             except TierFull as error:
-                # It may be this record that is too large for the tier.
-                self._failed("full", error, left[:done])
-            except (OSError, TierUnavailable) as error:
-                code = getattr(error, "errno", None)
-                self._failed(errno.errorcode.get(code, str(code)) if code else "catalog", error, left)
+                self._failed("full", error, left[:1])  # the others may be smaller
+                left = left[1:]
+            except OSError as error:
+                self._failed(errno_name(error.errno), error, left)
                 return
-            left = left[done:]
+            except TierUnavailable as error:
+                self._failed("catalog", error, left)
+                return
+            else:
+                self._commit(left[: len(offsets)], segment, offsets)
+                left = left[len(offsets) :]
+
+    def load(self, ns: int, keys: Sequence[Key]) -> Loaded:
+        """Return the values: promoted to memory and pinned, or in private memory where the tier has no room.
+
+        None means that a key is not on disk, is in memory already, or could not be read.
+        """
+        return self._loader.load(ns, keys)
 
     def delete(self, ns: int, keys: Sequence[tuple[Key, int | None]]) -> None:
-        """Forget records, also after a restart; with a number only those that have a lower one.
+        """Forget records, also after a restart; where a number is given only those with a lower one.
 
         Raises TierUnavailable when that can't be made durable.
         """
-        rows = [(_bytes(key), below) for key, below in keys]
+        rows = [(key_bytes(key), below) for key, below in keys]
         self._mended(lambda: self._catalog.delete(ns, rows))
 
-    # ---- Reading
-
-    def load(self, ns: int, keys: Sequence[Key]) -> list[Pin | memoryview | None]:
-        """Return the values: promoted to memory and pinned, or in private memory where the tier has no room for them.
-
-        None means that a key is not on disk, or is in memory already, or could not be read.
-        """
-        found = self._store.find_on_disk(ns, keys)
-        wanted = [
-            _Load(i, _bytes(key), *location)
-            for i, (key, location) in enumerate(zip(keys, found, strict=True))
-            if location is not None
-        ]
-        results: list[Pin | memoryview | None] = [None] * len(keys)
-        for start in range(0, len(wanted), _LOADS_AT_ONCE):
-            self._load_some(ns, wanted[start : start + _LOADS_AT_ONCE], results)
-        return results
-
-    # ---- What there is to know
-
     def stats(self) -> Stats:
-        """Return sizes in bytes and counters of this process; `error <name>` counts failed transfers by errno."""
-        with self._counts_lock:
-            counts = dict(self._counts)
-        used, segments = 0, 0
+        """Return sizes in bytes and the counters of this process; "error <kind>" counts faults."""
+        used = segments = 0
         with contextlib.suppress(OSError):
             used, segments = self._used(), len(self._segments.all())
-        names = (
-            "written_records", "written_bytes", "failed_records", "loaded_records", "loaded_bytes", "unpromoted_records",
-            "corrupt_records", "vanished_records", "dropped_segments", "dropped_rows", "catalog_rebuilds", "rows_loaded",
-        )  # fmt: skip
         return {
             "capacity": self.capacity,
             "used_bytes": used,
             "segments": segments,
             "direct": int(self._segments.direct),
-            **dict.fromkeys(names, 0),
-            **counts,
+            **dict.fromkeys(_COUNTERS, 0),
+            **self._counters.snapshot(),
         }
 
-    # ---- Inside: opening
+    # ---- Inside: opening and repair
 
     def _recover(self) -> None:
         for leftover in self.directory.glob("probe-*.tmp"):
@@ -209,10 +207,12 @@ class DiskTier:
         for segment in self._segments.all():
             read_header(self._segments.path_of(segment.number))  # raises FormatError
         try:
-            if not self._catalog.open() and self._segments.all():
-                raise CatalogDamaged(f"{self._catalog.path} is gone")
+            existed = self._catalog.open()
         except CatalogDamaged as damage:
-            self._rebuild(str(damage))
+            self._rebuild(damage)
+        else:
+            if not existed and self._segments.all():
+                self._rebuild(CatalogDamaged("there was none"))
         self._mended(self._reconcile)
         self._mended(self._tell_store)
 
@@ -223,23 +223,23 @@ class DiskTier:
         for segment in self._segments.all():
             self._segments.remove(segment.number)
         self._ledger.write(self._ledger.mark()._replace(seed=self._store.seed))
-        self._catalog.replace([], [])
+        self._catalog.replace({}, [])
 
     def _reconcile(self) -> None:
-        """Let catalog and files agree: drop rows without data, data without rows, and what exceeds the capacity."""
+        """Let catalog and files agree: drop rows without data, data without rows, and what is too much."""
         sizes = {segment.number: segment.size for segment in self._segments.all()}
         extents = self._catalog.extents()
         for number, extent in extents.items():
             size = sizes.get(number, 0)
             if extent.end > size:
-                self._count("dropped_rows", self._catalog.drop_segment(number, beyond=size))
+                self._counters.add("dropped_rows", self._catalog.drop_segment(number, beyond=size))
         for number in sizes:
             if self._segments.is_being_written(number):
-                continue  # by a process that has another mapping: it is told of nothing, but loses nothing
-            if number not in extents:
-                self._segments.remove(number)
-            else:
+                continue  # by a process that has another mapping
+            if number in extents:
                 self._segments.trim(number, extents[number].end)
+            else:
+                self._segments.remove(number)
         self._store.raise_seq(max((extent.seq for extent in extents.values()), default=0))
         self._catalog.drop_stale()
         with contextlib.suppress(TierFull):
@@ -249,18 +249,18 @@ class DiskTier:
         for state in self.namespaces():
             self._store.restore_namespace(*state)
         for rows in self._catalog.rows():
-            self._count("rows_loaded", self._store.insert_disk(rows))
+            self._counters.add("restored_records", self._store.insert_disk(rows))
 
-    def _rebuild(self, reason: str) -> None:
+    def _rebuild(self, damage: CatalogDamaged) -> None:
         """Make a new catalog of what the segments themselves say; only immutable records come back."""
         with self._ledger.hold():
             if self._catalog.is_superseded():
                 self._catalog.close()  # another process has done it
                 return
-            log.warning("the catalog is rebuilt from the segments: %s", reason)
-            self._count("catalog_rebuilds")
+            log.warning("%s: the catalog is rebuilt from the segments: %s", self.directory, damage)
+            self._counters.add("catalog_rebuilds")
             found = dict(self._namespaces)
-            self._catalog.replace(found.values(), recovered(self._segments, found))
+            self._catalog.replace(found, recovered(self._segments, found))
             self._namespaces = found
             self._catalog.drop_stale()
             with contextlib.suppress(TierFull):
@@ -271,10 +271,13 @@ class DiskTier:
         try:
             return call()
         except CatalogDamaged as damage:
-            self._rebuild(str(damage))
+            self._rebuild(damage)
             return call()
 
     # ---- Inside: writing
+
+    def _append(self, records: list[DirtyRecord]) -> tuple[int, list[int]]:
+        return self._mended(lambda: self._segments.append(records))
 
     def _commit(self, records: list[DirtyRecord], segment: int, offsets: list[int]) -> None:
         """Make rows of records that are written, and settle them."""
@@ -282,16 +285,16 @@ class DiskTier:
             part = records[start : start + self._catalog.batch_rows]
             places = offsets[start : start + len(part)]
             try:
-                alive = self._mended(lambda part=part, places=places: self._add(part, segment, places))  # type: ignore[misc]
+                alive = self._add(part, segment, places)
             except (TierFull, TierUnavailable) as error:
-                self._failed("full" if isinstance(error, TierFull) else "catalog", error, records[start:])
+                kind = "full" if isinstance(error, TierFull) else "catalog"
+                self._failed(kind, error, records[start:])
                 return
             durable = [(r, at) for r, at, lives in zip(part, places, alive, strict=True) if lives]
-            dead = [r for r, lives in zip(part, alive, strict=True) if not lives]
-            self._count("written_records", len(durable))
-            self._count("written_bytes", sum(r.length for r, _ in durable))
-            self._store.mark_durable([r for r, _ in durable], segment, [at for _, at in durable])
-            self._store.mark_failed(dead)
+            self._counters.add("written_records", len(durable))
+            self._counters.add("written_bytes", sum(record.length for record, _ in durable))
+            self._store.mark_durable([record for record, _ in durable], segment, [at for _, at in durable])
+            self._store.mark_failed([r for r, lives in zip(part, alive, strict=True) if not lives])
 
     def _add(self, records: list[DirtyRecord], segment: int, offsets: list[int]) -> list[bool]:
         """Commit rows; the store is asked which records still count. Returns which do."""
@@ -304,23 +307,24 @@ class DiskTier:
             (r.ns, r.key, r.seq, segment, at, r.length, r.expires, r.version, r.epoch, r.flags)
             for r, at in zip(records, offsets, strict=True)
         ]
-        return self._catalog.add(rows, lambda: self._store.still_live(records))
+        return self._mended(lambda: self._catalog.add(rows, lambda: self._store.still_live(records)))
 
     def _failed(self, kind: str, error: Exception, records: list[DirtyRecord]) -> None:
-        """Count and log a fault, and let the records stay in memory only."""
+        """Let records stay in memory only."""
         self._store.mark_failed(records)
-        self._count("failed_records", len(records))
-        self._fault(kind, error)
+        self._counters.add("failed_records", len(records))
+        self._counters.fault(kind, error)
 
-    def _fault(self, kind: str, error: object) -> None:
-        self._count(f"error {kind}")
-        if kind not in self._logged:
-            self._logged.add(kind)
-            log.warning("%s: %s (further ones are only counted)", self.directory, error)
+    def _forget(self, ns: int, records: list[tuple[bytes, int]]) -> None:
+        """Drop records that proved to be wrong from index and catalog."""
+        for key, seq in records:
+            self._store.forget_disk(ns, key, seq)
+        try:
+            self.delete(ns, [(key, seq + 1) for key, seq in records])
+        except TierUnavailable as error:
+            self._counters.fault("catalog", error)
 
-    def _count(self, name: str, by: int = 1) -> None:
-        with self._counts_lock:
-            self._counts[name] += by
+    # ---- Inside: namespaces
 
     def _raise(self, wanted: NamespaceInfo) -> None:
         """Commit a higher version or epoch of a namespace."""
@@ -328,19 +332,22 @@ class DiskTier:
         self._namespaces[wanted.id] = self._mended(lambda: self._catalog.register_namespace(wanted))
 
     def _known(self, ns: int) -> NamespaceInfo:
-        info = self._namespaces.get(ns)
-        if info is None:
+        if ns not in self._namespaces:
             self.namespaces()
-            info = self._namespaces.get(ns)
-        if info is None:
+        if ns not in self._namespaces:
             raise TierUnavailable(f"the disk tier does not know namespace number {ns}")
-        return info
+        return self._namespaces[ns]
 
-    def _describe(self, ns: int, version: int, epoch: int) -> bytes:
-        info = self._known(ns)
-        return build_descriptor(
-            NamespaceInfo(ns, info.name, version, epoch, info.immutable), seed=self._store.seed
-        )
+    def _from_catalog(self, ns: int) -> NamespaceInfo | None:
+        try:
+            return next((info for info in self._catalog.load_namespaces() if info.id == ns), None)
+        except TierUnavailable:
+            return None
+
+    def _descriptor(self, ns: int, version: int, epoch: int) -> bytes:
+        known = self._known(ns)
+        info = NamespaceInfo(ns, known.name, version, epoch, known.immutable)
+        return build_descriptor(info, seed=self._store.seed)
 
     # ---- Inside: capacity
 
@@ -375,104 +382,16 @@ class DiskTier:
         self._making_room = True
         try:
             for number in victims:
-                # In this order: a row must never outlive what it points to by way of a number that is used again.
+                # Rows first, so that none ever outlives what it points to; then the index; then the data.
                 self._catalog.drop_segment(number)
                 self._store.drop_segment(number)
                 self._segments.remove(number)
-                self._count("dropped_segments")
+                self._counters.add("dropped_segments")
         finally:
             self._making_room = False
 
-    # ---- Inside: reading
-
-    def _load_some(self, ns: int, loads: list[_Load], results: list[Pin | memoryview | None]) -> None:
-        promoting: list[Write | None] = []
-        reads: list[Read] = []
-        for load in loads:
-            write = self._store.begin_load(ns, load.key, load.entry, load.seq, load.length)
-            promoting.append(write)
-            buffer = aligned_buffer(load.length) if write is None else write.view()
-            reads.append(Read(load.segment, load.offset, buffer))
-        lost: list[tuple[bytes, int]] = []
-
-        def done(index: int, error: int) -> None:
-            load, write = loads[index], promoting[index]
-            try:
-                if error:
-                    raise OSError(error, os.strerror(error))
-                if write is None:
-                    results[load.position] = self._verified(ns, load, reads[index].buffer)
-                else:
-                    results[load.position] = write.commit()
-            except CorruptRecord as corrupt:
-                lost.append((load.key, load.seq))
-                self._store.count_corrupt()
-                self._count("corrupt_records")
-                self._fault("corrupt", corrupt)
-            except OSError as failure:
-                if error in (errno.ENOENT, SHORT_READ):
-                    lost.append((load.key, load.seq))
-                    self._count("vanished_records")
-                else:
-                    self._fault(errno.errorcode.get(error, str(error)), failure)
-            else:
-                if results[load.position] is not None:
-                    self._count("loaded_records")
-                    self._count("loaded_bytes", load.length)
-                return
-            if write is not None:
-                write.abort()
-
-        self._segments.read(reads, done)
-        if lost:
-            self._forget(ns, lost)
-
-    def _verified(self, ns: int, load: _Load, data: memoryview) -> memoryview | None:
-        """Return the value of a record in private memory, as the store would check it; raises CorruptRecord."""
-        self._count("unpromoted_records")
-        try:
-            record = parse_record(data, seed=self._store.seed)
-            info = next((info for info in self._catalog.load_namespaces() if info.id == ns), None)
-        except FormatError as error:
-            raise CorruptRecord(str(error)) from error
-        except TierUnavailable:
-            return None
-        if (record.ns, record.key, record.seq, record.length) != (ns, load.key, load.seq, load.length):
-            raise CorruptRecord("another record lies in its place")
-        if info is None or (record.version, record.epoch) != (info.version, info.epoch):
-            return None
-        if 0 < record.expires <= time.time_ns() // 1_000_000:
-            return None
-        return payload_of(data, record).toreadonly()
-
-    def _forget(self, ns: int, lost: list[tuple[bytes, int]]) -> None:
-        """Drop what proved wrong from index and catalog."""
-        for key, seq in lost:
-            self._store.forget_disk(ns, key, seq)
-        try:
-            self.delete(ns, [(key, seq + 1) for key, seq in lost])
-        except TierUnavailable as error:
-            self._fault("catalog", error)
-
     def _forget_parent(self) -> None:
-        self._counts_lock = threading.Lock()
         self._making_room = False
-
-
-class _Load(NamedTuple):
-    """A record to be loaded, and where it lies; `position` among the keys that were asked for."""
-
-    position: int
-    key: bytes
-    entry: int
-    seq: int
-    segment: int
-    offset: int
-    length: int
-
-
-def _bytes(key: Key) -> bytes:
-    return key.encode() if isinstance(key, str) else bytes(key)
 
 
 def _state(info: NamespaceInfo) -> NamespaceState:

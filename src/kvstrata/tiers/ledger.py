@@ -1,12 +1,12 @@
 """The small file of a disk tier whose lock serialises its writers, and which says how far they came.
 
-Everything that allocates in the directory or changes the catalog holds the lock: so the capacity can be a hard
-bound, and a catalog can be replaced while other processes have it open. The kernel releases the lock of a process
-that dies.
+Everything that allocates in the directory or changes the catalog holds the lock: so the capacity can be a
+hard bound, and a catalog can be replaced while other processes have it open. The kernel releases the lock of
+a process that dies.
 
-The counter of commits stands outside of SQLite on purpose. A damaged write-ahead log makes SQLite lose its last
-transactions without a word, and a deletion among them would be undone; a catalog that has fewer commits than
-the ledger counts is therefore taken for damaged.
+The counter of commits stands outside of SQLite on purpose. A damaged write-ahead log makes SQLite lose its
+last transactions without a word, and a deletion among them would be undone; a catalog that has fewer commits
+than the ledger counts is therefore taken for damaged.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class Ledger:
                 raise TierUnavailable(f"{self.path} can't be opened: {error.strerror}") from error
 
     def _is_current(self) -> bool:
-        """Whether the locked file is still the one in the directory: a lock on a removed one excludes nobody."""
+        """Whether the locked file is still in the directory: a lock on a removed one excludes nobody."""
         try:
             there = self.path.stat()
         except FileNotFoundError:
@@ -143,7 +143,7 @@ class Ledger:
             self._fd = -1
 
     def _forget_parent(self) -> None:
-        # The parent's lock belongs to the open file, which a child shares: held open here it would outlive the parent.
+        # The lock belongs to the open file, which a child shares: held open here it would outlive the parent.
         self._thread_lock = threading.RLock()
         self._depth = 0
         self._close_file()

@@ -19,12 +19,12 @@ _BATCH = 4096
 
 
 def recovered(segments: SegmentSet, namespaces: dict[int, NamespaceInfo]) -> Iterator[list[Row]]:
-    """Yield, in batches, rows of all immutable records that can be found, and fill in `namespaces` by their number.
+    """Yield, in batches, rows of all immutable records that are found, and fill in `namespaces` by number.
 
-    Mutable records don't come back: they could have been deleted or overwritten. Rows of older epochs and versions are
-    among those that do; which are the newest is known at the end. A namespace that is in `namespaces`
-    already keeps its name, and its epoch and version are only raised. What a newer segment says of a number or a
-    name counts against an older one.
+    Mutable records don't come back: they could have been deleted or overwritten. Rows of older epochs and
+    versions are among those that do; which are the newest is known at the end. A namespace that is in
+    `namespaces` already keeps its name, and its epoch and version are only raised. What a newer segment says
+    of a number or a name counts against an older one.
     """
     numbers = {info.name: info.id for info in namespaces.values()}
     rows: list[Row] = []

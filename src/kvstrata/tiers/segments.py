@@ -1,7 +1,7 @@
-"""The segment files of a disk tier: appending records, reading them, walking through them. docs/format.md has the bytes.
+"""The segment files of a disk tier: appending records, reading them, walking through them.
 
-A process appends to a segment of its own, on which it holds a file lock, so that nobody else drops it. A segment
-whose writer has finished or died is never written again, and its number is never given out again.
+A process appends to a segment of its own, on which it holds a file lock, so that nobody else drops it. A
+segment whose writer has finished or died is never written again, and its number is never given out again.
 """
 
 from __future__ import annotations
@@ -10,15 +10,12 @@ import contextlib
 import errno
 import fcntl
 import os
-import re
-import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from kvstrata import _core
-from kvstrata.errors import CorruptRecord, FormatError, TierFull, TierUnavailable
-from kvstrata.record import LARGE_PAYLOAD, NAMESPACE, PAGE, Record, parse_record, payload_of
+from kvstrata.errors import TierFull, TierUnavailable
+from kvstrata.record import LARGE_PAYLOAD, PAGE, Record
 from kvstrata.tiers.blockio import (
     Read,
     Reader,
@@ -31,21 +28,17 @@ from kvstrata.tiers.blockio import (
     try_direct,
 )
 from kvstrata.tiers.ledger import Ledger, after_fork
+from kvstrata.tiers.segment_format import MAX_NUMBER, NAME, pack_header, read_header, scan
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["FORMAT", "Outgoing", "Segment", "SegmentSet", "segment_bytes_for", "stored_seed"]
+__all__ = ["Outgoing", "Segment", "SegmentSet", "segment_bytes_for"]
 
-FORMAT = 1
 MAX_SEGMENT = 64 << 20
 MIN_SEGMENT = 256 << 10
 _LARGE_RECORD = PAGE + LARGE_PAYLOAD  # bytes; no small record is as long
 _WRITE_BYTES = 1 << 20  # of one transfer
-_MAX_NUMBER = 99_999_999
-_NAME = re.compile(r"seg-(\d{8})\.kvs")
-_HEADER = struct.Struct("<4sB3xII44xI")  # magic, format, number, seed, checksum of the 60 bytes before
-_MAGIC = b"KVSS"
 
 
 def segment_bytes_for(capacity: int) -> int:
@@ -55,18 +48,27 @@ def segment_bytes_for(capacity: int) -> int:
 
 
 class Outgoing(Protocol):
-    """A record on its way to disk. `view` is the whole record, `length` its bytes."""
+    """A record on its way to disk."""
 
     @property
-    def ns(self) -> int: ...
+    def ns(self) -> int:
+        """Number of its namespace."""
+
     @property
-    def version(self) -> int: ...
+    def version(self) -> int:
+        """Of the namespace."""
+
     @property
-    def epoch(self) -> int: ...
+    def epoch(self) -> int:
+        """Of the namespace."""
+
     @property
-    def view(self) -> memoryview: ...
+    def view(self) -> memoryview:
+        """The whole record."""
+
     @property
-    def length(self) -> int: ...
+    def length(self) -> int:
+        """Bytes of the whole record."""
 
 
 class Segment(NamedTuple):
@@ -106,8 +108,8 @@ class _Active:
 class SegmentSet:
     """All segments of a directory. Threads may share one.
 
-    `make_room(bytes)` is called, with the ledger held, before a file of that size is made; it raises TierFull when
-    the capacity doesn't allow it. `describe(ns, version, epoch)` returns a namespace's descriptor record.
+    `make_room(bytes)` is called, with the ledger held, before a file of that size is made; it raises TierFull
+    when the capacity forbids it. `describe(ns, version, epoch)` returns a namespace's descriptor record.
     """
 
     def __init__(
@@ -192,13 +194,14 @@ class SegmentSet:
     def append(self, records: Sequence[Outgoing]) -> tuple[int, list[int]]:
         """Write as many of `records` as go into one segment, at least the first.
 
-        Returns the segment and the offsets of those that were written. Raises TierFull when there is no room and none
-        can be made, OSError when the file system fails; nothing was written then.
+        Returns the segment and the offsets of those that were written. Raises TierFull when there is no room
+        and none can be made, OSError when the file system fails; nothing was written then.
         """
         with self._lock:
             active = self._active
             if active is not None and os.fstat(active.fd).st_nlink == 0:
-                active = self._active = None  # somebody deleted the file
+                self._seal()  # somebody deleted the file
+                active = None
             plan = self._plan(active, records) if active else None
             if active is None or plan is None or not plan.offsets:
                 self._seal()
@@ -231,9 +234,9 @@ class SegmentSet:
         self._reader.read(reads, done)
 
     def scan(self, number: int) -> Iterator[tuple[int, Record, memoryview | None]]:
-        """Yield (offset, record, payload of a namespace descriptor) for every record, in order, payloads unchecked.
+        """Yield (offset, record, payload of a descriptor) for every record, in order, payloads unchecked.
 
-        Ends at the first thing that isn't a record: there's no search for another one behind it, since what is
+        Ends at the first thing that isn't a record: there's no search for another behind it, since what is
         found there could be part of a payload. Yields nothing when the segment's own header is damaged or the
         file is gone. Raises FormatError when a newer release wrote it.
         """
@@ -246,17 +249,17 @@ class SegmentSet:
         except FileNotFoundError:
             return
         try:
-            yield from _scan(fd, self._seed)
+            yield from scan(fd, self._seed)
         finally:
             os.close(fd)
 
     # ---- Inside
 
     def _entries(self) -> Iterator[tuple[int, int]]:
-        """Yield (number, size) of whatever bears the name of a segment; the size is -1 when it isn't a file."""
+        """Yield (number, size) of whatever bears the name of a segment; the size is -1 if it is no file."""
         with os.scandir(self._directory) as entries:
             for entry in entries:
-                match = _NAME.fullmatch(entry.name)
+                match = NAME.fullmatch(entry.name)
                 if match is None:
                     continue
                 try:
@@ -320,7 +323,10 @@ class SegmentSet:
         self._workers.run([job(*one) for one in jobs])
 
     def _write_stream(self, active: _Active, parts: Sequence[memoryview | bytes], at: int) -> int:
-        """Write parts one after the other by way of an aligned buffer, zeros up to the end of the page; returns that end."""
+        """Write parts one after the other by way of an aligned buffer, zeros behind.
+
+        Returns the end of the last page.
+        """
         if self._stream_buffer is None:
             self._stream_buffer = aligned_buffer(_WRITE_BYTES)
         buffer, filled = self._stream_buffer, 0
@@ -371,7 +377,7 @@ class SegmentSet:
                 self._make_room(size)
             mark = self._ledger.mark()
             number = max([mark.segment, *(number for number, _ in self._entries())]) + 1
-            if number > _MAX_NUMBER:
+            if number > MAX_NUMBER:
                 raise TierUnavailable(
                     f"{self._directory}: segment numbers are used up; start with an empty directory"
                 )
@@ -414,89 +420,3 @@ class SegmentSet:
         active, self._active = self._active, None
         if active is not None:
             active.close()  # leaves the parent's lock alone
-
-
-def pack_header(number: int, seed: int) -> bytes:
-    """Return the first page of a segment."""
-    data = _HEADER.pack(_MAGIC, FORMAT, number, seed, 0)[:-4]
-    return (data + _core.crc32c(data).to_bytes(4, "little")).ljust(PAGE, b"\0")
-
-
-def read_header(path: Path) -> tuple[int, int] | None:
-    """Return (number, seed) from the first page of a segment, None when it is damaged or gone.
-
-    Raises FormatError when a newer release wrote it.
-    """
-    try:
-        with path.open("rb", buffering=0) as file:
-            data = file.read(_HEADER.size)
-    except OSError:
-        return None
-    if len(data) < _HEADER.size:
-        return None
-    magic, version, number, seed, checksum = _HEADER.unpack(data)
-    if magic != _MAGIC or _core.crc32c(data[:-4]) != checksum:
-        return None
-    if version > FORMAT:
-        raise FormatError(f"{path} has format {version}; this release reads up to {FORMAT}")
-    return number, seed
-
-
-def stored_seed(directory: Path) -> int | None:
-    """Return the checksum seed of the cache that has records in `directory`, None when there is none.
-
-    Raises FormatError when a newer release wrote them.
-    """
-    if not directory.is_dir():
-        return None
-    ledger = Ledger(directory)
-    try:
-        if ledger.path.exists():
-            with ledger.hold():
-                mark = ledger.read()
-            if mark is not None:
-                return mark.seed
-    finally:
-        ledger.close()
-    for name in sorted(
-        (entry.name for entry in directory.iterdir() if _NAME.fullmatch(entry.name)), reverse=True
-    ):
-        header = read_header(directory / name)
-        if header is not None:
-            return header[1]
-    return None
-
-
-def _scan(fd: int, seed: int) -> Iterator[tuple[int, Record, memoryview | None]]:
-    size = os.fstat(fd).st_size
-    position, start = PAGE, 0
-    window = memoryview(b"")
-    few, many = 8 << 10, 256 << 10
-    ahead = few
-    while position < size:
-        if position - start + few > len(window) and start + len(window) < size:
-            # Read far ahead only where records are small.
-            ahead = many if position <= start + len(window) + few else few
-            start, window = position, memoryview(os.pread(fd, ahead, position))
-        at = position - start
-        try:
-            record = parse_record(window, seed=seed, with_payload=False, offset=at)
-        except (CorruptRecord, FormatError):
-            # Between batches there are zeros up to the next page, and nothing else.
-            boundary = page_ceil(position)
-            if boundary == position or any(window[at : boundary - start]):
-                return
-            position = boundary
-            continue
-        if position + record.length > size:
-            return
-        payload = None
-        if record.flags & NAMESPACE:
-            whole = os.pread(fd, record.length, position)
-            try:
-                parse_record(whole, seed=seed)
-            except CorruptRecord:
-                return
-            payload = payload_of(whole, record)
-        yield position, record, payload
-        position += record.length
