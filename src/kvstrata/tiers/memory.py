@@ -17,6 +17,7 @@ import msgspec
 from kvstrata import _core
 from kvstrata.config import CacheOptions
 from kvstrata.errors import ConfigError, ConfigMismatch, FormatError, TierFull, TierUnavailable
+from kvstrata.tiers.segment_format import stored_seed
 
 __all__ = ["MemoryTier"]
 
@@ -25,11 +26,10 @@ _SETUP_PATIENCE_S = 30.0
 
 
 class _Identity(msgspec.Struct, frozen=True):
-    """What `identity.json` in the directory says: which cache this is, and the seed of its header checksums."""
+    """What `identity.json` in the directory says: which cache this is, for the name of its mapping."""
 
     format: int
     id: str
-    seed: int
 
 
 class _Format(msgspec.Struct):
@@ -76,12 +76,12 @@ class MemoryTier:
                 identity = _identity(directory)
                 file = _shared_file(directory, identity)
                 if shared:
-                    store = _open_shared(file, directory, options, identity.seed, restore)
+                    store = _open_shared(file, directory, options, restore)
                     return cls(store, options, directory, file, users)
                 with _explained(options):
                     # Left by processes that were killed. What is done here would make it untrue.
                     file.unlink(missing_ok=True)
-                    store = _core.Store.open_private(options.memory, options.disk, identity.seed)
+                    store = _core.Store.open_private(options.memory, options.disk, _seed(directory))
                 restore(store)
                 return cls(store, options, directory, None, users)
         except BaseException:
@@ -106,7 +106,7 @@ class MemoryTier:
         if self._users is None:
             self._users = _claim_directory(self.directory, shared=True)
         with _setup_lock(self.directory):
-            self.store = _open_shared(self._file, self.directory, self._options, self.store.seed, restore)
+            self.store = _open_shared(self._file, self.directory, self._options, restore)
 
     def close(self) -> None:
         """Leave the mapping; the last one out removes it."""
@@ -178,7 +178,7 @@ def _identity(directory: Path) -> _Identity:
                 )
             return msgspec.json.decode(text, type=_Identity)
         except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError):
-            new = _Identity(_FORMAT, secrets.token_hex(16), secrets.randbits(32))
+            new = _Identity(_FORMAT, secrets.token_hex(16))
             draft = directory / "identity.json.new"
             with draft.open("wb") as file:
                 file.write(msgspec.json.encode(new))
@@ -186,6 +186,12 @@ def _identity(directory: Path) -> _Identity:
                 os.fsync(file.fileno())
             draft.replace(path)
             return new
+
+
+def _seed(directory: Path) -> int:
+    """Return what the header checksums of this directory's records start from; a new number where there are none."""
+    seed = stored_seed(directory)
+    return secrets.randbits(32) if seed is None else seed
 
 
 def _shared_file(directory: Path, identity: _Identity) -> Path:
@@ -196,7 +202,7 @@ def _shared_file(directory: Path, identity: _Identity) -> Path:
 
 
 def _open_shared(
-    file: Path, directory: Path, options: CacheOptions, seed: int, restore: Callable[[_core.Store], None]
+    file: Path, directory: Path, options: CacheOptions, restore: Callable[[_core.Store], None]
 ) -> _core.Store:
     with _explained(options):
         exists, ready, format, in_use, memory, disk = _core.probe(str(file))
@@ -215,7 +221,7 @@ def _open_shared(
                 if in_use:
                     raise
                 file.unlink()  # every place in it is taken by a process that was killed
-        store = _core.Store.create_shared(str(file), options.memory, options.disk, seed)
+        store = _core.Store.create_shared(str(file), options.memory, options.disk, _seed(directory))
     try:
         restore(store)
     except BaseException:
