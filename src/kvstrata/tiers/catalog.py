@@ -304,7 +304,6 @@ class Catalog:
                     connection.execute("ROLLBACK")
                 raise
             self._ledger.write(mark._replace(commits=commits))
-            self._shorten_log(connection)
 
     def _check_commits(self, connection: sqlite3.Connection, expected: int) -> int:
         commits = schema.read_meta(connection, "commits")
@@ -327,12 +326,6 @@ class Catalog:
         with contextlib.suppress(FileNotFoundError):
             return max(0, pages * PAGE - self.path.stat().st_size)
         return 0
-
-    def _shorten_log(self, connection: sqlite3.Connection) -> None:
-        # Passive: never waits for a reader. Once all is copied, the next writer starts the log anew.
-        with contextlib.suppress(FileNotFoundError):
-            if Path(f"{self.path}-wal").stat().st_size > self._wal_bytes:
-                connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
     # ---- Inside: files and connections
 
@@ -383,7 +376,7 @@ class Catalog:
             cached_statements=64,
         )
         try:
-            schema.settle(connection)
+            schema.settle(connection, self._wal_bytes)
         except BaseException:
             connection.close()
             raise

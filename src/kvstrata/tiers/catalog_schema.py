@@ -117,8 +117,12 @@ def create(path: Path, *, commits: int) -> sqlite3.Connection:
     return connection
 
 
-def settle(connection: sqlite3.Connection) -> None:
-    """Apply the settings of every connection; raises TierUnavailable when the file system can't take them."""
+def settle(connection: sqlite3.Connection, wal_bytes: int) -> None:
+    """Apply the settings of every connection; raises TierUnavailable when the file system can't take them.
+
+    The write-ahead log is copied into the database once it has `wal_bytes` in use: a file that was once as long
+    stays so, hence SQLite's own count of frames decides. It never waits for a reader.
+    """
     mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
     if mode != "wal":
         raise TierUnavailable(
@@ -126,7 +130,7 @@ def settle(connection: sqlite3.Connection) -> None:
         )
     for setting in (
         "synchronous=NORMAL",
-        "wal_autocheckpoint=0",  # done by size instead
+        f"wal_autocheckpoint={max(1, wal_bytes // LOG_FRAME)}",
         "cache_spill=OFF",  # else a page could be logged more than once
         "temp_store=MEMORY",
         "mmap_size=0",  # a truncated mapped file would kill the process
