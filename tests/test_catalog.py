@@ -203,9 +203,7 @@ def test_room_is_asked_for_and_an_addition_fails_without_it_but_not_a_deletion(t
 
 
 @pytest.mark.parametrize(("key_bytes", "batch"), [(8, 1), (32, 64), (1024, 16)])
-def test_the_files_never_grow_by_more_than_what_was_asked_for(
-    tmp_path: Path, key_bytes: int, batch: int
-) -> None:
+def test_the_files_never_grow_by_more_than_what_was_asked_for(tmp_path: Path, key_bytes: int, batch: int) -> None:
     allowed = 0
 
     def used() -> int:
@@ -380,16 +378,14 @@ def fill(directory: Path, *, leave_log: bool) -> None:
 
 
 def survives(directory: Path) -> str:
-    """Open a catalog that may be damaged and use it; returns what became of it. Nothing deleted may be there."""
+    """Use a catalog that may be damaged; returns what became of it. Nothing deleted may come back."""
     catalog = make(directory)
     try:
         catalog.open()
         found = keys(catalog)
         catalog.extents()
         outcome = "served" if len(found) == 150 else "served less"
-        assert not [
-            key for key in found if key.startswith(b"key") and key[4:7].isdigit() and int(key[4:7]) % 2
-        ]
+        assert not [key for key in found if key.startswith(b"key") and key[4:7].isdigit() and int(key[4:7]) % 2]
         add(catalog, row(b"new", 1000))
         catalog.delete(1, [(b"new", None)])
     except CatalogDamaged:
@@ -418,9 +414,7 @@ def test_flipped_bytes_in_any_file_never_bring_back_what_was_deleted(tmp_path: P
     for path in files_of(original):
         size = path.stat().st_size
         spots = (
-            set(range(min(size, 100)))
-            if path.suffix == ".db"
-            else set(generator.sample(range(size), min(size, 30)))
+            set(range(min(size, 100))) if path.suffix == ".db" else set(generator.sample(range(size), min(size, 30)))
         )
         spots |= set(generator.sample(range(size), min(size, 80)))
         for spot in spots:

@@ -52,9 +52,7 @@ class Out(NamedTuple):
 
 
 def out(key: bytes, size: int, *, ns: int = 1, epoch: int = 0, aligned: bool = True) -> Out:
-    record = build_record(
-        key, random.Random(key).randbytes(size), seed=SEED, ns=ns, version=1, epoch=epoch, seq=1
-    )
+    record = build_record(key, random.Random(key).randbytes(size), seed=SEED, ns=ns, version=1, epoch=epoch, seq=1)
     buffer = aligned_buffer(len(record) + PAGE)
     view = buffer[: len(record)] if aligned else buffer[64 : 64 + len(record)]
     view[:] = record
@@ -113,9 +111,7 @@ def read_back(files: SegmentSet, places: list[tuple[int, int]], lengths: list[in
 def test_records_of_all_sizes_are_read_back_as_they_were_written(tmp_path: Path, direct: bool) -> None:
     files = make(tmp_path, direct=direct)
     sizes = random.Random(1)
-    records = [
-        out(b"%d" % i, sizes.choice([0, 10, 1000, 5000, 65535, 65536, 100_000, 300_000])) for i in range(60)
-    ]
+    records = [out(b"%d" % i, sizes.choice([0, 10, 1000, 5000, 65535, 65536, 100_000, 300_000])) for i in range(60)]
     places = append_all(files, records)
     order = list(range(60))
     sizes.shuffle(order)
@@ -175,9 +171,7 @@ def test_threads_that_append_and_read_at_once_get_what_they_wrote(files: Segment
     assert wrong == []
 
 
-def test_the_missing_and_the_short_are_told_apart_and_the_rest_is_read(
-    files: SegmentSet, tmp_path: Path
-) -> None:
+def test_the_missing_and_the_short_are_told_apart_and_the_rest_is_read(files: SegmentSet, tmp_path: Path) -> None:
     records = [out(b"%d" % i, 100_000) for i in range(3)]
     places = append_all(files, records)
     files.seal()
@@ -442,9 +436,7 @@ def test_a_segment_under_another_number_is_not_walked_through(files: SegmentSet)
     assert list(files.scan(5)) == []
 
 
-def test_a_segment_of_a_newer_format_is_refused_by_name(
-    files: SegmentSet, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_segment_of_a_newer_format_is_refused_by_name(files: SegmentSet, monkeypatch: pytest.MonkeyPatch) -> None:
     files.append([out(b"a", 100)])
     files.seal()
     with monkeypatch.context() as newer:

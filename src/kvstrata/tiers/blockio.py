@@ -249,9 +249,7 @@ class Reader:
                 raise
         if self.direct:
             self.direct = False
-            log.warning(
-                "%s: O_DIRECT is refused (errno %d); reading through the page cache", path, errno.EINVAL
-            )
+            log.warning("%s: O_DIRECT is refused (errno %d); reading through the page cache", path, errno.EINVAL)
         return self._read_at(segment, offset, buffers)
 
     def _bounce_buffer(self, size: int) -> memoryview:

@@ -219,9 +219,7 @@ class Catalog:
         """
         with self._transaction(len(rows), sum(len(row[1]) for row in rows)) as connection:
             alive = list(live())
-            connection.executemany(
-                schema.UPSERT, [row for row, wanted in zip(rows, alive, strict=True) if wanted]
-            )
+            connection.executemany(schema.UPSERT, [row for row, wanted in zip(rows, alive, strict=True) if wanted])
         return alive
 
     def delete(self, ns: int, keys: Iterable[tuple[bytes, int | None]]) -> int:
@@ -231,9 +229,7 @@ class Catalog:
         for start in range(0, len(wanted), self.batch_rows):
             part = wanted[start : start + self.batch_rows]
             with self._transaction(len(part), sum(len(key) for _, key, _ in part), must=True) as connection:
-                deleted += connection.executemany(
-                    "DELETE FROM records WHERE ns=? AND key=? AND seq<?", part
-                ).rowcount
+                deleted += connection.executemany("DELETE FROM records WHERE ns=? AND key=? AND seq<?", part).rowcount
         return deleted
 
     def drop_segment(self, segment: int, *, beyond: int = 0) -> int:
@@ -271,8 +267,7 @@ class Catalog:
         """Give pages back to the file system, some at a time, when a quarter of the database is empty."""
         with self._reading() as connection:
             free, pages = (
-                connection.execute(f"PRAGMA {name}").fetchone()[0]
-                for name in ("freelist_count", "page_count")
+                connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("freelist_count", "page_count")
             )
         if free > max(64, pages // 4):
             with self._transaction(self.batch_rows, must=True) as connection:

@@ -125,9 +125,7 @@ def settle(connection: sqlite3.Connection, wal_bytes: int) -> None:
     """
     mode = connection.execute("PRAGMA journal_mode=WAL").fetchone()[0]
     if mode != "wal":
-        raise TierUnavailable(
-            f"the file system can't hold a catalog: its journal mode is {mode!r}, not 'wal'"
-        )
+        raise TierUnavailable(f"the file system can't hold a catalog: its journal mode is {mode!r}, not 'wal'")
     for setting in (
         "synchronous=NORMAL",
         f"wal_autocheckpoint={max(1, wal_bytes // LOG_FRAME)}",

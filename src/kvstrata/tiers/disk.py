@@ -55,9 +55,7 @@ class DiskTier:
 
     name = "disk"
 
-    def __init__(
-        self, directory: Path, capacity: int, store: Store, *, direct: bool = True, depth: int = 8
-    ) -> None:
+    def __init__(self, directory: Path, capacity: int, store: Store, *, direct: bool = True, depth: int = 8) -> None:
         """Prepare the tier: at most `capacity` bytes over all files in it, `depth` transfers at a time.
 
         Raises TierUnavailable when the directory can't be used.
@@ -76,7 +74,7 @@ class DiskTier:
                 self._ledger,
                 room=self._make_room,
                 batch_rows=max(8, min(1024, capacity // (64 * 11 * PAGE))),
-                wal_bytes=max(64 << 10, min(4 << 20, capacity // 64)),
+                wal_bytes=max(256 << 10, min(4 << 20, capacity // 16)),
             )
             self._segments = SegmentSet(
                 directory,
@@ -90,9 +88,7 @@ class DiskTier:
             )
         except OSError as error:
             raise TierUnavailable(f"{directory} can't hold a disk tier: {error.strerror or error}") from error
-        self._loader = Loader(
-            store, self._segments, self._counters, describe=self._from_catalog, forget=self._forget
-        )
+        self._loader = Loader(store, self._segments, self._counters, describe=self._from_catalog, forget=self._forget)
         after_fork(self)
 
     def recover(self) -> None:
@@ -217,9 +213,7 @@ class DiskTier:
         self._mended(self._tell_store)
 
     def _start_over(self) -> None:
-        log.warning(
-            "%s belongs to another cache, whose records can't be checked; they are dropped", self.directory
-        )
+        log.warning("%s belongs to another cache, whose records can't be checked; they are dropped", self.directory)
         for segment in self._segments.all():
             self._segments.remove(segment.number)
         self._ledger.write(self._ledger.mark()._replace(seed=self._store.seed))

@@ -29,9 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Ledger", "Mark", "after_fork"]
 
-_LAYOUT = struct.Struct(
-    "<4sIQQI32xI"
-)  # magic, format, commits, segment, seed, checksum of the 60 bytes before
+_LAYOUT = struct.Struct("<4sIQQI32xI")  # magic, format, commits, segment, seed, checksum of the 60 bytes before
 _MAGIC = b"KVSL"
 FORMAT = 1
 

@@ -55,9 +55,7 @@ class Loader:
         results: Loaded = [None] * len(keys)
         loads = [
             _Load(position, key_bytes(key), *location)
-            for position, (key, location) in enumerate(
-                zip(keys, self._store.find_on_disk(ns, keys), strict=True)
-            )
+            for position, (key, location) in enumerate(zip(keys, self._store.find_on_disk(ns, keys), strict=True))
             if location is not None
         ]
         for start in range(0, len(loads), _AT_ONCE):

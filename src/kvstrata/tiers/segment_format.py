@@ -70,9 +70,7 @@ def stored_seed(directory: Path) -> int | None:
                 return mark.seed
     finally:
         ledger.close()
-    for name in sorted(
-        (entry.name for entry in directory.iterdir() if NAME.fullmatch(entry.name)), reverse=True
-    ):
+    for name in sorted((entry.name for entry in directory.iterdir() if NAME.fullmatch(entry.name)), reverse=True):
         header = read_header(directory / name)
         if header is not None:
             return header[1]

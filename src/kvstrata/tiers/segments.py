@@ -263,11 +263,7 @@ class SegmentSet:
                 if match is None:
                     continue
                 try:
-                    size = (
-                        entry.stat(follow_symlinks=False).st_size
-                        if entry.is_file(follow_symlinks=False)
-                        else -1
-                    )
+                    size = entry.stat(follow_symlinks=False).st_size if entry.is_file(follow_symlinks=False) else -1
                 except FileNotFoundError:
                     continue
                 yield int(match[1]), size
@@ -356,16 +352,12 @@ class SegmentSet:
                 raise
             if self._reader.direct:
                 self._reader.direct = False
-                log.warning(
-                    "%s: O_DIRECT is refused (errno %d); using the page cache", active.path, error.errno
-                )
+                log.warning("%s: O_DIRECT is refused (errno %d); using the page cache", active.path, error.errno)
             transfer(os.pwritev, active.fd, views, offset)
 
     def _allocate(self, first: Outgoing) -> _Active:
         descriptor = self._describe(first.ns, first.version, first.epoch)
-        least = (
-            PAGE + page_ceil(len(descriptor) + first.length) + (PAGE if first.length >= _LARGE_RECORD else 0)
-        )
+        least = PAGE + page_ceil(len(descriptor) + first.length) + (PAGE if first.length >= _LARGE_RECORD else 0)
         size = max(self._segment_bytes, least)
         with self._ledger.hold():
             try:
@@ -378,9 +370,7 @@ class SegmentSet:
             mark = self._ledger.mark()
             number = max([mark.segment, *(number for number, _ in self._entries())]) + 1
             if number > MAX_NUMBER:
-                raise TierUnavailable(
-                    f"{self._directory}: segment numbers are used up; start with an empty directory"
-                )
+                raise TierUnavailable(f"{self._directory}: segment numbers are used up; start with an empty directory")
             active = self._create(number, size)
             self._ledger.write(mark._replace(segment=number))
         return active
