@@ -18,7 +18,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from kvstrata.errors import TierFull, TierUnavailable
 from kvstrata.record import PAGE, NamespaceInfo
@@ -26,17 +25,9 @@ from kvstrata.tiers import catalog_schema as schema
 from kvstrata.tiers.catalog_schema import FORMAT, CatalogDamaged, Row
 from kvstrata.tiers.ledger import Ledger, after_fork
 
-__all__ = ["FORMAT", "Catalog", "CatalogDamaged", "Extent", "Row"]
+__all__ = ["FORMAT", "Catalog", "CatalogDamaged", "Row"]
 
 _NAME = re.compile(r"catalog-(\d{6})\.(db|new)(-wal|-shm|-journal)?")
-
-
-class Extent(NamedTuple):
-    """What the catalog says of a segment: records, the byte after the last, the highest sequence number."""
-
-    records: int
-    end: int
-    seq: int
 
 
 class Catalog:
@@ -202,15 +193,6 @@ class Catalog:
                     break
                 key = rows[-1][1]
 
-    def extents(self) -> dict[int, Extent]:
-        """Return for each segment what the catalog says of it."""
-        with self._reading() as connection:
-            found = connection.execute(
-                "SELECT segment, count(*), max(offset + length), max(seq) FROM records"
-                f" WHERE {schema.SOUND} GROUP BY segment"
-            )
-            return {segment: Extent(records, end, seq) for segment, records, end, seq in found}
-
     def add(self, rows: Sequence[Row], live: Callable[[], Sequence[bool]]) -> list[bool]:
         """Commit the rows of those records that `live` says still count; returns which those are.
 
@@ -239,12 +221,12 @@ class Catalog:
         return deleted
 
     def drop_stale(self) -> int:
-        """Delete the rows that can't be served any more: of older epochs and versions, and expired ones."""
+        """Delete the rows that can't be served any more: of older epochs and versions, expired, unsound."""
         now = time.time_ns() // 1_000_000
         deleted = 0
         for namespace in self.load_namespaces():
             deleted += self._delete_where(
-                "ns=? AND (epoch<>? OR version<>? OR (expires>0 AND expires<=?))",
+                f"ns=? AND (epoch<>? OR version<>? OR (expires>0 AND expires<=?) OR NOT ({schema.SOUND}))",
                 (namespace.id, namespace.epoch, namespace.version, now),
             )
         return deleted

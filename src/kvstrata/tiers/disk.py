@@ -74,7 +74,7 @@ class DiskTier:
                 self._ledger,
                 room=self._make_room,
                 batch_rows=max(8, min(1024, capacity // (64 * 11 * PAGE))),
-                wal_bytes=max(256 << 10, min(4 << 20, capacity // 16)),
+                wal_bytes=max(256 << 10, min(4 << 20, capacity // 16), min(32 << 20, capacity // 64)),
             )
             self._segments = SegmentSet(
                 directory,
@@ -209,8 +209,15 @@ class DiskTier:
         else:
             if not existed and self._segments.all():
                 self._rebuild(CatalogDamaged("there was none"))
-        self._mended(self._reconcile)
-        self._mended(self._tell_store)
+        try:
+            self._restore()
+        except CatalogDamaged as damage:
+            self._rebuild(damage)
+            for segment in self._segments.all():
+                self._store.drop_segment(segment.number)  # what it was told so far
+            self._restore()
+        with contextlib.suppress(TierFull):
+            self._make_room(0)
 
     def _start_over(self) -> None:
         log.warning("%s belongs to another cache, whose records can't be checked; they are dropped", self.directory)
@@ -219,31 +226,38 @@ class DiskTier:
         self._ledger.write(self._ledger.mark()._replace(seed=self._store.seed))
         self._catalog.replace({}, [])
 
-    def _reconcile(self) -> None:
-        """Let catalog and files agree: drop rows without data, data without rows, and what is too much."""
-        sizes = {segment.number: segment.size for segment in self._segments.all()}
-        extents = self._catalog.extents()
-        for number, extent in extents.items():
-            size = sizes.get(number, 0)
-            if extent.end > size:
-                self._counters.add("dropped_rows", self._catalog.drop_segment(number, beyond=size))
-        for number in sizes:
-            if self._segments.is_being_written(number):
-                continue  # by a process that has another mapping
-            if number in extents:
-                self._segments.trim(number, extents[number].end)
-            else:
-                self._segments.remove(number)
-        self._store.raise_seq(max((extent.seq for extent in extents.values()), default=0))
-        self._catalog.drop_stale()
-        with contextlib.suppress(TierFull):
-            self._make_room(0)
-
-    def _tell_store(self) -> None:
+    def _restore(self) -> None:
+        """Tell the store what the catalog knows; drop rows without data, and data without rows."""
         for state in self.namespaces():
             self._store.restore_namespace(*state)
+        self._catalog.drop_stale()
+        sizes = {segment.number: segment.size for segment in self._segments.all()}
+        ends = dict.fromkeys(sizes, 0)  # bytes up to the last record of each segment
+        lost: set[int] = set()
+        highest = 0
         for rows in self._catalog.rows():
-            self._counters.add("restored_records", self._store.insert_disk(rows))
+            there = []
+            for row in rows:
+                seq, segment, end = row[2], row[3], row[4] + row[5]
+                highest = max(highest, seq)
+                if end > sizes.get(segment, 0):
+                    lost.add(segment)
+                    continue
+                there.append(row)
+                if end > ends[segment]:
+                    ends[segment] = end
+            self._counters.add("restored_records", self._store.insert_disk(there))
+        self._store.raise_seq(highest)
+        for number in lost:
+            dropped = self._catalog.drop_segment(number, beyond=sizes.get(number, 0))
+            self._counters.add("dropped_rows", dropped)
+        for number, end in ends.items():
+            if self._segments.is_being_written(number):
+                continue  # by a process that has another mapping
+            if end:
+                self._segments.trim(number, end)
+            else:
+                self._segments.remove(number)
 
     def _rebuild(self, damage: CatalogDamaged) -> None:
         """Make a new catalog of what the segments themselves say; only immutable records come back."""
