@@ -24,6 +24,7 @@ from kvstrata.tiers import blockio, segment_format, segments
 from kvstrata.tiers.base import Stats
 from kvstrata.tiers.disk import DiskTier
 from kvstrata.tiers.segment_format import pack_header
+from kvstrata.tiers.segments import segment_bytes_for
 
 SEED = 99
 MIB = 1 << 20
@@ -320,6 +321,31 @@ def test_a_record_larger_than_the_tier_stays_in_memory_and_the_others_are_writte
     assert host.get(b"large") == bytes(6 * MIB)
     assert stat(host, "failed_records") == stat(host, "error full") == 1
     assert stat(host, "written_records") == 2
+    host.close()
+
+
+def test_a_tier_full_of_segments_that_others_write_drops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = Host(tmp_path, disk=4 * MIB)
+    monkeypatch.setattr(host.tier._segments, "is_being_written", lambda _: True)
+    for i in range(100):
+        host.put(b"%d" % i, bytes(70_000))
+        host.flush()
+    assert used(tmp_path) <= 4 * MIB
+    assert stat(host, "dropped_segments") == 0
+    assert stat(host, "error full") == stat(host, "failed_records") > 0
+    assert stat(host, "failed_records") + stat(host, "written_records") == 100
+    host.close()
+
+
+def test_room_is_made_ahead_so_that_the_next_segment_finds_it(tmp_path: Path) -> None:
+    host = Host(tmp_path, disk=8 * MIB)
+    for i in range(200):
+        host.put(b"%d" % i, bytes(70_000))
+        host.flush()
+    host.tier._capacity.close()  # waits for what is being dropped
+    assert used(tmp_path) <= 8 * MIB - segment_bytes_for(8 * MIB)
     host.close()
 
 

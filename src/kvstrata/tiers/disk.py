@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -16,10 +15,10 @@ from typing import TYPE_CHECKING, TypeVar
 from kvstrata.errors import TierFull, TierUnavailable, VersionConflict
 from kvstrata.record import PAGE, NamespaceInfo, build_descriptor
 from kvstrata.tiers.base import Key, NamespaceState, Stats
-from kvstrata.tiers.blockio import page_ceil
+from kvstrata.tiers.capacity import Capacity
 from kvstrata.tiers.catalog import Catalog, CatalogDamaged
 from kvstrata.tiers.counters import Counters, errno_name
-from kvstrata.tiers.ledger import Ledger, after_fork
+from kvstrata.tiers.ledger import Ledger
 from kvstrata.tiers.loading import Loaded, Loader, key_bytes
 from kvstrata.tiers.recovery import recovered
 from kvstrata.tiers.segment_format import read_header
@@ -65,7 +64,7 @@ class DiskTier:
         self._store = store
         self._counters = Counters(str(directory))
         self._namespaces: dict[int, NamespaceInfo] = {}
-        self._making_room = False  # the ledger is held
+        self._segment_bytes = segment_bytes_for(capacity)
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._ledger = Ledger(directory, seed=store.seed)
@@ -76,12 +75,19 @@ class DiskTier:
                 batch_rows=max(8, min(1024, capacity // (64 * 11 * PAGE))),
                 wal_bytes=max(256 << 10, min(4 << 20, capacity // 16), min(32 << 20, capacity // 64)),
             )
+            self._capacity = Capacity(
+                directory,
+                capacity,
+                reserve=self._catalog.reserve,
+                ledger=self._ledger,
+                drop=self._drop_segment,
+            )
             self._segments = SegmentSet(
                 directory,
                 seed=store.seed,
-                segment_bytes=segment_bytes_for(capacity),
+                segment_bytes=self._segment_bytes,
                 ledger=self._ledger,
-                make_room=self._make_room,
+                make_room=self._make_room_for_segment,
                 describe=self._descriptor,
                 direct=direct,
                 depth=depth,
@@ -89,7 +95,6 @@ class DiskTier:
         except OSError as error:
             raise TierUnavailable(f"{directory} can't hold a disk tier: {error.strerror or error}") from error
         self._loader = Loader(store, self._segments, self._counters, describe=self._from_catalog, forget=self._forget)
-        after_fork(self)
 
     def recover(self) -> None:
         """Bring the directory in order and tell a store that is new what lies in it.
@@ -105,6 +110,7 @@ class DiskTier:
     def close(self) -> None:
         """Finish the segment that is being written, fold up the catalog and let go of the directory."""
         self._segments.close()
+        self._capacity.close()
         self._catalog.close()
         self._ledger.close()
 
@@ -182,7 +188,7 @@ class DiskTier:
         """Return sizes in bytes and the counters of this process; "error <kind>" counts faults."""
         used = segments = 0
         with contextlib.suppress(OSError):
-            used, segments = self._used(), len(self._segments.all())
+            used, segments = self._capacity.used(), len(self._segments.all())
         return {
             "capacity": self.capacity,
             "used_bytes": used,
@@ -359,47 +365,18 @@ class DiskTier:
 
     # ---- Inside: capacity
 
-    def _used(self) -> int:
-        """Bytes that all files of the directory take."""
-        total = 0
-        with os.scandir(self.directory) as entries:
-            for entry in entries:
-                with contextlib.suppress(FileNotFoundError):
-                    there = entry.stat(follow_symlinks=False)
-                    total += max(page_ceil(there.st_size), there.st_blocks * 512)
-        return total
-
     def _make_room(self, need: int) -> None:
-        """Drop the oldest segments until `need` bytes fit. The ledger is held.
+        self._capacity.make(self._segments, need)
 
-        Raises TierFull, and drops nothing, when they can't be made to: processes append to what is left.
-        """
-        if self._making_room:
-            return  # the deletions below are what the reserve is for
-        free = self.capacity - self._catalog.reserve - self._used()
-        victims = []
-        reached = free
-        for segment in self._segments.all():
-            if reached >= need:
-                break
-            if not self._segments.is_being_written(segment.number):
-                victims.append(segment.number)
-                reached += segment.size
-        if reached < need:
-            raise TierFull("disk", need, max(free, 0))
-        self._making_room = True
-        try:
-            for number in victims:
-                # Rows first, so that none ever outlives what it points to; then the index; then the data.
-                self._catalog.drop_segment(number)
-                self._store.drop_segment(number)
-                self._segments.remove(number)
-                self._counters.add("dropped_segments")
-        finally:
-            self._making_room = False
+    def _make_room_for_segment(self, size: int) -> None:
+        self._capacity.make(self._segments, size)
+        self._capacity.make_ahead(self._segments, size + self._segment_bytes)
 
-    def _forget_parent(self) -> None:
-        self._making_room = False
+    def _drop_segment(self, number: int) -> None:
+        # Rows first, so that none ever outlives what it points to; then the index.
+        self._catalog.drop_segment(number)
+        self._store.drop_segment(number)
+        self._counters.add("dropped_segments")
 
 
 def _state(info: NamespaceInfo) -> NamespaceState:

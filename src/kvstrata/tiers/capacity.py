@@ -1,0 +1,119 @@
+"""The bound on all bytes of a disk tier's directory, kept by dropping its oldest segments.
+
+Deleting a large file waits for the file system for about as long as writing it takes. So a segment is dropped
+ahead, by a thread, as soon as the next one would find no room; and nobody is kept from anything meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from kvstrata.errors import TierError, TierFull
+from kvstrata.tiers.blockio import page_ceil
+from kvstrata.tiers.ledger import Ledger, after_fork
+from kvstrata.tiers.segments import SegmentSet
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["Capacity"]
+
+log = logging.getLogger("kvstrata.disk")
+
+
+class Capacity:
+    """Makes room in a directory of at most `limit` bytes.
+
+    `reserve` bytes stay free for what dropping a segment needs itself. `drop(number)` forgets all that a segment
+    holds; it is called with the ledger held, before the file goes.
+    """
+
+    def __init__(
+        self, directory: Path, limit: int, *, reserve: int, ledger: Ledger, drop: Callable[[int], None]
+    ) -> None:
+        self._directory = directory
+        self._limit = limit
+        self._reserve = reserve
+        self._ledger = ledger
+        self._drop = drop
+        self._dropping = False  # the ledger is held
+        self._ahead: threading.Thread | None = None
+        after_fork(self)
+
+    def used(self) -> int:
+        """Return how many bytes all files of the directory take."""
+        total = 0
+        with os.scandir(self._directory) as entries:
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):
+                    there = entry.stat(follow_symlinks=False)
+                    total += max(page_ceil(there.st_size), there.st_blocks * 512)
+        return total
+
+    def make(self, segments: SegmentSet, need: int) -> None:
+        """Drop the oldest segments until `need` bytes fit. The ledger must be held.
+
+        Raises TierFull, and drops nothing, when they can't be made to: processes append to what is left.
+        """
+        if not self._dropping:  # the deletions of drop() are what the reserve is for
+            for number in self._drop_oldest(segments, need):
+                segments.remove(number)
+
+    def make_ahead(self, segments: SegmentSet, need: int) -> None:
+        """Have room for `need` bytes soon, if that can be. The ledger must be held."""
+        busy = self._ahead is not None and self._ahead.is_alive()
+        if not busy and self._free() < need:
+            self._ahead = threading.Thread(
+                target=self._clear, args=(segments, need), name="kvstrata-clear", daemon=True
+            )
+            # A new thread can't be started while the interpreter shuts down.
+            with contextlib.suppress(RuntimeError):
+                self._ahead.start()
+
+    def close(self) -> None:
+        """Wait until nothing is being dropped."""
+        thread, self._ahead = self._ahead, None
+        if thread is not None and thread.is_alive():
+            thread.join()
+
+    def _free(self) -> int:
+        return self._limit - self._reserve - self.used()
+
+    def _drop_oldest(self, segments: SegmentSet, need: int) -> list[int]:
+        """Forget what as many segments hold as have to go for `need` bytes; their files remain."""
+        free = reached = self._free()
+        victims = []
+        for segment in segments.all():
+            if reached >= need:
+                break
+            if not segments.is_being_written(segment.number):
+                victims.append(segment.number)
+                reached += segment.size
+        if reached < need:
+            raise TierFull("disk", need, max(free, 0))
+        self._dropping = True
+        try:
+            for number in victims:
+                self._drop(number)
+        finally:
+            self._dropping = False
+        return victims
+
+    def _clear(self, segments: SegmentSet, need: int) -> None:
+        try:
+            with self._ledger.hold():
+                victims = self._drop_oldest(segments, need)
+            # Without the ledger: nothing refers to the files any more, and their numbers are never used again.
+            for number in victims:
+                segments.remove(number)
+        except (OSError, TierError) as error:
+            log.debug("no room is made ahead: %s", error)  # who needs it will be told
+
+    def _forget_parent(self) -> None:
+        self._dropping = False
+        self._ahead = None
