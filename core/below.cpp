@@ -124,11 +124,7 @@ std::optional<Location> Store::locate(Space wanted, Key key) {
 
 std::optional<Loading> Store::begin_load(Space wanted, Key key, const Location& location) {
     Loading loading{wanted, {key.begin(), key.end()}, location.entry, location.seq, {}};
-    try {
-        loading.block = take_block(static_cast<u32>(location.length / kUnit), wanted, false);
-    } catch (const TierFull&) {
-        return std::nullopt;
-    }
+    loading.block = take_block(static_cast<u32>(location.length / kUnit), wanted, false);
     if (!loading.block) return std::nullopt;
     return loading;
 }
@@ -187,21 +183,24 @@ bool Store::insert_disk(const DiskRow& row) {
         return true;  // a row that lies
     Namespace& ns = space(row.ns);
     if (!ns.defined.load() || row.epoch != ns.epoch.load() || row.version != ns.version.load()) return true;
+    const u32 hash = index_.hash(row.ns, row.key);
     Block key_block;
     if (row.key.size() > kInlineKey) {
-        try {
-            key_block = take_block(static_cast<u32>(align_up(row.key.size(), kUnit) / kUnit), {row.ns, row.version}, false);
-        } catch (const TierFull&) {
+        key_block = take_block(static_cast<u32>(align_up(row.key.size(), kUnit) / kUnit), {row.ns, row.version}, false);
+        if (!key_block) {
+            index_.borrow(hash);  // the row is there, and the index does not tell of it
+            return false;
         }
-        if (!key_block) return false;
         std::memcpy(key_block.bytes(), row.key.data(), row.key.size());
     }
-    const u32 hash = index_.hash(row.ns, row.key);
     const u32 number = Index::shard_of(hash);
     const RobustLock held = index_.lock(number);
     if (index_.find(hash, row.ns, row.key)) return true;
     const u32 at = index_.take_entry(number);
-    if (!at) return false;
+    if (!at) {
+        index_.borrow(hash);
+        return false;
+    }
     Entry& entry = index_.entry(at);
     entry.seq = row.seq;
     entry.expires = row.expires;
@@ -257,6 +256,8 @@ u64 Store::drop_segment(u32 segment) {
     header_.segments_changed.fetch_add(1);
     return dropped;
 }
+
+void Store::pay(u32 ns, Key key) { index_.pay(index_.hash(ns, key)); }
 
 void Store::raise_seq(u64 above) {
     u64 now = header_.seq.load();

@@ -470,8 +470,10 @@ u64 put(const SpaceHandle& self, nb::handle key_object, nb::handle value_object,
     return replaced(store->publish(reservation), reservation);
 }
 
-// Returns position and number of those that replaced something that is, or may be, on disk.
-nb::list put_many(const SpaceHandle& self, nb::handle keys_object, nb::handle values_object, u64 expires, float cost) {
+// Appends to `replaced` position and number of those that replaced something that is, or may be, on disk: also when
+// it fails, of those before.
+void put_many(const SpaceHandle& self, nb::handle keys_object, nb::handle values_object, nb::list replaced_list, u64 expires,
+              float cost) {
     const std::shared_ptr<Store> store = self.owner->live();
     const Keys keys(keys_object);
     const nb::object values = nb::steal(PySequence_Tuple(values_object.ptr()));
@@ -479,19 +481,23 @@ nb::list put_many(const SpaceHandle& self, nb::handle keys_object, nb::handle va
     std::vector<std::unique_ptr<Value>> contents;
     for (size_t i = 0; i < keys.size(); ++i) contents.push_back(std::make_unique<Value>(nb::handle(values[i])));
     std::vector<std::pair<size_t, u64>> replacing;
+    std::exception_ptr failed;
     {
         const nb::gil_scoped_release free;
-        for (size_t i = 0; i < keys.size(); ++i) {
-            if (store->present_immutable(self.space, keys[i])) continue;
-            auto reservation = store->reserve(self.space, keys[i], contents[i]->size(), expires, cost, true);
-            reservation->header.payload_crc =
-                copy_crc32c(reservation->payload(), contents[i]->data(), contents[i]->size(), 0);
-            if (const u64 seq = replaced(store->publish(*reservation), *reservation)) replacing.emplace_back(i, seq);
+        try {
+            for (size_t i = 0; i < keys.size(); ++i) {
+                if (store->present_immutable(self.space, keys[i])) continue;
+                auto reservation = store->reserve(self.space, keys[i], contents[i]->size(), expires, cost, true);
+                reservation->header.payload_crc =
+                    copy_crc32c(reservation->payload(), contents[i]->data(), contents[i]->size(), 0);
+                if (const u64 seq = replaced(store->publish(*reservation), *reservation)) replacing.emplace_back(i, seq);
+            }
+        } catch (...) {
+            failed = std::current_exception();
         }
     }
-    nb::list listed;
-    for (const auto& [i, seq] : replacing) listed.append(nb::make_tuple(i, seq));
-    return listed;
+    for (const auto& [i, seq] : replacing) replaced_list.append(nb::make_tuple(i, seq));
+    if (failed) std::rethrow_exception(failed);
 }
 
 nb::object reserve(const SpaceHandle& self, nb::handle key_object, u64 size, u64 expires, float cost) {
@@ -695,7 +701,8 @@ void bind_store(nb::module_& m) {
              nb::arg("key").none())
         .def("contains_prefix", &contains_prefix, nb::arg("keys").none())
         .def("put", &put, nb::arg("key").none(), nb::arg("value").none(), nb::arg("expires") = 0, nb::arg("cost") = 1.0f)
-        .def("put_many", &put_many, nb::arg("keys").none(), nb::arg("values").none(), nb::arg("expires") = 0, nb::arg("cost") = 1.0f)
+        .def("put_many", &put_many, nb::arg("keys").none(), nb::arg("values").none(), nb::arg("replaced"),
+             nb::arg("expires") = 0, nb::arg("cost") = 1.0f)
         .def("reserve", &reserve, nb::arg("key").none(), nb::arg("nbytes"), nb::arg("expires") = 0, nb::arg("cost") = 1.0f)
         .def("present_immutable", [](const SpaceHandle& s, nb::handle key) {
             return s.owner->live()->present_immutable(s.space, key_of(key));
@@ -761,6 +768,10 @@ void bind_store(nb::module_& m) {
         }, nb::arg("ns"), nb::arg("key"), nb::arg("seq"))
         .def("drop_segment", [](StoreHandle& self, u32 segment) { return self.live()->drop_segment(segment); },
              nb::arg("segment"))
+        .def("pay", [](StoreHandle& self, u32 ns, nb::handle keys_object) {
+            const Keys keys(keys_object);
+            for (size_t i = 0; i < keys.size(); ++i) self.live()->pay(ns, keys[i]);
+        }, nb::arg("ns"), nb::arg("keys"))
         .def("raise_seq", [](StoreHandle& self, u64 above) { self.live()->raise_seq(above); }, nb::arg("above"))
         .def("next_seq", [](StoreHandle& self) { return self.live()->next_seq(); })
         .def("count_corrupt", [](StoreHandle& self) { self.live()->count_corrupt(); })

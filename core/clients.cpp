@@ -20,6 +20,14 @@ u32 SlotPool::take() {
     return slot;
 }
 
+u32 SlotPool::take_now() {
+    const std::lock_guard lock(mutex_);
+    if (free_.empty()) return kNoSlot;
+    const u32 slot = free_.back();
+    free_.pop_back();
+    return slot;
+}
+
 void SlotPool::give_back(u32 slot) {
     {
         const std::lock_guard lock(mutex_);

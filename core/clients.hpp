@@ -15,7 +15,9 @@ namespace kvstrata {
 class SlotPool {
 public:
     SlotPool(u32 first, u32 count, const char* what);
-    u32 take();  // waits a little for one to come back; throws TierUnavailable
+    static constexpr u32 kNoSlot = ~0u;
+    u32 take();      // waits a little for one to come back; throws TierUnavailable
+    u32 take_now();  // kNoSlot when there's none
     void give_back(u32 slot);
     u32 in_use() const;
 

@@ -1,6 +1,7 @@
 // Making room: what leaves the memory tier, and how long a writer waits for it.
 #include <algorithm>
 #include <chrono>
+#include <thread>
 
 #include "failpoints.hpp"
 #include "store.hpp"
@@ -52,11 +53,40 @@ bool Store::vacate(Allocator::Resident resident) {
     if (entry.memory == resident.block) {
         leave_memory(resident.entry);
     } else if (entry.key_len > kInlineKey && entry.key_block == resident.block) {
-        if (entry.memory) take_from_order(space(id), resident.entry);
-        ++index_.shard(shard).evictions;
-        drop(resident.entry);
+        if (may_be_on_disk(entry)) return false;  // would be lost below, too
+        leave_index(resident.entry);
     }
     return true;
+}
+
+// Takes an entry out of the index, because its own place is needed. Policy and shard are locked.
+void Store::leave_index(u32 at) {
+    Entry& entry = index_.entry(at);
+    if (may_be_on_disk(entry)) index_.borrow(entry.hash);
+    KVSTRATA_COMMIT("store.forgotten");
+    if (entry.memory) take_from_order(space(entry.ns), at);
+    ++index_.shard(index_.shard_holding(at)).evictions;
+    drop(at);
+}
+
+// Forgets some of what lies below only and whose keys take memory: of a part of the index, those used longest ago.
+bool Store::evict_keys() {
+    for (u32 tries = 0; tries < kShards; ++tries) {
+        const u32 number = next_shard_.fetch_add(1) % kShards;
+        const RobustLock held = index_.lock(number);
+        std::vector<std::pair<u32, u32>> by_age;  // age and entry
+        const u32 now = header_.tick.load();
+        index_.each_of(number, [&](u32 at, const Entry& entry) {
+            if (entry.state == EntryState::live && !entry.memory && !entry.pins && entry.key_len > kInlineKey)
+                by_age.emplace_back(now - entry.node.stamp, at);
+        });
+        if (by_age.empty()) continue;
+        const auto enough = by_age.begin() + static_cast<std::ptrdiff_t>(by_age.size() / 8);
+        std::nth_element(by_age.begin(), enough, by_age.end(), std::greater<>());
+        for (auto next = by_age.begin(); next <= enough; ++next) leave_index(next->second);
+        return true;
+    }
+    return false;
 }
 
 // Empties the place of `victim` for a block of `units`, together with as much of its neighbourhood as that takes, so
@@ -88,7 +118,9 @@ bool Store::clear_window(u32 victim, u32 units) {
             } else {
                 const RobustLock held = index_.lock(index_.shard_holding(resident.entry));
                 const Entry& entry = index_.entry(resident.entry);
-                if (entry.state == EntryState::zombie || (entry.state == EntryState::live && !may_leave(entry))) {
+                if (entry.state == EntryState::zombie ||
+                    (entry.state == EntryState::live &&
+                     (!may_leave(entry) || (entry.memory != resident.block && may_be_on_disk(entry))))) {
                     share = kImmovable;
                 } else if (entry.state == EntryState::live && current(entry, space(entry.ns))) {
                     const double age = std::min(now - entry.node.stamp, oldest);
@@ -207,10 +239,14 @@ bool Store::evict_entry_of(u32 shard_number) {
     const RobustLock held = index_.lock(shard_number);
     Entry& entry = index_.entry(chosen);
     if (entry.state != EntryState::live || entry.seq != seq || entry.pins || (entry.flags & kDirty)) return true;
-    if (entry.memory) take_from_order(space(id), chosen);
-    ++index_.shard(shard_number).evictions;
-    drop(chosen);
+    leave_index(chosen);
     return true;
+}
+
+bool Store::anything_dirty() const {
+    for (u32 slot = 0; slot < kMaxClients; ++slot)
+        if (clients_[slot].used.load() && clients_[slot].dirty_bytes.load()) return true;
+    return false;
 }
 
 bool Store::wait_for_progress(double seconds) {
@@ -219,20 +255,27 @@ bool Store::wait_for_progress(double seconds) {
     return dirty_settled_.wait_for(lock, std::chrono::duration<double>(seconds), [&] { return settled_ != before; });
 }
 
-// A block of `units`, for which others leave. Empty when may_wait is false and it would have to wait; throws TierFull.
+// A block of `units`, for which others leave. With may_wait it waits for the tier below, lets go of what lies there if
+// need be, and throws TierFull at last; without, it returns nothing instead.
 Block Store::take_block(u32 units, Space wanted, bool may_wait) {
     const Namespace& ns = space(wanted.id);
     const u64 bytes = u64{units} * kUnit;
     const auto give_up = std::chrono::steady_clock::now() + std::chrono::duration<double>(kPatience);
     auto wait = [&] {
-        return clients_.mine().dirty_bytes.load() && std::chrono::steady_clock::now() < give_up && wait_for_progress(0.5);
+        if (std::chrono::steady_clock::now() >= give_up) return false;
+        if (clients_.mine().dirty_bytes.load())
+            wait_for_progress(0.5);
+        else
+            std::this_thread::sleep_for(std::chrono::milliseconds(5));  // for another process
+        return true;
     };
     // The tier below has fallen behind: let it catch up before memory is full of what can't leave.
     while (clients_.mine().dirty_bytes.load() > header_.memory / 2) {
         if (!may_wait) return {};
         if (!wait()) break;
     }
-    const u32 slot = clients_.arrivals.take();
+    const u32 slot = may_wait ? clients_.arrivals.take() : clients_.arrivals.take_now();
+    if (slot == SlotPool::kNoSlot) return {};
     try {
         bool reaped = false;
         for (int evictions = 0;; ++evictions) {
@@ -243,13 +286,12 @@ Block Store::take_block(u32 units, Space wanted, bool may_wait) {
                 reaped = true;
                 if (reap()) continue;
             }
-            if (clients_.mine().dirty_bytes.load()) {
-                if (!may_wait) {
-                    clients_.arrivals.give_back(slot);
-                    return {};
-                }
-                if (wait()) continue;
+            if (!may_wait) {
+                clients_.arrivals.give_back(slot);
+                return {};
             }
+            if (anything_dirty() && wait()) continue;
+            if (!over_quota && evict_keys()) continue;
             if (over_quota) throw TierFull("memory (quota of the namespace)", bytes, ns.quota - std::min(ns.quota, ns.bytes.load()));
             throw TierFull("memory", bytes, allocator_.usage().free);
         }

@@ -18,7 +18,8 @@ Index::Index(Region& region, Allocator& allocator, Clients& clients)
       shards_(reinterpret_cast<Shard*>(region.at(header_.shards_at))),
       buckets_(reinterpret_cast<u32*>(region.at(header_.buckets_at))),
       entries_(reinterpret_cast<Entry*>(region.at(header_.entries_at))),
-      owners_(region.at(header_.owners_at)) {}
+      owners_(region.at(header_.owners_at)),
+      debts_(reinterpret_cast<std::atomic<u32>*>(region.at(header_.debts_at))) {}
 
 void Index::init() {
     for (u32 number = 0; number < kShards; ++number) {
@@ -118,6 +119,13 @@ void Index::free_entry(u32 at) {
     KVSTRATA_COMMIT("index.free");
     entry.chain = shard.free_entries;
     shard.free_entries = at;
+}
+
+void Index::pay(u32 hash) {
+    std::atomic<u32>& debt = debts_[hash % kDebts];
+    u32 now = debt.load();
+    while (now && !debt.compare_exchange_weak(now, now - 1)) {
+    }
 }
 
 // Splits the next bucket in two.

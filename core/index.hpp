@@ -38,6 +38,10 @@ public:
     void free_entry(u32 number);                       // unlinked before, its blocks are gone
     bool refers_to(const Entry& entry, u32 block) const;  // whether the entry still, or already, has it
 
+    bool owes(u32 hash) const { return debts_[hash % kDebts].load() != 0; }
+    void borrow(u32 hash) { debts_[hash % kDebts].fetch_add(1); }
+    void pay(u32 hash);                                // needs no lock
+
     // Calls visit(number, entry) for each entry that belongs to the shard, whatever its state.
     template <class Visit>
     void each_of(u32 shard, Visit&& visit) const;
@@ -56,6 +60,7 @@ private:
     u32* buckets_;
     Entry* entries_;
     u8* owners_;
+    std::atomic<u32>* debts_;
 };
 
 template <class Visit>

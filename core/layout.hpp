@@ -1,6 +1,6 @@
 // What lies in the mapping, byte for byte. Offsets and numbers only, never pointers: every process maps it elsewhere.
 //
-//   Header | clients | namespaces | shards | owners of entry chunks | buckets | entries | page table | guard | data | guard
+//   Header | clients | namespaces | shards | owners of entry chunks | debts | buckets | entries | page table | guard | data | guard
 //
 // Order of locks: admin, then a namespace's policy, then a shard, then the allocator. A thread holds at most one of each.
 // On a hit the policy is only tried, never waited for, while a shard is held.
@@ -70,6 +70,9 @@ struct Entry {
 };
 static_assert(sizeof(Entry) == 104 && std::is_trivially_copyable_v<Entry>);
 
+// Whether the tier below has it, or may have it any moment.
+inline bool may_be_on_disk(const Entry& entry) { return entry.segment != 0 || (entry.flags & kWriting); }
+
 // A part of the hash table (linear hashing: it grows by one bucket at a time). Guarded by `mutex`.
 struct alignas(64) Shard {
     RobustMutex mutex;
@@ -80,6 +83,11 @@ struct alignas(64) Shard {
     u32 free_entries;   // head of the free list
     u64 hits, misses, puts, deletes, evictions, expired, demotions;
 };
+
+// Who takes out of the index what the tier below may have, owes the deletion of its row there, and pays once that is
+// durable. Debts are counted by the hash of the key. Where there are some, absence from the index says nothing of the
+// tier below, and the next who puts or removes such a key deletes its row, too. The dead never pay.
+inline constexpr u32 kDebts = 16384;
 
 // ---- Namespaces ---------------------------------------------------------------------------------
 
@@ -170,7 +178,7 @@ struct alignas(64) Header {
     u32 max_entries;
     u32 max_buckets;            // per shard
     u32 spare;
-    u64 clients_at, namespaces_at, shards_at, owners_at, buckets_at, entries_at, pages_at, data_at, end;
+    u64 clients_at, namespaces_at, shards_at, owners_at, debts_at, buckets_at, entries_at, pages_at, data_at, end;
     std::atomic<u64> seq;
     std::atomic<u32> tick;      // accesses, for recency
     std::atomic<u32> chunks;    // entry chunks handed out (under the allocator's lock)

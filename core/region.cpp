@@ -40,6 +40,7 @@ void lay_out(Header& header, const StoreOptions& options) {
     header.namespaces_at = place(sizeof(Namespace) * kMaxNamespaces);
     header.shards_at = place(sizeof(Shard) * kShards);
     header.owners_at = place(header.max_entries / kChunk);
+    header.debts_at = place(kDebts * sizeof(std::atomic<u32>));
     header.buckets_at = place(u64{header.max_buckets} * kShards * sizeof(u32));
     header.entries_at = place(u64{header.max_entries} * sizeof(Entry));
     header.pages_at = place(data / kPage * sizeof(PageDescriptor) + data / kPage);
@@ -127,6 +128,7 @@ std::unique_ptr<Region> Region::create(int descriptor, const StoreOptions& optio
     header.namespaces_at = plan.namespaces_at;
     header.shards_at = plan.shards_at;
     header.owners_at = plan.owners_at;
+    header.debts_at = plan.debts_at;
     header.buckets_at = plan.buckets_at;
     header.entries_at = plan.entries_at;
     header.pages_at = plan.pages_at;

@@ -249,9 +249,6 @@ bool Store::contains(Space wanted, Key key) {
 
 // ---- Writing ------------------------------------------------------------------------------------
 
-// Whether the tier below has the entry, or may have it any moment.
-static bool may_be_on_disk(const Entry& entry) { return entry.segment != 0 || (entry.flags & kWriting); }
-
 Block::~Block() {
     if (store_) store_->abort_block(slot_);
 }
@@ -323,8 +320,12 @@ Published Store::publish(Reservation& reservation, Pin* keep) {
                 header.seq = next_seq();  // here, so that the newest number is the one that stays
                 seal(header, key.data(), header_.seed);
                 std::memcpy(reservation.block.bytes(), &header, sizeof header);
+                if ((old && may_be_on_disk(index_.entry(old))) || index_.owes(hash)) {
+                    result = Published::replaced_on_disk;
+                    index_.borrow(hash);
+                    KVSTRATA_COMMIT("store.borrowed");
+                }
                 if (old) {
-                    if (may_be_on_disk(index_.entry(old))) result = Published::replaced_on_disk;
                     if (index_.entry(old).memory) take_from_order(ns, old);
                     drop(old);
                 }
@@ -396,9 +397,12 @@ Store::Removed Store::remove(Space wanted, Key key) {
     if (wanted.version != ns.version.load()) throw VersionConflict("this namespace has moved on to a newer version");
     const RobustLock held = index_.lock(Index::shard_of(hash));
     const u32 at = index_.find(hash, wanted.id, key);
-    if (!at) return {false, false};
+    const bool on_disk = (at && may_be_on_disk(index_.entry(at))) || index_.owes(hash);
+    if (on_disk) index_.borrow(hash);
+    KVSTRATA_COMMIT("store.borrowed");
+    if (!at) return {false, on_disk};
     Entry& entry = index_.entry(at);
-    const Removed removed{current(entry, ns), may_be_on_disk(entry)};
+    const Removed removed{current(entry, ns), on_disk};
     if (entry.memory) take_from_order(ns, at);
     drop(at);
     if (removed.present) ++index_.shard(Index::shard_of(hash)).deletes;

@@ -127,6 +127,7 @@ struct DiskRow {
 };
 
 enum class Lookup : u8 { hit, miss, below };
+// replaced_on_disk: the caller has to delete an older record's row, and then to pay().
 enum class Published : u8 { stored, replaced_on_disk, present };
 
 struct StoreStats {
@@ -165,7 +166,7 @@ public:
     size_t contains_prefix(Space space, size_t count, NextKey&& key);
 
     // ---- Writing
-    // With may_wait false it returns nothing instead of waiting for the tier below to catch up.
+    // With may_wait false it returns nothing where it would have to wait for the tier below, or to fail.
     std::optional<Reservation> reserve(Space space, Key key, u64 bytes, u64 expires, float cost, bool may_wait);
     // With `keep`, the record is pinned as it is published: for writers whose view of the block outlives the put.
     // Afterwards reservation.header.seq is the number of the record.
@@ -173,7 +174,7 @@ public:
     // Whether an immutable namespace has the key already; counts as an access.
     bool present_immutable(Space space, Key key);
     struct Removed {
-        bool present, on_disk;
+        bool present, on_disk;  // on_disk: the caller has to delete its row, and then to pay()
     };
     Removed remove(Space space, Key key);
 
@@ -190,6 +191,7 @@ public:
     bool insert_disk(const DiskRow& row);                 // false when there's no room for its entry
     bool forget_disk(u32 ns, Key key, u64 seq);
     u64 drop_segment(u32 segment);
+    void pay(u32 ns, Key key);  // the row that a put or removal said is, or may be, on disk is gone for good
     void raise_seq(u64 above);  // so that the next is higher
     u64 next_seq() { return header_.seq.fetch_add(1); }
     void count_corrupt() { header_.corrupt.fetch_add(1); }
@@ -237,6 +239,9 @@ private:
     bool evict_from(u32 id, u32 units);
     bool evict_one(u32 units);
     bool evict_entry_of(u32 shard);
+    bool evict_keys();
+    void leave_index(u32 at);
+    bool anything_dirty() const;
     bool wait_for_progress(double seconds);
     void abort_block(u32 slot) noexcept;
     struct Waiting {
@@ -258,6 +263,8 @@ private:
     Index index_;
     Namespace* namespaces_;
     u32 capacity_units_;
+
+    std::atomic<u32> next_shard_{0};  // of which evict_keys forgets some
 
     std::mutex dirty_mutex_;
     std::condition_variable dirty_ready_, dirty_settled_;

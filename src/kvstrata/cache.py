@@ -105,9 +105,14 @@ class Namespace:
     def put_many(self, items: Mapping[Key, Value], *, ttl: float | None = None, cost: float | None = None) -> None:
         """Store values in the order given. When one fails the ones before it are stored."""
         keys = list(items)
-        replaced = self._space.put_many(keys, list(items.values()), self._expires(ttl), 1.0 if cost is None else cost)
-        if replaced:
-            self._cache.forget_older(self._space.id, [(keys[i], seq) for i, seq in replaced])
+        replaced: list[tuple[int, int]] = []
+        try:
+            self._space.put_many(
+                keys, list(items.values()), replaced, self._expires(ttl), 1.0 if cost is None else cost
+            )
+        finally:
+            if replaced:
+                self._cache.forget_older(self._space.id, [(keys[i], seq) for i, seq in replaced])
 
     @contextmanager
     def reserve(
@@ -313,6 +318,7 @@ class Cache(Namespace):
         """Remove what the tier below has of keys that were deleted, or overwritten by a record of that number."""
         if self._below:
             self._below.delete(ns, keys)
+            self._memory.store.pay(ns, [key for key, _ in keys])
 
     def persist_epoch(self, ns: int, epoch: int) -> None:
         """Make a clear() outlast a restart."""
