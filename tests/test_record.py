@@ -64,6 +64,15 @@ def test_a_record_is_found_at_an_offset_of_a_larger_buffer() -> None:
     assert payload_of(data, record, offset=192) == b"value"
 
 
+def test_the_bytes_are_those_of_format_1() -> None:
+    data = build_record(b"key", b"value", seed=0x01020304, ns=5, version=6, epoch=7, seq=8, expires=9, flags=1)
+    assert data[:64].hex() == (
+        "4b565352" "01000100" "03005000" "05000000" "06000000" "07000000" "0800000000000000" "0900000000000000"
+        "0500000000000000" "0500000000000000" "6303e0e1" "501c9c1e"
+    )  # fmt: skip
+    assert data[64:] == b"key" + bytes(13) + b"value" + bytes(43)
+
+
 def test_every_flipped_byte_that_counts_is_noticed() -> None:
     data = bytearray(build_record(b"some key", b"some value" * 10, seed=SEED, ns=1))
     record = parse_record(data, seed=SEED)

@@ -29,7 +29,7 @@ from kvstrata.record import (
 )
 from kvstrata.tiers import blockio, segment_format, segments
 from kvstrata.tiers.blockio import SHORT_READ, Read, aligned_buffer
-from kvstrata.tiers.ledger import Ledger
+from kvstrata.tiers.ledger import Ledger, Mark
 from kvstrata.tiers.segment_format import pack_header, stored_seed
 from kvstrata.tiers.segments import Segment, SegmentSet, segment_bytes_for
 
@@ -446,6 +446,19 @@ def test_a_segment_of_a_newer_format_is_refused_by_name(files: SegmentSet, monke
         file.write(header)
     with pytest.raises(FormatError, match=r"format 2.*up to 1"):
         list(files.scan(1))
+
+
+def test_the_bytes_of_segments_and_ledgers_are_those_of_format_1(tmp_path: Path) -> None:
+    header = pack_header(7, 0x01020304)
+    assert header[:16].hex() == "4b565353010000000700000004030201"
+    assert header[16:] == bytes(44) + bytes.fromhex("d333f440") + bytes(4032)
+    ledger = Ledger(tmp_path)
+    with ledger.hold():
+        ledger.write(Mark(commits=3, segment=4, seed=0x01020304))
+    ledger.close()
+    data = ledger.path.read_bytes()
+    assert data[:28].hex() == "4b56534c010000000300000000000000040000000000000004030201"
+    assert data[28:] == bytes(32) + bytes.fromhex("5dfac53d")
 
 
 def test_the_seed_of_a_directory_is_known_from_its_files(tmp_path: Path) -> None:
