@@ -148,6 +148,8 @@ Pin Store::commit_load(Loading& loading) {
         const RobustLock policy_held = lock_policy(loading.space.id);
         const RobustLock held = index_.lock(Index::shard_of(hash));
         Entry& entry = index_.entry(at);
+        if (entry.state == EntryState::live && entry.seq == loading.seq && entry.expires != header.expires)
+            throw CorruptRecord("its row in the catalog says another time of expiry");
         const bool found = entry.state == EntryState::live && entry.seq == loading.seq && entry.hash == hash && current(entry, ns) &&
                 loading.space.version == ns.version.load() && header.epoch == entry.epoch;
         if (found) {

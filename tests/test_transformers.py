@@ -19,6 +19,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 import torch
 import transformers
 from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.utils.quantization_config import QuantizationMethod
 
 import kvstrata
 from kvstrata.errors import ConfigError, UnsupportedModel
@@ -119,9 +120,7 @@ def test_a_real_models_next_turn_reuses_the_tokens_it_generated(smollm: Any, cac
     assert reuse.last.reused_tokens == 176  # of 180: 179 had their KV computed
 
 
-def test_a_real_models_tokens_stay_right_when_a_middle_block_is_damaged_on_disk(
-    smollm: Any, tmp_path: Path
-) -> None:
+def test_a_real_models_tokens_stay_right_when_a_middle_block_is_damaged_on_disk(smollm: Any, tmp_path: Path) -> None:
     model, _, document = smollm
     prompt = document[:, :200]
     with PrefixReuse(model, tmp_path, block_tokens=32, buffer="64MiB") as reuse:
@@ -190,9 +189,7 @@ def test_the_last_prompt_token_is_always_computed(model: Any, cache: kvstrata.Ca
         assert reuse.last.reused_tokens == expected
 
 
-def test_a_lost_middle_block_shortens_what_is_reused_and_is_stored_again(
-    model: Any, cache: kvstrata.Cache
-) -> None:
+def test_a_lost_middle_block_shortens_what_is_reused_and_is_stored_again(model: Any, cache: kvstrata.Cache) -> None:
     reuse = make(model, cache)
     expected = reusing(reuse, PROMPT, max_new_tokens=4)
     reuse._prefixes.ns.delete(reuse._prefixes.keys(PROMPT[0])[5])
@@ -289,6 +286,8 @@ def test_threads_may_share_a_reuse(model: Any, cache: kvstrata.Cache) -> None:
 def test_weights_have_the_same_identity_wherever_they_were_loaded(model: Any, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     copy = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+
+    copy.config.quantization_config = {"quant_method": QuantizationMethod.GGUF, "gguf_file": "where-they-came-from.gguf"}
 
     assert weights_identity(copy.eval()) == weights_identity(model)
     assert weights_identity(tiny(rms_norm_eps=1e-3)) != weights_identity(model)

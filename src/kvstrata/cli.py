@@ -35,12 +35,8 @@ def root() -> None:
 def demo(
     *,
     json: Annotated[bool, typer.Option("--json", help="Print only a JSON list of rows.")] = False,
-    dtype: Annotated[
-        DType, typer.Option(help="Precision; in bf16 a near tie may turn out otherwise.")
-    ] = DType.fp32,
-    path: Annotated[
-        str | None, typer.Option(help="The cache's directory; by default a temporary one.")
-    ] = None,
+    dtype: Annotated[DType, typer.Option(help="Precision; in bf16 a near tie may turn out otherwise.")] = DType.fp32,
+    path: Annotated[str | None, typer.Option(help="The cache's directory; by default a temporary one.")] = None,
     memory: Annotated[str, typer.Option(help="Size of the memory tier.")] = "1GiB",
     new_tokens: Annotated[int, typer.Option(min=1, max=512, help="Tokens to generate for an answer.")] = 24,
 ) -> None:
@@ -64,10 +60,10 @@ def demo(
     try:
         outcome = runner.run(
             dtype=dtype.value, path=path, memory=memory, new_tokens=new_tokens,
-            say=lambda line: progress.print(f"==> {line}"),
+            say=lambda line: progress.print(f"==> {line}", soft_wrap=True),
         )  # fmt: skip
     except KVStrataError as error:
-        progress.print(f"kvstrata demo: {error}", style="red")
+        progress.print(f"kvstrata demo: {error}", style="red", soft_wrap=True)
         raise typer.Exit(2) from None
     if json:
         typer.echo(report.as_json(outcome))

@@ -27,8 +27,8 @@ FIRST_QUESTION = "What should you do if you are caught on the Strand?"
 
 QUESTIONS = (
     "What was the highest water ever measured here, and when?",
-    "What is the old gauge called, and after whom?",
-    "Since when has the sea been measured at Orrin Head?",
+    "How many guests does the Cottage take at a time?",
+    "When is a storm warning given?",
 )
 _INSTRUCTION = "Read this handbook, then answer the question at its end."
 
@@ -47,9 +47,7 @@ def load(dtype: str, directory: str | None = None) -> tuple[Any, Any]:
         directory = str(file.parent)
         options["gguf_file"] = file.name
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **options)
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, dtype=getattr(torch, dtype), **options
-    )
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype), **options)
     return model.eval(), tokenizer
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import msgspec
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -18,11 +19,10 @@ def as_json(outcome: Outcome) -> str:
 
 def show(outcome: Outcome, console: Console) -> None:
     """Print the rows as a table, the answers, and a sentence on the result."""
-    table = Table(title="Time to the first token with and without kvstrata", title_justify="left")
+    table = Table(title="Time to the first token (TTFT)", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
     table.add_column("run", no_wrap=True)
-    for name in ("prompt tokens", "tokens reused", "loaded", "from", "TTFT", "speed-up"):
-        table.add_column(name, justify="right")
-    table.add_column("identical")
+    for name in ("prompt", "reused", "loaded", "from", "TTFT", "speed-up", "identical"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in outcome.rows:
         table.add_row(
             row.run,
@@ -34,7 +34,7 @@ def show(outcome: Outcome, console: Console) -> None:
             f"{row.speedup:.1f}x",
             "yes" if row.identical else "NO",
         )
-    console.print(table)
+    console.print(table, width=max(console.width, 100) if not console.is_terminal else None)
     for question, answer in outcome.answers:
         console.print(f"\n[bold]{question}[/bold]\n{answer.strip()}")
     bad = [row.run for row in outcome.rows if not row.good]

@@ -101,6 +101,9 @@ def run(
         say(f"{DISK}: all processes have exited and the shared memory is gone; starting a new one")
         with _Process(settings) as third:
             runs[DISK] = third.ask("from_disk")
+    for name, answers in runs.items():
+        for trouble in sorted({answer["error"] for answer in answers if answer["error"]}):
+            say(f"{name}: {trouble}")
     return Outcome(_rows(runs), [(answer["question"], answer["text"]) for answer in runs[DISK]])
 
 
@@ -137,7 +140,8 @@ class _Process:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
         )  # fmt: skip
         self._replies: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
 
     def __enter__(self) -> _Process:
         try:
@@ -162,8 +166,9 @@ class _Process:
 
     def _listen(self) -> None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._replies.put(line)
+        with self._process.stdout as replies:
+            for line in replies:
+                self._replies.put(line)
         self._replies.put(None)
 
     def _hear(self) -> Any:
@@ -194,4 +199,5 @@ class _Process:
                 raise DemoFailed(f"a worker exited with status {status}: {self._last_words()}")
         finally:
             self._process.kill()
+            self._listener.join()  # it closes its end when the process is gone
             self._errors.close()

@@ -23,9 +23,7 @@ __all__ = ["Worker", "main"]
 class Worker:
     """One loaded model; every verb returns what JSON can carry."""
 
-    def __init__(
-        self, dtype: str, model_directory: str | None, cache_path: str, memory: str, new_tokens: int
-    ) -> None:
+    def __init__(self, dtype: str, model_directory: str | None, cache_path: str, memory: str, new_tokens: int) -> None:
         self._model, self._tokenizer = demo_model.load(dtype, model_directory)
         self._path = cache_path
         self._memory = memory

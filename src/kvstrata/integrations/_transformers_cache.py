@@ -24,9 +24,7 @@ class KVBuffer:
     same memory on the CPU, a staging area for another device.
     """
 
-    def __init__(
-        self, layout: KVLayout, capacity: int, device: torch.device, *, staged: bool = False
-    ) -> None:
+    def __init__(self, layout: KVLayout, capacity: int, device: torch.device, *, staged: bool = False) -> None:
         self.capacity = capacity
         shape = (layout.layers, 2, layout.kv_heads, capacity, layout.head_dim)
         self.host: npt.NDArray[Any] = np.empty(shape, layout.words)

@@ -70,9 +70,7 @@ def weights_identity(model: Any) -> str:
     kept = getattr(model, _IDENTITY, None)
     if kept is not None and not weights_changed(model):
         return str(kept[0])
-    state = {
-        name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if torch.is_tensor(tensor)
-    }
+    state = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if torch.is_tensor(tensor)}
     digest = blake3.blake3(max_threads=blake3.blake3.AUTO)
     digest.update(json.dumps(_config_of(_base(model)), sort_keys=True, default=str).encode())
     digest.update(json.dumps(sorted({type(module).__qualname__ for module in model.modules()})).encode())
@@ -185,7 +183,7 @@ def _config_of(base: Any) -> dict[str, Any]:
     """The configuration, less what doesn't change the KV."""
     config = {key: value for key, value in base.config.to_dict().items() if key not in _CONFIG_WITHOUT_EFFECT}
     quantization = config.get("quantization_config")
-    if isinstance(quantization, dict) and str(quantization.get("quant_method")) == "gguf":
+    if isinstance(quantization, dict) and quantization.get("quant_method") == "gguf":
         del config["quantization_config"]  # names a file; what it led to is in the parameters and classes
     return config
 

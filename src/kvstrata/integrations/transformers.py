@@ -61,7 +61,8 @@ _OWN_ARGUMENTS = {"cache", "past_key_values", "cache_params"}
 _OPTIONS_OF_GENERATION = vars(GenerationConfig()).keys()  # type: ignore[no-untyped-call]
 _HARMLESS_ARGUMENTS = _OPTIONS_OF_GENERATION | {
     "assistant_model", "attention_mask", "custom_generate", "generation_config", "logits_processor",
-    "prefix_allowed_tokens_fn", "stopping_criteria", "streamer", "synced_gpus", "tokenizer", "use_model_defaults",
+    "prefix_allowed_tokens_fn", "stopping_criteria", "streamer", "synced_gpus", "tokenizer",
+    "use_model_defaults",
 }  # fmt: skip
 
 
@@ -261,9 +262,7 @@ class PrefixReuse:
                 raise UnsupportedModel(f"{name}={shown!r}: {reason}")
         for name in kwargs:
             if name in _OWN_ARGUMENTS:
-                raise UnsupportedModel(
-                    f"{name} is what this object provides; call model.generate for your own"
-                )
+                raise UnsupportedModel(f"{name} is what this object provides; call model.generate for your own")
             if name not in _HARMLESS_ARGUMENTS:
                 raise UnsupportedModel(f"the input {name!r} may change the KV, but isn't in the token ids")
         return ids

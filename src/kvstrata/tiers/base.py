@@ -33,6 +33,9 @@ class Tier(Protocol):
 
     name: str
 
+    def recover(self) -> None:
+        """Bring what is stored in order, and tell a store that is new what there is."""
+
     def namespaces(self) -> list[NamespaceState]:
         """Return those that it knows."""
 
@@ -48,8 +51,8 @@ class Tier(Protocol):
     def load(self, ns: int, keys: Sequence[Key]) -> list[Pin | memoryview | None]:
         """Return the values: promoted to memory and pinned, or, where memory has no room, in private memory."""
 
-    def delete(self, ns: int, keys: Sequence[Key], *, below_seq: int | None = None) -> None:
-        """Forget records, or those with a lower sequence number, also after a restart, before it returns."""
+    def delete(self, ns: int, keys: Sequence[tuple[Key, int | None]]) -> None:
+        """Forget records, or with a number only those with a lower one, also after a restart, before it returns."""
 
     def stats(self) -> Stats:
         """Return counters, in bytes and numbers of records."""

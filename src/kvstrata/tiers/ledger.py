@@ -106,6 +106,9 @@ class Ledger:
         with self._thread_lock:
             self._close_file()
 
+    def __del__(self) -> None:
+        self._close_file()
+
     def _lock_file(self) -> None:
         deadline = time.monotonic() + self._patience
         pause = 0.0002

@@ -1,0 +1,69 @@
+"""Processes are killed at random moments while others go on reading and writing, and checking what they see."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from support.processes import SOAK, Process
+
+CONFIGURATIONS = {
+    "memory": {"memory": "2MiB", "disk": 0},
+    "memory and disk": {"memory": "2MiB", "disk": "16MiB"},
+}
+
+CHURN = """
+from support.churn import Boss
+with Boss(directory, options, writers=2, readers=1, seed=seed) as boss:
+    boss.kill_some(kills)
+    if end == "killed":
+        boss.kill_all()
+    else:
+        boss.dismiss_all()
+"""
+
+# Everything that dead processes had pinned, reserved or half removed must be usable again.
+RECLAIM = """
+cache = kvstrata.open(directory / "cache", **options)
+stats = cache.stats()["memory"]
+assert stats["clients"] == 1, stats
+assert (stats["pins"], stats["reservations"], stats["allocator_faults"]) == (0, 0, 0), stats
+for writer in range(2):
+    cache.namespace(f"of writer {writer}").clear()
+for size in (100, 3000, 30_000, 150_000):
+    cache.clear()
+    count = 2 * cache.options.memory // size
+    for i in range(count):
+        cache.put(f"{size} {i}", bytes(size))
+    cache.flush()
+    stats = cache.stats()["memory"]
+    records, used = cache.stats()["namespaces"]["default"].values().__iter__().__next__(), stats["memory_used_bytes"]
+    assert used > 0.8 * stats["memory_bytes"], stats
+one = cache.options.memory - 8192
+cache.put("as large as can be", bytes(one))
+assert cache.get("as large as can be") == bytes(one)
+stats = cache.stats()["memory"]
+assert stats["allocator_faults"] == 0, stats
+cache.close()
+"""
+
+
+@pytest.mark.parametrize("end", ["killed", "dismissed"])
+@pytest.mark.parametrize("configuration", CONFIGURATIONS)
+def test_kills_at_random_moments_harm_nobody_else(
+    shm: Path, tmp_path: Path, configuration: str, end: str
+) -> None:
+    for round_number in range(SOAK):
+        with Process() as process:
+            process.run(
+                CHURN,
+                directory=tmp_path,
+                options=CONFIGURATIONS[configuration],
+                seed=round_number,
+                kills=40,
+                end=end,
+            )
+            assert end == "killed" or list(shm.iterdir()) == []
+            process.run(RECLAIM)
+        assert list(shm.iterdir()) == []
