@@ -16,6 +16,9 @@
 namespace kvstrata {
 namespace {
 
+constexpr size_t kSmallValue = 4096;  // bytes; up to here a copy costs less than a pin
+constexpr size_t kOrderAhead = 64;    // lookups for which the policy's lock is held, if it could be had
+
 nb::object* below_marker = nullptr;  // what lookups return for a record that lies below only
 
 // What Python holds; empty once it is closed.
@@ -315,11 +318,14 @@ u8* start_of(const nb::object& bytes) { return reinterpret_cast<u8*>(PyBytes_AS_
 nb::object get(const SpaceHandle& self, nb::handle key) {
     const std::shared_ptr<Store>& store = self.owner->live();
     Pin pin;
-    switch (store->acquire(self.space, key_of(key), pin)) {
+    u8 room[kSmallValue];
+    Small small{room, sizeof room};
+    switch (store->acquire(self.space, key_of(key), pin, &small)) {
         case Lookup::miss: return nb::none();
         case Lookup::below: return *below_marker;
         case Lookup::hit: break;
     }
+    if (!pin) return nb::steal(PyBytes_FromStringAndSize(reinterpret_cast<char*>(room), static_cast<Py_ssize_t>(small.size)));
     const size_t size = pin.size();
     nb::object bytes = new_bytes(size);
     if (size < kWorthASwitch) {
@@ -366,8 +372,11 @@ std::pair<std::vector<Pin>, nb::list> acquire_all(Store& store, Space space, con
     std::vector<size_t> below;
     {
         const nb::gil_scoped_release free;
-        for (size_t i = 0; i < keys.size(); ++i)
-            if (store.acquire(space, keys[i], pins[i]) == Lookup::below) below.push_back(i);
+        for (size_t first = 0; first < keys.size(); first += kOrderAhead) {
+            const OrderTried order(store, space);
+            for (size_t i = first; i < std::min(keys.size(), first + kOrderAhead); ++i)
+                if (store.acquire(space, keys[i], pins[i], nullptr, &order) == Lookup::below) below.push_back(i);
+        }
     }
     nb::list listed;
     for (const size_t i : below) listed.append(i);
@@ -380,44 +389,59 @@ nb::tuple get_many(const SpaceHandle& self, nb::handle keys_object, nb::handle o
     nb::list values, below;
     struct Copy {
         u8* to;
-        size_t key;
+        const u8* from;
+        size_t size;
     };
     constexpr size_t kBatch = 1024;  // pins held at once
     if (!outs.is_none() && nb::len(outs) != keys.size()) throw InvalidValue("out needs one buffer per key");
+    std::vector<u8> room;  // for the small values of a batch, one after the other
     for (size_t start = 0; start < keys.size(); start += kBatch) {
         const size_t count = std::min(kBatch, keys.size() - start);
         std::vector<Pin> pins(count);
-        std::vector<u8> lies_below(count, 0);
+        std::vector<Lookup> found(count);
+        std::vector<std::pair<size_t, size_t>> small(count);  // where in `room`, and how much
         {
             const nb::gil_scoped_release free;
-            for (size_t i = 0; i < count; ++i)
-                lies_below[i] = store->acquire(self.space, keys[start + i], pins[i]) == Lookup::below;
+            room.resize(std::max(room.size(), count * 1536 + kSmallValue));
+            size_t used = 0;
+            for (size_t first = 0; first < count; first += kOrderAhead) {
+                const OrderTried order(*store, self.space);
+                for (size_t i = first; i < std::min(count, first + kOrderAhead); ++i) {
+                    Small target{room.data() + used, std::min(kSmallValue, room.size() - used)};
+                    found[i] = store->acquire(self.space, keys[start + i], pins[i], &target, &order);
+                    small[i] = {used, target.size};
+                    used += target.size;
+                }
+            }
         }
         std::vector<Copy> copies;
         std::vector<Target> targets;
+        size_t bytes_to_copy = 0;
         for (size_t i = 0; i < count; ++i) {
-            if (lies_below[i]) below.append(start + i);
-            if (!pins[i]) {
+            if (found[i] == Lookup::below) below.append(start + i);
+            if (found[i] != Lookup::hit) {
                 values.append(nb::none());
                 continue;
             }
-            const size_t size = pins[i].size();
-            if (outs.is_none()) {
-                nb::object bytes = new_bytes(size);
-                copies.push_back({start_of(bytes), i});
-                values.append(std::move(bytes));
-            } else {
+            const size_t size = pins[i] ? pins[i].size() : small[i].second;
+            const u8* const from = pins[i] ? pins[i].value() : room.data() + small[i].first;
+            if (!outs.is_none()) {
                 const nb::object out = outs[start + i];
                 targets.emplace_back(out, size);
-                copies.push_back({targets.back().data(), i});
+                copies.push_back({targets.back().data(), from, size});
                 values.append(filled_part(out, size));
+            } else if (!pins[i]) {
+                values.append(nb::steal(PyBytes_FromStringAndSize(reinterpret_cast<const char*>(from), static_cast<Py_ssize_t>(size))));
+                continue;
+            } else {
+                nb::object bytes = new_bytes(size);
+                copies.push_back({start_of(bytes), from, size});
+                values.append(std::move(bytes));
             }
+            bytes_to_copy += size;
         }
-        const nb::gil_scoped_release free;
-        for (const Copy& copy : copies) {
-            std::memcpy(copy.to, pins[copy.key].value(), pins[copy.key].size());
-            pins[copy.key] = Pin();
-        }
+        const WithoutGil free(bytes_to_copy);
+        for (const Copy& copy : copies) std::memcpy(copy.to, copy.from, copy.size);
         pins.clear();
     }
     return nb::make_tuple(values, below);

@@ -10,19 +10,19 @@ SlotPool::SlotPool(u32 first, u32 count, const char* what) : count_(count), what
     for (u32 i = count; i > 0; --i) free_.push_back(first + i - 1);
 }
 
-u32 SlotPool::take() {
-    std::unique_lock lock(mutex_);
-    if (free_.empty() && !returned_.wait_for(lock, std::chrono::seconds(1), [this] { return !free_.empty(); }))
-        throw TierUnavailable("this process holds " + std::to_string(count_) + " " + what_ +
-                              " of the cache at once, which is the limit; release some");
+std::optional<u32> SlotPool::try_take() {
+    const std::lock_guard lock(mutex_);
+    if (free_.empty()) return std::nullopt;
     const u32 slot = free_.back();
     free_.pop_back();
     return slot;
 }
 
-u32 SlotPool::take_now() {
-    const std::lock_guard lock(mutex_);
-    if (free_.empty()) return kNoSlot;
+u32 SlotPool::take() {
+    std::unique_lock lock(mutex_);
+    if (free_.empty() && !returned_.wait_for(lock, std::chrono::seconds(1), [this] { return !free_.empty(); }))
+        throw TierUnavailable("this process holds " + std::to_string(count_) + " " + what_ +
+                              " of the cache at once, which is the limit; release some");
     const u32 slot = free_.back();
     free_.pop_back();
     return slot;

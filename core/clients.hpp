@@ -5,6 +5,7 @@
 
 #include <condition_variable>
 #include <mutex>
+#include <optional>
 #include <vector>
 
 #include "region.hpp"
@@ -15,9 +16,8 @@ namespace kvstrata {
 class SlotPool {
 public:
     SlotPool(u32 first, u32 count, const char* what);
-    static constexpr u32 kNoSlot = ~0u;
-    u32 take();      // waits a little for one to come back; throws TierUnavailable
-    u32 take_now();  // kNoSlot when there's none
+    u32 take();                     // waits a little for one to come back; throws TierUnavailable
+    std::optional<u32> try_take();  // nothing when all are taken
     void give_back(u32 slot);
     u32 in_use() const;
 
@@ -32,7 +32,8 @@ private:
 // A slot that goes back to its pool unless it is kept.
 class Lease {
 public:
-    explicit Lease(SlotPool& pool) : pool_(pool), slot_(pool.take()) {}
+    explicit Lease(SlotPool& pool) : Lease(pool, pool.take()) {}
+    Lease(SlotPool& pool, u32 slot) : pool_(pool), slot_(slot) {}
     ~Lease() {
         if (!kept_) pool_.give_back(slot_);
     }

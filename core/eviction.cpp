@@ -274,8 +274,9 @@ Block Store::take_block(u32 units, Space wanted, bool may_wait) {
         if (!may_wait) return {};
         if (!wait()) break;
     }
-    const u32 slot = may_wait ? clients_.arrivals.take() : clients_.arrivals.take_now();
-    if (slot == SlotPool::kNoSlot) return {};
+    const std::optional<u32> free_slot = may_wait ? clients_.arrivals.take() : clients_.arrivals.try_take();
+    if (!free_slot) return {};
+    const u32 slot = *free_slot;
     try {
         bool reaped = false;
         for (int evictions = 0;; ++evictions) {

@@ -180,15 +180,20 @@ bool Store::current(const Entry& entry, const Namespace& ns) const {
     return entry.epoch == ns.epoch.load(std::memory_order_relaxed) && (!entry.expires || now_ms() < entry.expires);
 }
 
+OrderTried::OrderTried(Store& store, Space space)
+    : ns_(store.space(space.id)), result_(ns_.mutex.try_lock()) {}
+
+OrderTried::~OrderTried() {
+    if (result_ != RobustMutex::Result::busy) ns_.mutex.unlock();  // who waits for it next repairs it, if need be
+}
+
 // Tells the policy of a hit, unless somebody else is changing the order right now. The entry's shard is locked.
-void Store::touch(Namespace& ns, u32 at) {
-    const auto result = ns.mutex.try_lock();
-    if (result == RobustMutex::Result::busy) return;
-    if (result == RobustMutex::Result::locked) {
-        index_.nodes()[at].stamp = header_.tick.fetch_add(1, std::memory_order_relaxed);
-        policy_by_number(ns.policy).on_hit(index_.nodes(), ns.order, at);
-    }
-    ns.mutex.unlock();  // if it needs repair, whoever waits for it next will see to that
+void Store::touch(Namespace& ns, u32 at, const OrderTried* order) {
+    std::optional<OrderTried> own;
+    if (!order) order = &own.emplace(*this, Space{index_.entry(at).ns, 0});
+    if (order->result_ != RobustMutex::Result::locked) return;
+    index_.nodes()[at].stamp = header_.tick.fetch_add(1, std::memory_order_relaxed);
+    policy_by_number(ns.policy).on_hit(index_.nodes(), ns.order, at);
 }
 
 // Pins the entry, whose shard is locked. `pin` was empty.
@@ -202,24 +207,42 @@ void Store::claim(u32 at, Lease& lease, Pin& pin) {
     pin.entry_ = at;
 }
 
-Lookup Store::acquire(Space wanted, Key key, Pin& pin) {
+Lookup Store::acquire(Space wanted, Key key, Pin& pin, Small* small, const OrderTried* order) {
     Namespace& ns = space(wanted.id);
     const u32 hash = index_.hash(wanted.id, key);
-    Lease lease(clients_.pins);
-    {
-        const RobustLock held = index_.lock(Index::shard_of(hash));
-        Shard& shard = index_.shard(Index::shard_of(hash));
-        const u32 at = index_.find(hash, wanted.id, key);
-        if (!at || wanted.version != ns.version.load(std::memory_order_relaxed) || !current(index_.entry(at), ns)) {
-            ++shard.misses;
-            return Lookup::miss;
+    std::optional<Lease> waited;  // for a slot, when all were taken
+    for (;;) {
+        {
+            const RobustLock held = index_.lock(Index::shard_of(hash));
+            Shard& shard = index_.shard(Index::shard_of(hash));
+            const u32 at = index_.find(hash, wanted.id, key);
+            if (!at || wanted.version != ns.version.load(std::memory_order_relaxed) || !current(index_.entry(at), ns)) {
+                ++shard.misses;
+                return Lookup::miss;
+            }
+            if (!index_.entry(at).memory) return Lookup::below;
+            const u8* const record = region_->data() + u64{index_.entry(at).memory} * kUnit;
+            const auto& header = *reinterpret_cast<const RecordHeader*>(record);
+            bool done = small && header.stored_len <= small->room;
+            if (done) {
+                small->size = header.stored_len;
+                std::memcpy(small->to, record + header.payload_offset, small->size);
+            } else if (waited) {
+                claim(at, *waited, pin);
+                done = true;
+            } else if (const auto slot = clients_.pins.try_take()) {
+                Lease lease(clients_.pins, *slot);
+                claim(at, lease, pin);
+                done = true;
+            }
+            if (done) {
+                touch(ns, at, order);
+                ++shard.hits;
+                return Lookup::hit;
+            }
         }
-        if (!index_.entry(at).memory) return Lookup::below;
-        claim(at, lease, pin);
-        touch(ns, at);
-        ++shard.hits;
+        waited.emplace(clients_.pins);
     }
-    return Lookup::hit;
 }
 
 void Store::unpin(u32 slot, u32 at) noexcept {

@@ -15,6 +15,7 @@
 
 namespace kvstrata {
 
+class OrderTried;
 class Store;
 
 // A namespace as somebody has it open: once the namespace has moved on to another version, it holds nothing for them.
@@ -126,6 +127,13 @@ struct DiskRow {
     u8 flags;
 };
 
+// Room for a value that is small enough to be copied at once.
+struct Small {
+    u8* to;
+    size_t room;
+    size_t size = 0;  // of the value that was copied
+};
+
 enum class Lookup : u8 { hit, miss, below };
 // replaced_on_disk: the caller has to delete an older record's row, and then to pay().
 enum class Published : u8 { stored, replaced_on_disk, present };
@@ -160,7 +168,9 @@ public:
     std::pair<u64, u64> usage(u32 id) const;  // records and bytes in memory
 
     // ---- Reading. `pin` is empty before, and after unless it was a hit.
-    Lookup acquire(Space space, Key key, Pin& pin);
+    // With `small`, a value for which it has room is copied there instead, under the lock: for so little, that is cheaper
+    // than a pin. With `order`, the hit counts for recency by that lock.
+    Lookup acquire(Space space, Key key, Pin& pin, Small* small = nullptr, const OrderTried* order = nullptr);
     bool contains(Space space, Key key);
     template <class NextKey>  // NextKey: (size_t) -> Key
     size_t contains_prefix(Space space, size_t count, NextKey&& key);
@@ -211,6 +221,7 @@ public:
 private:
     friend class Pin;
     friend class Block;
+    friend class OrderTried;
     explicit Store(std::unique_ptr<Region> region);
     static std::shared_ptr<Store> start(std::unique_ptr<Region> region, bool fresh);
     void attach();
@@ -219,7 +230,7 @@ private:
     RobustLock lock_policy(u32 id);
     void repair_policy(u32 id);
     bool current(const Entry& entry, const Namespace& ns) const;
-    void touch(Namespace& ns, u32 at);
+    void touch(Namespace& ns, u32 at, const OrderTried* order = nullptr);
     void claim(u32 at, Lease& lease, Pin& pin);
     void unpin(u32 slot, u32 at) noexcept;
 
@@ -271,6 +282,21 @@ private:
     std::deque<Waiting> dirty_;  // oldest first
     u64 settled_ = 0;            // how many
     bool woken_ = false;
+};
+
+// The policy's lock of a namespace for the time of a few lookups, if it could be had at once. Without it, their hits
+// don't count for recency.
+class OrderTried {
+public:
+    OrderTried(Store& store, Space space);
+    ~OrderTried();
+    OrderTried(const OrderTried&) = delete;
+    OrderTried& operator=(const OrderTried&) = delete;
+
+private:
+    friend class Store;
+    Namespace& ns_;
+    RobustMutex::Result result_;
 };
 
 template <class NextKey>
