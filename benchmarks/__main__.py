@@ -36,9 +36,7 @@ def main(
     """Measure kvstrata beside raw memory, the raw device and its peers."""
     unknown = set(names or ()) - set(PARTS)
     if unknown:
-        raise typer.BadParameter(
-            f"no part is called {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}"
-        )
+        raise typer.BadParameter(f"no part is called {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     console = Console()
     console = Console(width=max(console.width, 120))  # a table that wraps can't be read
     directory.mkdir(parents=True, exist_ok=True)

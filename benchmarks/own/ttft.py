@@ -42,9 +42,7 @@ REMARKS = [
 
 def rows(settings: Settings) -> list[Row]:
     """Measure all of it, in bf16 and, unless quick, in fp32."""
-    return [
-        row for dtype in DTYPES if dtype == "bf16" or not settings.quick for row in _rows(settings, dtype)
-    ]
+    return [row for dtype in DTYPES if dtype == "bf16" or not settings.quick for row in _rows(settings, dtype)]
 
 
 def _rows(settings: Settings, dtype: str) -> list[Row]:
@@ -95,9 +93,7 @@ def _child(role: str, settings: dict[str, Any]) -> Iterator[subprocess.Popen[str
     ]
     with (
         tempfile.TemporaryFile() as errors,
-        subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
-        ) as child,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True) as child,
     ):
         yield child
         child.communicate()
@@ -127,9 +123,7 @@ class _Bench:
         self.repeats = settings["repeats"]
         self.scratch = Path(settings["scratch"])
         saved = self.scratch / "model"
-        self.model, tokenizer = demo_model.load(
-            DTYPES[settings["dtype"]], str(saved) if saved.exists() else None
-        )
+        self.model, tokenizer = demo_model.load(DTYPES[settings["dtype"]], str(saved) if saved.exists() else None)
         if not saved.exists():
             demo_model.save(self.model, tokenizer, str(saved))
         document = demo_model.prompt(tokenizer, demo_model.FIRST_QUESTION)["input_ids"]
@@ -261,9 +255,7 @@ def _reply(value: Any) -> None:
 
 def main() -> None:
     """Compare block sizes, or do the part of a child process."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", action="store_true", required="--role" not in sys.argv)
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--role", choices=["fill", "memory", "disk", "blocks"], help=argparse.SUPPRESS)
