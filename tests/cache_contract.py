@@ -109,9 +109,7 @@ class NamespaceContract:
             ns.put_many({"key": value})
         assert ns.get("key") == b"old"
 
-    def test_a_value_larger_than_memory_raises_tier_full_and_changes_nothing(
-        self, cache: Cache, ns: Namespace
-    ) -> None:
+    def test_a_value_larger_than_memory_raises_tier_full_and_changes_nothing(self, cache: Cache, ns: Namespace) -> None:
         ns.put("key", b"old")
         too_large = np.zeros(cache.options.memory + 1, np.uint8)
         with pytest.raises(TierFull) as raised:
@@ -315,9 +313,7 @@ class NamespaceContract:
         ns.put("key", b"2")
         assert ns.get("key") == b"2"
 
-    def test_clear_empties_this_namespace_only(
-        self, cache: Cache, ns: Namespace, namespace: Namespaces
-    ) -> None:
+    def test_clear_empties_this_namespace_only(self, cache: Cache, ns: Namespace, namespace: Namespaces) -> None:
         another = namespace("another")
         for each in (ns, another):
             each.put_many({f"key {i}": b"1" for i in range(20)})

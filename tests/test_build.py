@@ -24,9 +24,7 @@ def public(names: object) -> set[str]:
 def declared(body: list[ast.stmt]) -> set[str]:
     """The names that a stub gives to functions, classes and variables."""
     return {node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)} | {
-        node.target.id
-        for node in body
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+        node.target.id for node in body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
     }
 
 

@@ -69,9 +69,7 @@ def test_keys_follow_the_documented_chain(tokens: list[int], block: int) -> None
 
 
 @given(tokens_lists, tokens_lists)
-def test_two_prompts_share_exactly_the_keys_of_their_common_blocks(
-    first: list[int], second: list[int]
-) -> None:
+def test_two_prompts_share_exactly_the_keys_of_their_common_blocks(first: list[int], second: list[int]) -> None:
     common = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b),
                   min(len(first), len(second)))  # fmt: skip
     ours, theirs = (prefix_keys(tokens, LAYOUT.seed(), 4) for tokens in (first, second))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
 from support.processes import SOAK, Process
 
 CONFIGURATIONS = {
@@ -51,9 +50,7 @@ cache.close()
 
 @pytest.mark.parametrize("end", ["killed", "dismissed"])
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
-def test_kills_at_random_moments_harm_nobody_else(
-    shm: Path, tmp_path: Path, configuration: str, end: str
-) -> None:
+def test_kills_at_random_moments_harm_nobody_else(shm: Path, tmp_path: Path, configuration: str, end: str) -> None:
     for round_number in range(SOAK):
         with Process() as process:
             process.run(

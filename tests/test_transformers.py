@@ -287,7 +287,10 @@ def test_weights_have_the_same_identity_wherever_they_were_loaded(model: Any, tm
     model.save_pretrained(tmp_path)
     copy = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
 
-    copy.config.quantization_config = {"quant_method": QuantizationMethod.GGUF, "gguf_file": "where-they-came-from.gguf"}
+    copy.config.quantization_config = {
+        "quant_method": QuantizationMethod.GGUF,
+        "gguf_file": "where-they-came-from.gguf",
+    }
 
     assert weights_identity(copy.eval()) == weights_identity(model)
     assert weights_identity(tiny(rms_norm_eps=1e-3)) != weights_identity(model)

@@ -176,7 +176,7 @@ class Namespace:
         return pin
 
     def pin_many(self, keys: Sequence[Key]) -> list[Pin | None]:
-        """Return a pin for each key, None where absent. A pin is a context manager and exports its value as a buffer."""
+        """Return a pin for each key, None where absent; a pin exports its value as a buffer, too."""
         pins: list[Pin | None]
         pins, below = self._space.pin_many(keys)
         if below:
@@ -241,8 +241,7 @@ class Cache(Namespace):
         try:
             self._memory = MemoryTier.open(path, options, shared=shared, restore=self._restore)
         except BaseException:
-            if self._below:
-                self._below.close()
+            self._close_below()
             raise
         try:
             self._open_below()
@@ -373,15 +372,20 @@ class Cache(Namespace):
                 with suppress(TierUnavailable):
                     self._memory.store.reap()  # what the dead had yet to write is ours to write
                 self._writer.stop()
-            if self._below:
-                self._below.close()
+            self._close_below()
         finally:
             self._memory.close()
+
+    def _close_below(self) -> None:
+        if self._below:
+            self._below.close()
 
     def __enter__(self) -> Cache:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     # ---- Forking
@@ -451,5 +455,5 @@ def open(
     have it open must agree, or ConfigMismatch says how they differ. `shared=False` opens it for this process alone.
     """
     options = CacheOptions.parse(memory=memory, disk=disk, has_path=path is not None)
-    where = None if path is None else Path(os.path.abspath(os.fspath(path)))
+    where = None if path is None else Path(path).absolute()
     return Cache(where, options, shared)

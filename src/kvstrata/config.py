@@ -31,9 +31,7 @@ def parse_size(value: int | str, *, option: str = "size") -> int:
         match = _SIZE.fullmatch(value)
         unit = _UNITS.get(match[2].lower()) if match else None
         if match is None or unit is None:
-            raise ConfigError(
-                f"{option}={value!r} is not a size; write a number of bytes or e.g. '512MiB'"
-            )
+            raise ConfigError(f"{option}={value!r} is not a size; write a number of bytes or e.g. '512MiB'")
         value = int(float(match[1]) * unit)
     if not 0 <= value <= MAX_SIZE:
         raise ConfigError(f"{option}={value!r} is out of range (0 to {MAX_SIZE:,} bytes)")

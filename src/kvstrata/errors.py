@@ -68,8 +68,7 @@ class ConfigMismatch(ConfigError):
     def of_cache(cls, path: str, differences: dict[str, tuple[object, object]]) -> ConfigMismatch:
         """Build it from {option: (theirs, ours)}."""
         told = ", ".join(
-            f"{name}: open with {theirs!r}, asked for {ours!r}"
-            for name, (theirs, ours) in differences.items()
+            f"{name}: open with {theirs!r}, asked for {ours!r}" for name, (theirs, ours) in differences.items()
         )
         return cls(
             f"the cache at {path} is already open with other options ({told}); "
@@ -131,6 +130,4 @@ class MissingExtra(KVStrataError, ImportError):
 
     def __init__(self, extra: str, package: str) -> None:
         self.extra = extra
-        super().__init__(
-            f"this needs the package {package!r}: pip install 'kvstrata[{extra}]'"
-        )
+        super().__init__(f"this needs the package {package!r}: pip install 'kvstrata[{extra}]'")

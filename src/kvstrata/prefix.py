@@ -110,9 +110,7 @@ class PrefixCache:
             self._count(stores_cut_short=1)
         finally:
             _release(held or ())
-            for key in reversed(
-                keys
-            ):  # most recently used is the head, so that a prefix is evicted from its tail
+            for key in reversed(keys):  # most recently used is the head, so that a prefix is evicted from its tail
                 self.ns._space.present_immutable(key)
             self._count(stored_blocks=stored, stored_bytes=stored * self.layout.block_bytes)
         return stored

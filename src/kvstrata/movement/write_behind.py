@@ -38,10 +38,12 @@ class WriteBehind:
             if records:
                 try:
                     self._tier.write(records)
-                except Exception:
+                except Exception:  # noqa: BLE001 - see below
                     # The tier settles every record itself. If a defect keeps it from that, the records stay in
                     # memory unwritten, and the thread goes on: one bad batch must not stop all later ones.
-                    _log.exception("kvstrata: %d records could not be written to the %s tier", len(records), self._tier.name)
+                    _log.exception(
+                        "kvstrata: %d records could not be written to the %s tier", len(records), self._tier.name
+                    )
                     self._store.mark_failed(records)
             elif stopping:
                 return

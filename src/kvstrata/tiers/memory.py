@@ -157,7 +157,8 @@ def _setup_lock(directory: Path) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() > until:
                     raise TierUnavailable(
-                        f"another process has been opening the cache at {directory} for {_SETUP_PATIENCE_S:.0f} s; is it stopped?"
+                        f"another process has been opening the cache at {directory} for {_SETUP_PATIENCE_S:.0f} s; "
+                        "is it stopped?"
                     ) from None
                 time.sleep(0.005)
         yield
@@ -173,9 +174,7 @@ def _identity(directory: Path) -> _Identity:
             text = path.read_bytes()
             format = msgspec.json.decode(text, type=_Format).format
             if format > _FORMAT:
-                raise FormatError(
-                    f"{path} has format {format}, this release reads format {_FORMAT}; upgrade kvstrata"
-                )
+                raise FormatError(f"{path} has format {format}, this release reads format {_FORMAT}; upgrade kvstrata")
             return msgspec.json.decode(text, type=_Identity)
         except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError):
             new = _Identity(_FORMAT, secrets.token_hex(16))
@@ -239,7 +238,9 @@ def _explained(options: CacheOptions) -> Iterator[None]:
     except OSError as error:
         place = os.environ.get("KVSTRATA_SHM_DIR", "/dev/shm")
         if error.errno not in (errno.ENOSPC, errno.ENOMEM):
-            raise TierUnavailable(f"can't make or open the memory tier in {place}: {error.strerror or error}") from error
+            raise TierUnavailable(
+                f"can't make or open the memory tier in {place}: {error.strerror or error}"
+            ) from error
         filesystem = os.statvfs(place)
         free = filesystem.f_bavail * filesystem.f_frsize
         raise TierFull(f"memory ({place})", options.memory, free) from error
