@@ -33,7 +33,7 @@ preflight = found=$$(PYTHON="$(PYTHON)" CXX="$(if $(filter default,$(origin CXX)
 
 help:
 	@echo "make demo      install into $(VENV) and let a real model skip its prefill (DEMO_ARGS=--json, ...)"
-	@echo "make test      install, then run every test: core, core under sanitizers, Python (PYTEST_ARGS=...)"
+	@echo "make test      install, then check style and types, and run every test: core, sanitizers, Python (PYTEST_ARGS=...)"
 	@echo "make bench     measure against raw memory, raw disk and peers (BENCH_ARGS=...)"
 	@echo "make check     format, lint, strict types"
 	@echo "make sanitize  the core's tests under ASan+UBSan and under TSan"
@@ -43,7 +43,8 @@ demo: $(STEPS)/package $(STEPS)/model
 	@echo "==> kvstrata demo"
 	@$(BIN)/kvstrata demo $(DEMO_ARGS)
 
-test: $(STEPS)/package $(STEPS)/model $(STEPS)/test-tools
+test: $(STEPS)/package $(STEPS)/model $(STEPS)/test-tools $(STEPS)/lint-tools
+	@scripts/check
 	@scripts/test-core plain address thread
 	@echo "==> pytest"
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
