@@ -56,6 +56,15 @@ def reusing(reuse: PrefixReuse, prompt: Any, **options: Any) -> list[int]:
     return reuse.generate(prompt, do_sample=False, **options)[0].tolist()  # type: ignore[no-any-return]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """OpenMP's threads wait for one another by spinning, which takes minutes where other work holds the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def cache() -> Iterator[kvstrata.Cache]:
     """A private cache; leaks of pins and reservations fail the test."""
