@@ -43,15 +43,17 @@ struct PinHandle {
     std::shared_ptr<Store> store;
     Pin pin;
     bool whole_record = false;  // or only the value
+    std::shared_ptr<Buffer> local;  // instead of a pin: a value in private memory, for which the arena had no room
     bool released = false;
     int exports = 0;
     nb::object view;            // given out by `with`: a weak reference
 
     void release_if_unused() {
-        if (released && exports == 0) pin = Pin(), store.reset();
+        if (released && exports == 0) pin = Pin(), store.reset(), local.reset();
     }
-    const u8* data() const { return whole_record ? pin.record() : pin.value(); }
-    u64 size() const { return whole_record ? pin.record_size() : pin.size(); }
+    bool holds() const { return !released && (store || local); }
+    const u8* data() const { return local ? local->data() : whole_record ? pin.record() : pin.value(); }
+    u64 size() const { return local ? local->size() : whole_record ? pin.record_size() : pin.size(); }
 };
 
 nb::object view_of(nb::handle object) {
@@ -62,7 +64,7 @@ nb::object view_of(nb::handle object) {
 
 int export_pin(PyObject* self, Py_buffer* buffer, int flags) {
     PinHandle* pin = nb::inst_ptr<PinHandle>(self);
-    if (pin->released || !pin->store) {
+    if (!pin->holds()) {
         PyErr_SetString(PyExc_ValueError, "this pin is released");
         return -1;
     }
@@ -684,9 +686,14 @@ void bind_store(nb::module_& m) {
              nb::arg().none(), nb::arg().none(), nb::arg().none())
         .def("release", &release_pin)
         .def("__len__", [](const PinHandle& self) -> size_t {
-            if (!self.store) throw InvalidValue("this pin is released");
+            if (!self.holds()) throw InvalidValue("this pin is released");
             return self.size();
         });
+    m.def("local_pin", [](nb::handle value) {
+        PinHandle handle;
+        handle.local = std::make_shared<Buffer>(value);
+        return nb::cast(std::move(handle));
+    }, nb::arg("value"));
 
     nb::class_<WriteHandle>(m, "Write", nb::type_slots(write_slots))
         .def("view", [](nb::handle self) {

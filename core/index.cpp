@@ -28,6 +28,8 @@ void Index::init() {
         shard.level = kFirstLevel;
         shard.backed = kPage / sizeof(u32);
         region_.back(header_.buckets_at + u64{number} * header_.max_buckets * sizeof(u32), kPage);
+        // So that every shard has entries to evict when there is no memory for more.
+        if (!add_chunk(number)) throw OsError("no memory for the cache's index", ENOSPC);
     }
 }
 
@@ -66,19 +68,22 @@ u32 Index::find(u32 hash, u32 ns, Key wanted) const {
     return kNone;
 }
 
+bool Index::add_chunk(u32 number) {
+    const u32 chunk = allocator_.take_chunk(number);
+    if (!chunk) return false;
+    const u32 first = (chunk - 1) * kChunk;
+    for (u32 i = kChunk; i > 0; --i) {
+        const u32 fresh = first + i - 1;
+        if (fresh == kNone) continue;
+        entries_[fresh].chain = shards_[number].free_entries;
+        shards_[number].free_entries = fresh;
+    }
+    return true;
+}
+
 u32 Index::take_entry(u32 number) {
     Shard& shard = shards_[number];
-    if (!shard.free_entries) {
-        const u32 chunk = allocator_.take_chunk(number);
-        if (!chunk) return kNone;
-        const u32 first = (chunk - 1) * kChunk;
-        for (u32 i = kChunk; i > 0; --i) {
-            const u32 fresh = first + i - 1;
-            if (fresh == kNone) continue;
-            entries_[fresh].chain = shard.free_entries;
-            shard.free_entries = fresh;
-        }
-    }
+    if (!shard.free_entries && !add_chunk(number)) return kNone;
     const u32 taken = shard.free_entries;
     shard.free_entries = entries_[taken].chain;
     return taken;

@@ -50,6 +50,7 @@ private:
     u32 bucket_of(const Shard& shard, u32 hash) const;
     u32* buckets(u32 shard) const { return buckets_ + u64{shard} * header_.max_buckets; }
     void grow(u32 shard);
+    bool add_chunk(u32 shard);
     void repair(u32 shard);
 
     Region& region_;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import logging
 import os
 import random
@@ -148,6 +149,34 @@ def test_many_keys_are_loaded_in_one_call_and_promoted(host: Host) -> None:
     loaded = host.tier.load(host.space().id, [*content, b"absent"])
     assert [None if found is None else bytes(found) for found in loaded] == [*content.values(), None]
     assert all(host.space().get(key) == value for key, value in content.items())
+
+
+def test_a_value_can_be_used_while_others_are_read(host: Host) -> None:
+    content = values(100, [100, 70_000])
+    for key, value in content.items():
+        host.put(key, value)
+    host.flush()
+    host.store.demote_all()
+    seen: dict[int, bytes] = {}
+    host.tier.load(host.space().id, [*content, b"absent"], lambda i, value: seen.setdefault(i, bytes(value)))
+    assert seen == dict(enumerate(content.values()))
+
+
+def test_a_user_of_arriving_values_that_fails_leaves_nothing_behind(host: Host) -> None:
+    content = values(100, [100, 70_000])
+    for key, value in content.items():
+        host.put(key, value)
+    host.flush()
+    host.store.demote_all()
+
+    def fail(position: int, value: object) -> None:
+        raise ValueError(f"no use for {position}")
+
+    with pytest.raises(ValueError, match="no use for"):
+        host.tier.load(host.space().id, list(content), fail)
+    gc.collect()
+    assert (host.store.stats()["pins"], host.store.stats()["reservations"]) == (0, 0)
+    assert {key: host.get(key) for key in content} == content
 
 
 def test_str_and_bytes_keys_name_the_same_record(host: Host) -> None:

@@ -17,7 +17,7 @@ from kvstrata import _core
 from kvstrata.config import CacheOptions, parse_duration, parse_size
 from kvstrata.errors import CacheClosed, ConfigError, TierUnavailable, UnknownOption
 from kvstrata.movement.write_behind import WriteBehind
-from kvstrata.tiers.base import Key, Tier
+from kvstrata.tiers.base import Arrived, Key, Tier
 from kvstrata.tiers.disk import DiskTier
 from kvstrata.tiers.memory import MemoryTier
 
@@ -27,28 +27,6 @@ _LOADED_AT_ONCE = 256  # records that get_many keeps pinned until it has copied 
 
 T = TypeVar("T")
 Value = Any  # bytes-like, an array, or any exporter of the buffer or DLPack protocol
-
-
-class _LocalPin:
-    """A value that memory had no room for: like a native Pin, over private memory."""
-
-    def __init__(self, value: memoryview) -> None:
-        self._value = value
-
-    def __enter__(self) -> memoryview:
-        return self._value
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-    def __len__(self) -> int:
-        return self._value.nbytes
-
-    def release(self) -> None:
-        """Nothing to give back: the memory goes with its last view."""
-
-
-Pin = _core.Pin | _LocalPin
 
 
 class _SpaceOptions(NamedTuple):
@@ -158,43 +136,50 @@ class Namespace:
         values, below = self._space.get_many(keys, out)
         for start in range(0, len(below), _LOADED_AT_ONCE):
             wanted = below[start : start + _LOADED_AT_ONCE]
-            for i, pin in zip(wanted, self._load([keys[i] for i in wanted]), strict=True):
-                values[i] = _copied(pin, None if out is None else out[i])
+
+            def copy(
+                n: int, value: _core.Pin | memoryview, wanted: list[int] = wanted
+            ) -> None:  # while others are read
+                values[wanted[n]] = _copied(_pinned(value), None if out is None else out[wanted[n]])
+
+            for n, pin in enumerate(self._load([keys[i] for i in wanted], copy)):
+                if pin is not None and values[wanted[n]] is None:
+                    copy(n, pin)
         return values
 
-    def pin(self, key: Key) -> Pin:
+    def pin(self, key: Key) -> _core.Pin:
         """Return a context manager that gives the value as a read-only memoryview, without a copy.
 
         The value stays where it is until the block ends and no view of it is left, whatever else happens to the key.
         Raises KeyError when absent.
         """
-        pin: Pin | None = self._space.pin(key)
+        pin: _core.Pin | None = self._space.pin(key)
         if pin is _core.BELOW:
             pin = self._load([key])[0]
         if pin is None:
             raise KeyError(key)
         return pin
 
-    def pin_many(self, keys: Sequence[Key]) -> list[Pin | None]:
+    def pin_many(self, keys: Sequence[Key]) -> list[_core.Pin | None]:
         """Return a pin for each key, None where absent; a pin exports its value as a buffer, too."""
-        pins: list[Pin | None]
+        pins: list[_core.Pin | None]
         pins, below = self._space.pin_many(keys)
         if below:
             for i, pin in zip(below, self._load([keys[i] for i in below]), strict=True):
                 pins[i] = pin
         return pins
 
-    def _load(self, keys: list[Key]) -> list[Pin | None]:
-        pins = self._load_once(keys)
+    def _load(self, keys: list[Key], arrived: Arrived | None = None) -> list[_core.Pin | None]:
+        pins = self._load_once(keys, arrived)
         for i, pin in enumerate(pins):
             if pin is None:  # somebody else may have brought it up meanwhile
                 found = self._space.pin(keys[i])
                 pins[i] = self._load_once([keys[i]])[0] if found is _core.BELOW else found
         return pins
 
-    def _load_once(self, keys: list[Key]) -> list[Pin | None]:
-        loaded = self._cache.load(self._space.id, keys)
-        return [_LocalPin(value) if isinstance(value, memoryview) else value for value in loaded]
+    def _load_once(self, keys: list[Key], arrived: Arrived | None = None) -> list[_core.Pin | None]:
+        loaded = self._cache.load(self._space.id, keys, arrived)
+        return [None if value is None else _pinned(value) for value in loaded]
 
     def contains_prefix(self, keys: Sequence[Key]) -> int:
         """Return how many keys from the first on are present, in whichever tier, without loading anything."""
@@ -218,7 +203,11 @@ class Namespace:
         self._cache.persist_epoch(self._space.id, epoch)
 
 
-def _copied(pin: Pin | None, out: Any) -> Any:
+def _pinned(value: _core.Pin | memoryview) -> _core.Pin:
+    return _core.local_pin(value) if isinstance(value, memoryview) else value
+
+
+def _copied(pin: _core.Pin | None, out: Any) -> Any:
     """Return what a pin holds as bytes, or in `out`."""
     if pin is None:
         return None
@@ -309,9 +298,9 @@ class Cache(Namespace):
 
     # ---- The tier below, for namespaces
 
-    def load(self, ns: int, keys: list[Key]) -> list[_core.Pin | memoryview | None]:
+    def load(self, ns: int, keys: list[Key], arrived: Arrived | None = None) -> list[_core.Pin | memoryview | None]:
         """Bring records up from the tier below; None where that can't be done."""
-        return self._below.load(ns, keys) if self._below else [None] * len(keys)
+        return self._below.load(ns, keys, arrived) if self._below else [None] * len(keys)
 
     def forget_older(self, ns: int, keys: Sequence[tuple[Key, int | None]]) -> None:
         """Remove what the tier below has of keys that were deleted, or overwritten by a record of that number."""

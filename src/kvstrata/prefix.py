@@ -17,7 +17,8 @@ from kvstrata.errors import InvalidValue, TierError, TierFull
 from kvstrata.keys import KVLayout, prefix_keys
 
 if TYPE_CHECKING:
-    from kvstrata.cache import Namespace, Pin
+    from kvstrata._core import Pin
+    from kvstrata.cache import Namespace
 
 __all__ = ["KVLayout", "LoadedKV", "Match", "PrefixCache"]
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from kvstrata._core import DirtyRecord, Pin
 
-__all__ = ["Key", "NamespaceState", "Stats", "Tier"]
+__all__ = ["Arrived", "Key", "NamespaceState", "Stats", "Tier"]
 
 Key = str | bytes
+Arrived = Callable[[int, Pin | memoryview], None]
 Stats = dict[str, int | float | str | None]
 
 
@@ -48,8 +49,12 @@ class Tier(Protocol):
     def write(self, records: list[DirtyRecord]) -> None:
         """Store records that are pinned in memory, and settle each with the store: durable, or failed."""
 
-    def load(self, ns: int, keys: Sequence[Key]) -> list[Pin | memoryview | None]:
-        """Return the values: promoted to memory and pinned, or, where memory has no room, in private memory."""
+    def load(self, ns: int, keys: Sequence[Key], arrived: Arrived | None = None) -> list[Pin | memoryview | None]:
+        """Return the values: promoted to memory and pinned, or, where memory has no room, in private memory.
+
+        `arrived` is called with the position of a key and its value as soon as it is there, from any thread, so that
+        it can be used while others are read.
+        """
 
     def delete(self, ns: int, keys: Sequence[tuple[Key, int | None]]) -> None:
         """Forget records, or with a number only those with a lower one, also after a restart, before it returns."""

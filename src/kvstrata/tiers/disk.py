@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from kvstrata.errors import TierFull, TierUnavailable, VersionConflict
 from kvstrata.record import PAGE, NamespaceInfo, build_descriptor
-from kvstrata.tiers.base import Key, NamespaceState, Stats
+from kvstrata.tiers.base import Arrived, Key, NamespaceState, Stats
 from kvstrata.tiers.capacity import Capacity
 from kvstrata.tiers.catalog import Catalog, CatalogDamaged
 from kvstrata.tiers.counters import Counters, errno_name
@@ -169,12 +169,13 @@ class DiskTier:
                 self._commit(left[: len(offsets)], segment, offsets)
                 left = left[len(offsets) :]
 
-    def load(self, ns: int, keys: Sequence[Key]) -> Loaded:
+    def load(self, ns: int, keys: Sequence[Key], arrived: Arrived | None = None) -> Loaded:
         """Return the values: promoted to memory and pinned, or in private memory where the tier has no room.
 
-        None means that a key is not on disk, is in memory already, or could not be read.
+        None means that a key is not on disk, is in memory already, or could not be read. `arrived(position, value)` is
+        called for each value as soon as it is there, from any thread.
         """
-        return self._loader.load(ns, keys)
+        return self._loader.load(ns, keys, arrived)
 
     def delete(self, ns: int, keys: Sequence[tuple[Key, int | None]]) -> None:
         """Forget records, also after a restart; where a number is given only those with a lower one.

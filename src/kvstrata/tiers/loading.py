@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from kvstrata.errors import CorruptRecord, FormatError
 from kvstrata.record import NamespaceInfo, parse_record, payload_of
-from kvstrata.tiers.base import Key
+from kvstrata.tiers.base import Arrived, Key
 from kvstrata.tiers.blockio import SHORT_READ, Read, aligned_buffer
 from kvstrata.tiers.counters import Counters, errno_name
 from kvstrata.tiers.segments import SegmentSet
@@ -47,10 +47,11 @@ class Loader:
         self._describe = describe
         self._forget = forget
 
-    def load(self, ns: int, keys: Sequence[Key]) -> Loaded:
+    def load(self, ns: int, keys: Sequence[Key], arrived: Arrived | None = None) -> Loaded:
         """Return the values: promoted to memory and pinned, or in private memory where the tier has no room.
 
-        None means that a key is not on disk, is in memory already, or could not be read.
+        None means that a key is not on disk, is in memory already, or could not be read. `arrived(position, value)` is
+        called for each value as soon as it is there, from any thread.
         """
         results: Loaded = [None] * len(keys)
         loads = [
@@ -59,10 +60,10 @@ class Loader:
             if location is not None
         ]
         for start in range(0, len(loads), _AT_ONCE):
-            self._load_some(ns, loads[start : start + _AT_ONCE], results)
+            self._load_some(ns, loads[start : start + _AT_ONCE], results, arrived)
         return results
 
-    def _load_some(self, ns: int, loads: list[_Load], results: Loaded) -> None:
+    def _load_some(self, ns: int, loads: list[_Load], results: Loaded, arrived: Arrived | None) -> None:
         writes: list[Write | None] = []
         reads: list[Read] = []
         lost: list[tuple[bytes, int]] = []
@@ -100,6 +101,8 @@ class Loader:
                 self._counters.add("loaded_bytes", load.length)
                 if write is None:
                     self._counters.add("unpromoted_records")
+                if arrived is not None:
+                    arrived(load.position, value)
 
         self._segments.read(reads, done)
         if lost:

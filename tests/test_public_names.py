@@ -1,0 +1,34 @@
+"""What the package offers by name."""
+
+from __future__ import annotations
+
+import inspect
+
+import kvstrata
+from kvstrata import errors
+
+
+def test_the_package_exports_exactly_these_names() -> None:
+    assert sorted(kvstrata.__all__) == ["Cache", "KVLayout", "Match", "Namespace", "PrefixCache", "__version__", "open"]
+    assert all(hasattr(kvstrata, name) for name in kvstrata.__all__)
+
+
+def test_every_error_is_a_kvstrata_error_and_is_exported() -> None:
+    defined = {name for name, thing in vars(errors).items() if inspect.isclass(thing) and issubclass(thing, Exception)}
+    assert defined == set(errors.__all__)
+    assert all(issubclass(getattr(errors, name), errors.KVStrataError) for name in defined)
+
+
+def test_open_takes_its_options_by_keyword_only() -> None:
+    parameters = inspect.signature(kvstrata.open).parameters
+    assert list(parameters) == ["path", "memory", "disk", "shared"]
+    assert [p.default for p in parameters.values()] == [None, "1GiB", None, True]
+    assert all(p.kind is p.KEYWORD_ONLY for name, p in parameters.items() if name != "path")
+
+
+def test_the_verbs_of_a_namespace_are_those_of_the_manual() -> None:
+    public = {name for name in vars(kvstrata.Namespace) if not name.startswith("_")}
+    assert public == {
+        "clear", "contains_prefix", "delete", "get", "get_many", "name", "pin", "pin_many", "put", "put_many",
+        "reserve", "version",
+    }  # fmt: skip
