@@ -166,21 +166,37 @@ class PrefixCache:
 
         Returns the length of the run and how many of it came from below memory.
         """
-        layout = self.layout
         pins, below = self._pin(keys)
+        copied: set[int] = set()
+
+        def arrived(position: int, value: Pin | memoryview) -> None:
+            """Copy a block while others are still being read."""
+            if len(value) == self.layout.block_bytes:
+                _scatter([self._place(below[position], first, value)], out)
+                copied.add(below[position])
+
         try:
             if below:
-                for index, pin in zip(below, self.ns._load([keys[index] for index in below]), strict=True):
+                loaded = self.ns._load([keys[index] for index in below], arrived)
+                for index, pin in zip(below, loaded, strict=True):
                     pins[index] = pin
-            blocks = []
+            places = []
+            run = 0
             for pin in pins:
-                if pin is None or len(pin) != layout.block_bytes:
+                if pin is None or len(pin) != self.layout.block_bytes:
                     break
-                blocks.append(np.frombuffer(pin.__enter__(), layout.words).reshape(layout.block_shape))
-            self._copier.scatter(blocks, out, first * layout.block_tokens)
-            return len(blocks), sum(index < len(blocks) for index in below)
+                if run not in copied:
+                    places.append(self._place(run, first, pin))
+                run += 1
+            self._copier.scatter(places, out)
+            return run, sum(index < run for index in below)
         finally:
             _release(pins)
+
+    def _place(self, index: int, first: int, value: Pin | memoryview) -> tuple[int, Words]:
+        """The token in `out` at which block `first + index` starts, and the block as an array."""
+        block = np.frombuffer(memoryview(value), self.layout.words).reshape(self.layout.block_shape)
+        return (first + index) * self.layout.block_tokens, block
 
     def _pin(self, keys: Sequence[bytes]) -> tuple[list[Pin | None], list[int]]:
         """Pin the blocks that are in memory, the head last: so it is the last to be evicted.
@@ -212,9 +228,9 @@ class Match:
         """Copy the prefix into `out`, or into a new array, and return what was really there.
 
         `out` is writable and of the layout's words, [layers, 2, kv_heads, tokens, head_dim] with room for the
-        matched tokens; it may be strided. At most `max_tokens` are loaded. The result is
-        shorter than the match where blocks were evicted, damaged or unreachable meanwhile; that is counted
-        and never an error. Raises InvalidValue for an `out` that doesn't fit.
+        matched tokens; it may be strided. At most `max_tokens` are loaded. The result is shorter than the match
+        where blocks were evicted, damaged or unreachable meanwhile; that is counted and never an error, and what
+        `out` then holds behind the loaded tokens has no meaning. Raises InvalidValue for an `out` that doesn't fit.
         """
         keys = self.keys
         if max_tokens is not None:
@@ -230,24 +246,20 @@ class _Copier:
         self._pool: ThreadPoolExecutor | None = None
         self._pid = 0
 
-    def scatter(self, blocks: Sequence[Words], out: Words, first_token: int) -> None:
-        """Copy `blocks`, [layers, 2, kv_heads, block_tokens, head_dim] each, side by side into `out`."""
-        if not blocks:
-            return
-        workers = min(self._threads, len(blocks))
-        if workers == 1 or sum(block.nbytes for block in blocks) < _PARALLEL_BYTES:
-            _scatter(blocks, out, first_token)
+    def scatter(self, places: Sequence[tuple[int, Words]], out: Words) -> None:
+        """Copy blocks, [layers, 2, kv_heads, block_tokens, head_dim] each, to `out`, each from its token on."""
+        workers = min(self._threads, len(places))
+        if workers < 2 or sum(block.nbytes for _, block in places) < _PARALLEL_BYTES:
+            _scatter(places, out)
             return
         if self._pool is None or self._pid != os.getpid():  # threads don't survive a fork
             self._pool = ThreadPoolExecutor(self._threads - 1, "kvstrata-copy")
             self._pid = os.getpid()
-        step = -(-len(blocks) // workers)
-        width = blocks[0].shape[3]
+        step = -(-len(places) // workers)
         rest = [
-            self._pool.submit(_scatter, blocks[start : start + step], out, first_token + start * width)
-            for start in range(step, len(blocks), step)
+            self._pool.submit(_scatter, places[start : start + step], out) for start in range(step, len(places), step)
         ]
-        _scatter(blocks[:step], out, first_token)
+        _scatter(places[:step], out)
         for part in rest:
             part.result()
 
@@ -258,11 +270,9 @@ def _release(pins: Sequence[Pin | None]) -> None:
             pin.release()
 
 
-def _scatter(blocks: Sequence[Words], out: Words, token: int) -> None:
-    for block in blocks:
-        width = block.shape[3]
-        np.copyto(out[:, :, :, token : token + width], block)
-        token += width
+def _scatter(places: Sequence[tuple[int, Words]], out: Words) -> None:
+    for token, block in places:
+        np.copyto(out[:, :, :, token : token + block.shape[3]], block)
 
 
 def _check_out(out: Words, layout: KVLayout, tokens: int) -> None:
