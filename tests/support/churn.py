@@ -185,7 +185,8 @@ class Boss:
         for number in range(writers + readers):
             self.hire(number)
 
-    def hire(self, number: int) -> None:
+    def hire(self, number: int, failpoint: str = "") -> None:
+        """Fork a worker; one with a failpoint, "name:countdown", dies when it comes there often enough."""
         seed = self.random.getrandbits(32)
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # until it can handle it
         pid = os.fork()
@@ -197,6 +198,8 @@ class Boss:
         try:
             worker = Worker(number, self.writers, self.directory, self.options, seed)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+            if failpoint:
+                os.environ["KVSTRATA_FAILPOINT"] = failpoint
             worker.run()
             status = 0
         except BaseException:  # noqa: BLE001 - it is the last thing that this process does
@@ -205,8 +208,11 @@ class Boss:
             os._exit(status)
 
     def end(self, number: int, sign: int, expected: int) -> None:
+        os.kill(self.workers[number], sign)
+        self.await_end(number, expected)
+
+    def await_end(self, number: int, expected: int) -> None:
         pid = self.workers.pop(number)
-        os.kill(pid, sign)
         _, status = os.waitpid(pid, 0)
         ended = os.waitstatus_to_exitcode(status)
         self.complain()

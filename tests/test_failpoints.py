@@ -1,0 +1,100 @@
+"""A process dies at each place in the core where a death leaves something half done; the others go on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.failpoints import NAMES, build
+from support.processes import SOAK, Process
+from test_kill import RECLAIM
+
+OPTIONS = {"memory": "2MiB", "disk": "16MiB"}
+COUNTDOWNS = [0, 25]
+
+# Workers come by everywhere but at these places, which take a history of their own.
+ONLY_WHEN_MANY_KEYS_ARE_PUT = {"allocator.chunk", "store.forgotten"}
+ONLY_WHEN_A_VERSION_IS_OPENED = {"store.epoch"}
+ONLY_WHEN_THE_INDEX_IS_RESTORED = {"store.row"}
+SPECIAL = ONLY_WHEN_MANY_KEYS_ARE_PUT | ONLY_WHEN_A_VERSION_IS_OPENED | ONLY_WHEN_THE_INDEX_IS_RESTORED
+
+OPEN = "cache = kvstrata.open(directory / 'cache', **options)"
+
+
+@pytest.fixture(scope="module")
+def core() -> Path:
+    return build()
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in SPECIAL])
+def test_a_death_at_any_point_harms_nobody_else(core: Path, shm: Path, tmp_path: Path, name: str) -> None:
+    with Process(core=core) as process:
+        process.run("from support.churn import Boss")
+        process.run(
+            "with Boss(directory, options, writers=2, readers=1, seed=seed) as boss:\n"
+            "    for countdown in countdowns:\n"
+            "        boss.end(0, signal.SIGTERM, 0)\n"
+            "        boss.hire(0, f'{name}:{countdown}')\n"
+            "        boss.await_end(0, -signal.SIGKILL)\n"
+            "        boss.hire(0)\n"
+            "    boss.dismiss_all()\n",
+            directory=tmp_path,
+            options=OPTIONS,
+            seed=len(name),
+            countdowns=COUNTDOWNS + [100 + 37 * i for i in range(SOAK - 1)],
+            name=name,
+        )
+        assert list(shm.iterdir()) == []
+        process.run(RECLAIM)
+
+
+@pytest.mark.parametrize("name", sorted(ONLY_WHEN_MANY_KEYS_ARE_PUT))
+@pytest.mark.parametrize("countdown", COUNTDOWNS)
+def test_a_death_while_the_index_grows_or_is_full(
+    core: Path, shm: Path, tmp_path: Path, name: str, countdown: int
+) -> None:
+    variables = {"directory": tmp_path, "options": OPTIONS | {"disk": 0}}
+    with Process(core=core) as survivor:
+        survivor.run(OPEN, **variables)
+        with Process(core=core, KVSTRATA_FAILPOINT=f"{name}:{countdown}") as victim:
+            victim.run(OPEN, **variables)
+            victim.start("for i in range(100_000): cache.put(b'%d' % i + b'.' * (i % 3 * 30), b'%d' % i)")
+            assert victim.wait() == -9
+        survivor.run(
+            "for i in range(30_000):\n"
+            "    assert cache.get(b'%d' % i + b'.' * (i % 3 * 30)) in (None, b'%d' % i)\n"
+            "for i in range(30_000):\n"
+            "    cache.put(b'%d' % i + b'.' * (i % 3 * 30), b'%d' % i)\n"
+            "    assert cache.get(b'%d' % i + b'.' * (i % 3 * 30)) == b'%d' % i\n"
+            "cache.close()\n" + RECLAIM
+        )
+
+
+def test_a_death_while_a_newer_version_is_opened_shows_it_no_older_records(
+    core: Path, shm: Path, tmp_path: Path
+) -> None:
+    variables = {"directory": tmp_path, "options": OPTIONS | {"disk": 0}}
+    with Process(core=core) as survivor, Process(core=core, KVSTRATA_FAILPOINT="store.epoch") as victim:
+        survivor.run(OPEN + "; cache.namespace('versioned', version=1).put('key', b'old')", **variables)
+        victim.run(OPEN, **variables)
+        victim.start("cache.namespace('versioned', version=2)")
+        assert victim.wait() == -9
+        assert survivor.eval("cache.namespace('versioned', version=2).get('key')") is None
+
+
+@pytest.mark.parametrize("countdown", COUNTDOWNS)
+def test_a_death_while_the_index_is_restored_costs_nothing(
+    core: Path, shm: Path, tmp_path: Path, countdown: int
+) -> None:
+    variables = {"directory": tmp_path, "options": OPTIONS}
+    with Process(core=core) as process:
+        process.run(OPEN, **variables)
+        process.run("cache.put_many({b'%d' % i + b'.' * 50: b'%d' % i for i in range(100)}); cache.close()")
+        with Process(core=core, KVSTRATA_FAILPOINT=f"store.row:{countdown}") as victim:
+            victim.start(OPEN, **variables)
+            assert victim.wait() == -9
+        process.run(OPEN)
+        process.run(
+            "assert cache.get_many([b'%d' % i + b'.' * 50 for i in range(100)]) == [b'%d' % i for i in range(100)]"
+        )
+        process.run("cache.close()\n" + RECLAIM)
