@@ -195,14 +195,17 @@ int open_again(int descriptor) {
 
 std::unique_ptr<Region> Region::reopen() const { return attach(open_again(descriptor_), "this"); }
 
-void Region::renew_descriptor() {
-    const int inherited = descriptor_;
-    descriptor_ = -1;  // and stays so, if there's no descriptor to be had; what uses it then says so
+Region::Region(int descriptor) : descriptor_(descriptor) {
     try {
-        descriptor_ = open_again(inherited);
+        locks_ = open_again(descriptor);
     } catch (const OsError&) {
+        locks_ = descriptor;  // without /proc; then the death of a parent is not seen while its children live
     }
-    close(inherited);
+}
+
+void Region::leave_locks() {
+    if (locks_ != descriptor_) close(locks_);
+    locks_ = -1;
 }
 
 std::unique_ptr<Region> Region::attach(int descriptor, const std::string& file) {
@@ -225,7 +228,8 @@ std::unique_ptr<Region> Region::attach(int descriptor, const std::string& file) 
 Region::~Region() {
     if (base_) munmap(base_, reserved_);
     if (view_) munmap(view_ - kGuard, view_reserved_);
-    if (descriptor_ >= 0) close(descriptor_);
+    if (locks_ >= 0 && locks_ != descriptor_) close(locks_);
+    close(descriptor_);
 }
 
 void Region::back(u64 offset, u64 bytes) const {
@@ -241,14 +245,14 @@ void Region::back(u64 offset, u64 bytes) const {
 
 bool Region::hold_client_lock(u32 slot) const {
     struct flock range = client_range(F_WRLCK, slot, 1);
-    return fcntl(descriptor_, F_OFD_SETLK, &range) == 0;
+    return fcntl(locks_, F_OFD_SETLK, &range) == 0;
 }
 
 void Region::drop_client_lock(u32 slot) const {
     struct flock range = client_range(F_UNLCK, slot, 1);
-    fcntl(descriptor_, F_OFD_SETLK, &range);
+    fcntl(locks_, F_OFD_SETLK, &range);
 }
 
-bool Region::client_lock_held_elsewhere(u32 slot) const { return anybody_holds(descriptor_, slot, 1); }
+bool Region::client_lock_held_elsewhere(u32 slot) const { return anybody_holds(locks_, slot, 1); }
 
 }  // namespace kvstrata

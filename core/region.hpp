@@ -47,15 +47,17 @@ public:
     void drop_client_lock(u32 slot) const;
     bool client_lock_held_elsewhere(u32 slot) const;
 
-    void renew_descriptor();                        // in a forked child: leaves the locks to the parent
+    void leave_locks();                             // in a forked child: they are the parent's
 
 private:
-    explicit Region(int descriptor) : descriptor_(descriptor) {}
+    explicit Region(int descriptor);
     static std::unique_ptr<Region> attach(int descriptor, const std::string& name);
     static std::unique_ptr<Region> create(int descriptor, const StoreOptions& options);
     void map(u64 metadata, u64 data);
 
     int descriptor_;
+    // Opened apart from what is mapped: a child that is forked keeps the mapping, and would keep the locks with it.
+    int locks_;
     u8* base_ = nullptr;
     u8* data_ = nullptr;
     u8* view_ = nullptr;

@@ -68,7 +68,7 @@ Store::~Store() {
 
 void Store::leave_to_parent() {
     clients_.forget();
-    region_->renew_descriptor();  // the parent's locks must not live on in this process
+    region_->leave_locks();  // they must not live on in this process
 }
 
 std::shared_ptr<Store> Store::attach_again() const { return start(region_->reopen(), false); }

@@ -69,6 +69,9 @@ def test_the_exit_status_tells_whether_all_is_well(
     for options in ([], ["--json"]):
         result = CliRunner().invoke(app, ["demo", *options])
         assert result.exit_code == status
+        if not options:
+            assert "…" not in result.stdout
+            assert "warm, " in result.stdout
     listed = json.loads(result.stdout)
 
     assert [list(row) for row in listed] == [KEYS] * len(rows)

@@ -23,11 +23,12 @@ from kvstrata.errors import TierFull, TierUnavailable
 from kvstrata.record import PAGE, NamespaceInfo
 from kvstrata.tiers import catalog_schema as schema
 from kvstrata.tiers.catalog_schema import FORMAT, CatalogDamaged, Row
-from kvstrata.tiers.ledger import Ledger, after_fork
+from kvstrata.tiers.ledger import Ledger, after_fork, before_fork
 
 __all__ = ["FORMAT", "Catalog", "CatalogDamaged", "Row"]
 
 _NAME = re.compile(r"catalog-(\d{6})\.(db|new)(-wal|-shm|-journal)?")
+_out_of_reach: set[Path] = set()  # directories that this forked process can't use, as its parent was using them
 
 
 class Catalog:
@@ -57,6 +58,8 @@ class Catalog:
         self._patience = patience  # seconds
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
+        self._held_for_fork = False
+        before_fork(self)
         after_fork(self)
 
     # ---- Life
@@ -331,6 +334,8 @@ class Catalog:
 
     def _current_connection(self) -> sqlite3.Connection:
         """Return a connection to the catalog that is in place now."""
+        if self._directory in _out_of_reach:
+            raise TierUnavailable("this process was forked while its parent used the catalog, and can't use it")
         if self._connection is not None and self.path.exists():
             return self._connection
         self.close()
@@ -360,12 +365,27 @@ class Catalog:
         self._connection = connection
         return connection
 
+    # SQLite keeps count of a process's locks in its memory. A forked child inherits the count and not the locks: even
+    # a new connection to the same file would go by them. So none is open during a fork.
+
+    def _prepare_fork(self) -> None:
+        self._held_for_fork = self._lock.acquire(timeout=self._patience)
+        if self._held_for_fork and (self._connection is None or not self._connection.in_transaction):
+            self.close()
+
+    def _go_on_after_fork(self) -> None:
+        if self._held_for_fork:
+            self._held_for_fork = False
+            self._lock.release()
+
     def _forget_parent(self) -> None:
-        # SQLite's connection must be neither used nor closed in a forked child: it is given away for good.
         self._lock = threading.RLock()
+        self._held_for_fork = False
         if self._connection is not None:
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._connection))
+            # A thread of the parent's was too slow, or the very one that forked is inside of a transaction.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._connection))  # it must not even be closed here
             self._connection = None
+            _out_of_reach.add(self._directory)
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:

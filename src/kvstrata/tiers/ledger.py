@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["Ledger", "Mark", "after_fork"]
+__all__ = ["Ledger", "Mark", "after_fork", "before_fork"]
 
 _LAYOUT = struct.Struct("<4sIQQI32xI")  # magic, format, commits, segment, seed, checksum of the 60 bytes before
 _MAGIC = b"KVSL"
@@ -154,7 +154,15 @@ class _Forkable(Protocol):
     def _forget_parent(self) -> None: ...
 
 
+class _Preparing(Protocol):
+    def _prepare_fork(self) -> None: ...
+
+    def _go_on_after_fork(self) -> None: ...
+
+
 _forkable: weakref.WeakSet[_Forkable] = weakref.WeakSet()
+_preparing: weakref.WeakSet[_Preparing] = weakref.WeakSet()
+_prepared = threading.local()
 
 
 def after_fork(resource: _Forkable) -> None:
@@ -162,9 +170,26 @@ def after_fork(resource: _Forkable) -> None:
     _forkable.add(resource)
 
 
+def before_fork(resource: _Preparing) -> None:
+    """Have `resource._prepare_fork()` called before each fork, and `_go_on_after_fork()` after it in the parent."""
+    _preparing.add(resource)
+
+
+def _before() -> None:
+    _prepared.resources = []
+    for resource in list(_preparing):
+        resource._prepare_fork()
+        _prepared.resources.append(resource)
+
+
+def _in_parent() -> None:
+    for resource in _prepared.__dict__.pop("resources", []):
+        resource._go_on_after_fork()
+
+
 def _in_child() -> None:
     for resource in list(_forkable):
         resource._forget_parent()
 
 
-os.register_at_fork(after_in_child=_in_child)
+os.register_at_fork(before=_before, after_in_parent=_in_parent, after_in_child=_in_child)

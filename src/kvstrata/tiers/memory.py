@@ -23,6 +23,7 @@ __all__ = ["MemoryTier"]
 
 _FORMAT = 1
 _SETUP_PATIENCE_S = 30.0
+_LEAVING_PATIENCE_S = 2.0
 
 
 class _Identity(msgspec.Struct, frozen=True):
@@ -70,13 +71,13 @@ class MemoryTier:
                 return cls(_core.Store.open_private(options.memory), options, None, None, None)
         with _usable(directory):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        users = _claim_directory(directory, shared)
-        try:
-            with _setup_lock(directory):
+        with _setup_lock(directory):
+            users = _claim_directory(directory, shared)
+            try:
                 identity = _identity(directory)
                 file = _shared_file(directory, identity)
                 if shared:
-                    store = _open_shared(file, directory, options, restore)
+                    store = _open_shared(file, directory, users, options, restore)
                     return cls(store, options, directory, file, users)
                 with _explained(options):
                     # Left by processes that were killed. What is done here would make it untrue.
@@ -84,18 +85,17 @@ class MemoryTier:
                     store = _core.Store.open_private(options.memory, options.disk, _seed(directory))
                 restore(store)
                 return cls(store, options, directory, None, users)
-        except BaseException:
-            os.close(users)
-            raise
+            except BaseException:
+                os.close(users)
+                raise
 
     # ---- Forking and closing
 
     def leave_to_parent(self) -> None:
         """In a forked child: let go of what is the parent's, at once, so that its death can be seen."""
         self.store.leave_to_parent()
-        if self._users is not None and self._file is not None:
-            os.close(self._users)
-            self._users = None
+        if self._file is not None:
+            self._leave_directory()
 
     def attach_again(self, restore: Callable[[_core.Store], None]) -> None:
         """In a forked child: take a place of its own in the mapping, or in a new one if all others have left it."""
@@ -103,10 +103,10 @@ class MemoryTier:
             self.store.attach_again()
             return
         assert self.directory is not None
-        if self._users is None:
-            self._users = _claim_directory(self.directory, shared=True)
         with _setup_lock(self.directory):
-            self.store = _open_shared(self._file, self.directory, self._options, restore)
+            if self._users is None:
+                self._users = _claim_directory(self.directory, shared=True)
+            self.store = _open_shared(self._file, self.directory, self._users, self._options, restore)
 
     def close(self) -> None:
         """Leave the mapping; the last one out removes it."""
@@ -119,17 +119,24 @@ class MemoryTier:
                     self.store.close()
                     if alone or not _core.probe(str(self._file))[3]:
                         self._file.unlink(missing_ok=True)
+                    self._leave_directory()
         except (ConfigError, OSError, TierUnavailable):
             pass  # left behind until the next open of this path
         finally:
             self.store.close()
+            self._leave_directory()
+
+    def _leave_directory(self) -> None:
         if self._users is not None:
             os.close(self._users)
             self._users = None
 
 
 def _claim_directory(directory: Path, shared: bool) -> int:
-    """Take the lock that says how a process uses the directory, and return its descriptor."""
+    """Take the lock that says how a process uses the directory, and return its descriptor.
+
+    Taken and given back under the setup lock: who holds it shared has the mapping attached.
+    """
     with _usable(directory):
         users = os.open(directory / "users.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -141,6 +148,26 @@ def _claim_directory(directory: Path, shared: bool) -> int:
         how = "exclusively (shared=False)" if shared else "elsewhere, and shared=False wants it alone"
         raise ConfigMismatch(f"the cache at {directory} is already open {how}; close it there first") from None
     return users
+
+
+def _refuse_another_mapping(users: int, directory: Path) -> None:
+    """Make sure that nobody uses the directory with a mapping that this process doesn't see.
+
+    Two indexes over one disk tier would each miss what is changed through the other.
+    """
+    until = time.monotonic() + _LEAVING_PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > until:  # nobody who is just being killed, or forked
+                raise TierUnavailable(
+                    f"the cache at {directory} is open in a process whose shared memory this one doesn't see: is it in "
+                    "another container, has it another KVSTRATA_SHM_DIR, or was identity.json removed? Close it there"
+                ) from None
+            time.sleep(0.005)
+    fcntl.flock(users, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
 
 @contextmanager
@@ -201,10 +228,12 @@ def _shared_file(directory: Path, identity: _Identity) -> Path:
 
 
 def _open_shared(
-    file: Path, directory: Path, options: CacheOptions, restore: Callable[[_core.Store], None]
+    file: Path, directory: Path, users: int, options: CacheOptions, restore: Callable[[_core.Store], None]
 ) -> _core.Store:
     with _explained(options):
         exists, ready, format, in_use, memory, disk = _core.probe(str(file))
+        if not in_use:
+            _refuse_another_mapping(users, directory)
         if exists and not in_use and (not ready or (memory, disk) != (options.memory, options.disk)):
             file.unlink()  # left by processes that were killed, and of no use now
             exists = False
