@@ -31,7 +31,9 @@ public:
 
     // All below: with the shard of the hash, or of the entry, locked.
     u32 find(u32 hash, u32 ns, Key key) const;         // kNone if it isn't there
-    void prefetch(u32 hash) const;                     // needs no lock: only touches the bucket
+    // Need no lock: they only ask for memory that a lookup will touch, first the bucket, then its first entry.
+    void prefetch(u32 hash) const;
+    void prefetch_entry(u32 hash) const;
     u32 take_entry(u32 shard);                         // a free one, kNone if there's no more memory for entries
     void link(u32 number);                             // makes it live; `hash` is set
     void unlink(u32 number, EntryState becomes);       // live before

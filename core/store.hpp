@@ -301,13 +301,14 @@ private:
 
 template <class NextKey>
 size_t Store::contains_prefix(Space wanted, size_t count, NextKey&& key) {
-    constexpr size_t kAhead = 16;
+    constexpr size_t kAhead = 32;
     const Namespace& ns = space(wanted.id);
     if (wanted.version != ns.version.load()) return 0;
     u32 hashes[kAhead];
     for (size_t start = 0; start < count; start += kAhead) {
         const size_t n = std::min(kAhead, count - start);
         for (size_t i = 0; i < n; ++i) index_.prefetch(hashes[i] = index_.hash(wanted.id, key(start + i)));
+        for (size_t i = 0; i < n; ++i) index_.prefetch_entry(hashes[i]);
         for (size_t i = 0; i < n; ++i) {
             const RobustLock held = index_.lock(Index::shard_of(hashes[i]));
             const u32 at = index_.find(hashes[i], wanted.id, key(start + i));
