@@ -229,12 +229,27 @@ private:
     std::vector<Key> keys_;
 };
 
+// Whether a buffer of this format holds addresses instead of values. Names of fields stand between colons.
+bool holds_addresses(const char* format) {
+    bool in_name = false;
+    for (; format && *format; ++format) {
+        if (*format == ':') in_name = !in_name;
+        if (!in_name && std::strchr("OP&", *format)) return true;
+    }
+    return false;
+}
+
 // The bytes of a value: of a buffer, contiguous or made so, or of a tensor on the CPU.
 class Value {
 public:
     explicit Value(nb::handle object) {
         if (PyObject_CheckBuffer(object.ptr())) {
             if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_FULL_RO) != 0) throw nb::python_error();
+            if (holds_addresses(view_.format)) {
+                PyBuffer_Release(&view_);
+                view_.obj = nullptr;
+                throw InvalidValue("an array of objects is no value: what it holds are addresses");
+            }
             size_ = static_cast<size_t>(view_.len);
             if (PyBuffer_IsContiguous(&view_, 'C')) {
                 data_ = static_cast<const u8*>(view_.buf);

@@ -6,10 +6,12 @@
 #include <sys/mman.h>
 #include <sys/random.h>
 #include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <bit>
+#include <fstream>
 
 namespace kvstrata {
 namespace {
@@ -46,6 +48,24 @@ void lay_out(Header& header, const StoreOptions& options) {
     header.pages_at = place(data / kPage * sizeof(PageDescriptor) + data / kPage);
     header.data_at = at;
     header.end = at + data;
+}
+
+// Bytes of memory that can be had without anybody being killed for it; 0 when that can't be told.
+u64 memory_available() {
+    std::ifstream info("/proc/meminfo");
+    u64 available = 0, kilobytes;
+    for (std::string name, unit; info >> name >> kilobytes; std::getline(info, unit))
+        if (name == "MemAvailable:" || name == "SwapFree:") available += kilobytes * 1024;
+    return available;
+}
+
+// Refuses what can't be had before any of it is taken: the kernel would kill some process when memory runs out.
+void require_memory(int descriptor, u64 bytes) {
+    struct statvfs place{};
+    if (fstatvfs(descriptor, &place) == 0 && place.f_blocks && bytes > u64{place.f_bavail} * place.f_frsize)
+        fail("no room for the cache's memory", ENOSPC);
+    const u64 available = memory_available();
+    if (available && bytes > available) fail("not enough memory for the cache", ENOMEM);
 }
 
 u8* reserve_addresses(u64 bytes) {
@@ -109,6 +129,7 @@ std::unique_ptr<Region> Region::create(int descriptor, const StoreOptions& optio
     std::unique_ptr<Region> region(new Region(descriptor));
     Header plan{};
     lay_out(plan, options);
+    require_memory(descriptor, plan.end - plan.pages_at + plan.buckets_at - plan.namespaces_at);
     if (ftruncate(descriptor, static_cast<off_t>(plan.end)) != 0) fail("can't size the cache's memory");
     region->back(0, kPage);
     region->back(plan.namespaces_at, plan.buckets_at - plan.namespaces_at);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import operator
 import os
 import threading
 import time
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar, overload
 
 from kvstrata import _core
 from kvstrata.config import CacheOptions, parse_duration, parse_size
-from kvstrata.errors import CacheClosed, ConfigError, TierUnavailable, UnknownOption
+from kvstrata.errors import CacheClosed, ConfigError, InvalidValue, TierUnavailable, UnknownOption
 from kvstrata.movement.write_behind import WriteBehind
 from kvstrata.tiers.base import Arrived, Key, Tier
 from kvstrata.tiers.disk import DiskTier
@@ -23,6 +24,7 @@ from kvstrata.tiers.memory import MemoryTier
 
 __all__ = ["Cache", "Namespace", "open"]
 
+_HIGHEST_COST = 3e38  # it is kept in single precision
 _LOADED_AT_ONCE = 256  # records that get_many keeps pinned until it has copied them
 
 T = TypeVar("T")
@@ -76,7 +78,7 @@ class Namespace:
         in any unit. In an immutable namespace a key that is there already stays as it is. Raises TierFull when the
         value can't be stored.
         """
-        seq = self._space.put(key, value, self._expires(ttl), 1.0 if cost is None else cost)
+        seq = self._space.put(key, value, self._expires(ttl), _number(cost))
         if seq:
             self._cache.forget_older(self._space.id, [(key, seq)])
 
@@ -85,9 +87,7 @@ class Namespace:
         keys = list(items)
         replaced: list[tuple[int, int]] = []
         try:
-            self._space.put_many(
-                keys, list(items.values()), replaced, self._expires(ttl), 1.0 if cost is None else cost
-            )
+            self._space.put_many(keys, list(items.values()), replaced, self._expires(ttl), _number(cost))
         finally:
             if replaced:
                 self._cache.forget_older(self._space.id, [(keys[i], seq) for i, seq in replaced])
@@ -100,7 +100,13 @@ class Namespace:
 
         A put without a copy. Don't write through the view, or an array over it, after the block.
         """
-        write = self._space.reserve(key, nbytes, self._expires(ttl), 1.0 if cost is None else cost)
+        try:
+            size = operator.index(nbytes)
+        except TypeError:
+            size = -1
+        if not 0 <= size < 1 << 63:
+            raise InvalidValue(f"nbytes must be an int from 0 on, not {nbytes!r}")
+        write = self._space.reserve(key, size, self._expires(ttl), _number(cost))
         try:
             yield write.view()
         except BaseException:
@@ -203,6 +209,14 @@ class Namespace:
         self._cache.persist_epoch(self._space.id, epoch)
 
 
+def _number(cost: Any) -> float:
+    if cost is None:
+        return 1.0
+    if not hasattr(cost, "__float__"):
+        raise InvalidValue(f"cost must be a number or None, not {cost!r}")
+    return max(-_HIGHEST_COST, min(float(cost), _HIGHEST_COST))
+
+
 def _pinned(value: _core.Pin | memoryview) -> _core.Pin:
     return _core.local_pin(value) if isinstance(value, memoryview) else value
 
@@ -282,6 +296,8 @@ class Cache(Namespace):
             raise ConfigError(f"a namespace's name is a str of 1 to 128 bytes, not {name!r}")
         if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version < 2**32:
             raise ConfigError(f"version must be an int from 1 on, not {version!r}")
+        if name == "default" and version != 1:
+            raise ConfigError("the namespace 'default', which is the cache itself, has no versions; use another name")
         if policy not in _core.policy_names():
             raise UnknownOption("policy", policy, _core.policy_names())
         quota_bytes = 0 if quota is None else parse_size(quota, option="quota")

@@ -19,6 +19,7 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 MIN_MEMORY = 1 << 20
 MIN_DISK = 4 << 20
+MAX_MEMORY = (256 << 30) - (1 << 20)
 MAX_SIZE = 1 << 45
 DEFAULT_DISK = 8 << 30
 
@@ -61,6 +62,8 @@ class CacheOptions(msgspec.Struct, frozen=True, kw_only=True):
         memory_bytes = parse_size(memory, option="memory")
         if memory_bytes < MIN_MEMORY:
             raise ConfigError(f"memory={memory!r} is too small; the least is {MIN_MEMORY:,} bytes")
+        if memory_bytes > MAX_MEMORY:
+            raise ConfigError(f"memory={memory!r} is too much for one cache; the most is {MAX_MEMORY:,} bytes")
         if disk is None:
             disk_bytes = DEFAULT_DISK if has_path else 0
         else:

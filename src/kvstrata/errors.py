@@ -60,6 +60,9 @@ class UnknownOption(ConfigError):
         hint = f"; did you mean {near[0]!r}?" if near else ""
         super().__init__(f"unknown {kind} {name!r}{hint} (known: {', '.join(self.known)})")
 
+    def __reduce__(self) -> tuple[type[UnknownOption], tuple[object, ...]]:
+        return type(self), (self.kind, self.name, self.known)
+
 
 class ConfigMismatch(ConfigError):
     """A cache or namespace is open with other options; the message says which, and with what."""
@@ -112,6 +115,9 @@ class TierFull(TierError):
             "open the cache larger, store smaller values or release pins"
         )
 
+    def __reduce__(self) -> tuple[type[TierFull], tuple[object, ...]]:
+        return type(self), (self.tier, self.need, self.free)
+
 
 class TierUnavailable(TierError):
     """A tier can't be reached within its time limit, or is broken."""
@@ -130,4 +136,8 @@ class MissingExtra(KVStrataError, ImportError):
 
     def __init__(self, extra: str, package: str) -> None:
         self.extra = extra
+        self.package = package
         super().__init__(f"this needs the package {package!r}: pip install 'kvstrata[{extra}]'")
+
+    def __reduce__(self) -> tuple[type[MissingExtra], tuple[object, ...]]:
+        return type(self), (self.extra, self.package)

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -270,9 +271,17 @@ def _explained(options: CacheOptions) -> Iterator[None]:
             raise TierUnavailable(
                 f"can't make or open the memory tier in {place}: {error.strerror or error}"
             ) from error
+        if error.errno == errno.ENOMEM:
+            raise TierFull("memory", options.memory, _available_memory()) from error
         filesystem = os.statvfs(place)
         free = filesystem.f_bavail * filesystem.f_frsize
         raise TierFull(f"memory ({place})", options.memory, free) from error
+
+
+def _available_memory() -> int:
+    """Return the bytes of memory that the kernel says can be had."""
+    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    return int(found[1]) * 1024 if found else 0
 
 
 @contextmanager
