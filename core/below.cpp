@@ -139,6 +139,7 @@ Pin Store::commit_load(Loading& loading) {
         std::memcmp(loading.block.bytes() + sizeof header, loading.key.data(), loading.key.size()) != 0 ||
         record_bytes(header.key_len, header.stored_len) != length)
         throw CorruptRecord("another record lies in its place");
+    if (ns.hungry.load(std::memory_order_relaxed)) feed_policy(loading.space.id);
     Pin pin;
     const u32 at = loading.entry;
     const u32 hash = index_.hash(loading.space.id, loading.key);
@@ -161,7 +162,7 @@ Pin Store::commit_load(Loading& loading) {
                 allocator_.set_owner(flight.block, flight.units, at);
                 KVSTRATA_COMMIT("store.promoted");
                 flight.block = kNone;
-                put_in_order(ns, at);
+                put_in_order(ns, at, Policy::kSameDepth);
                 loaded = true;
             }
             claim(at, lease, pin);
@@ -216,7 +217,7 @@ bool Store::insert_disk(const DiskRow& row) {
     entry.key_len = static_cast<u16>(row.key.size());
     entry.flags = row.flags & kRecordImmutable ? u8{kImmutable} : u8{0};
     entry.owner = 0;
-    entry.node = {0, 0, header_.tick.load(), 1};
+    entry.node = PolicyNode::fresh(header_.tick.load(), 1);
     if (key_block) {
         InFlight& flight = clients_.mine().in_flight[key_block.slot_];
         flight.entry = at;

@@ -149,4 +149,5 @@ NB_MODULE(_core, m) {
     nb::register_exception_translator(translate);
     bind_record(m);
     bind_store(m);
+    bind_simulator(m);
 }

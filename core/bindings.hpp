@@ -47,5 +47,6 @@ private:
 Key key_of(nb::handle object);
 
 void bind_store(nb::module_& m);
+void bind_simulator(nb::module_& m);
 
 }  // namespace kvstrata

@@ -24,7 +24,7 @@ void Store::leave_memory(u32 at) {
     Entry& entry = index_.entry(at);
     Namespace& ns = space(entry.ns);
     Shard& shard = index_.shard(index_.shard_holding(at));
-    take_from_order(ns, at);
+    take_from_order(ns, at, true);
     if (!current(entry, ns)) {
         ++shard.expired;
         drop(at);
@@ -64,7 +64,7 @@ void Store::leave_index(u32 at) {
     Entry& entry = index_.entry(at);
     if (may_be_on_disk(entry)) index_.borrow(entry.hash);
     KVSTRATA_COMMIT("store.forgotten");
-    if (entry.memory) take_from_order(space(entry.ns), at);
+    if (entry.memory) take_from_order(space(entry.ns), at, true);
     ++index_.shard(index_.shard_holding(at)).evictions;
     drop(at);
 }
@@ -158,14 +158,14 @@ bool Store::evict_from(u32 id, u32 units) {
     u32 victim = kNone;
     while (looked_at < count && !victim) {
         const RobustLock policy_held = lock_policy(id);
-        const Policy& policy = policy_by_number(ns.policy);
+        const Policy& policy = policy_of(ns);
         count = ns.order.count;
         for (u32 tries = 0; tries < kTriesALock && looked_at < count && !victim; ++tries, ++looked_at) {
-            const u32 at = policy.victim(index_.nodes(), ns.order);
+            const u32 at = policy.victim(order_of(ns));
             if (!at) return false;
             const RobustLock held = index_.lock(index_.shard_holding(at));
             if (!may_leave(index_.entry(at))) {
-                policy.spare(index_.nodes(), ns.order, at);
+                policy.spare(order_of(ns), at);
             } else if (!units) {
                 leave_memory(at);
                 return true;
@@ -188,7 +188,7 @@ bool Store::evict_one(u32 units) {
         for (u32 id = 1; id < namespaces; ++id) {
             if (!namespaces_[id].defined.load() || !namespaces_[id].records.load() || refused[id]) continue;
             const RobustLock held = lock_policy(id);
-            const u32 at = policy_by_number(namespaces_[id].policy).victim(index_.nodes(), namespaces_[id].order);
+            const u32 at = policy_of(namespaces_[id]).victim(order_of(namespaces_[id]));
             if (!at) continue;
             const u32 age = now - index_.nodes()[at].stamp;
             if (!oldest || age > oldest_age) {
@@ -210,7 +210,7 @@ u64 Store::demote_all() {
             const RobustLock held = index_.lock(number);
             index_.each_of(number, [&](u32 at, Entry& entry) {
                 if (entry.state != EntryState::live || entry.ns != id || !entry.memory || !entry.segment || entry.pins) return;
-                take_from_order(space(id), at);
+                take_from_order(space(id), at, true);
                 free_memory(at);
                 ++index_.shard(number).demotions;
                 bytes += u64{entry.units} * kUnit;
@@ -304,28 +304,6 @@ Block Store::take_block(u32 units, Space wanted, bool may_wait) {
     block.store_ = this;
     block.slot_ = slot;
     return block;
-}
-
-// After a death inside: puts the namespace's records in memory in order again, by their last access.
-void Store::repair_policy(u32 id) {
-    header_.rebuilt_policies.fetch_add(1);
-    Namespace& ns = space(id);
-    std::vector<std::pair<u32, u32>> by_age;  // age and entry
-    const u32 now = header_.tick.load();
-    u64 bytes = 0;
-    for (u32 shard = 0; shard < kShards; ++shard) {
-        const RobustLock held = index_.lock(shard);
-        index_.each_of(shard, [&](u32 at, const Entry& entry) {
-            if (entry.state != EntryState::live || entry.ns != id || !entry.memory) return;
-            by_age.emplace_back(now - entry.node.stamp, at);
-            bytes += u64{entry.units} * kUnit;
-        });
-    }
-    std::sort(by_age.rbegin(), by_age.rend());
-    ns.order = {};
-    for (const auto& [age, at] : by_age) policy_by_number(ns.policy).on_insert(index_.nodes(), ns.order, at);
-    ns.bytes.store(bytes);
-    ns.records.store(by_age.size());
 }
 
 }  // namespace kvstrata

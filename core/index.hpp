@@ -26,7 +26,7 @@ public:
     u32 shard_holding(u32 entry) const { return owners_[entry / kChunk] - 1u; }
     Shard& shard(u32 number) const { return shards_[number]; }
     Entry& entry(u32 number) const { return entries_[number]; }
-    Nodes nodes() const { return {&entries_[0].node, sizeof(Entry)}; }
+    Nodes nodes() const { return {entries_, sizeof(Entry)}; }
     Key key(const Entry& entry) const;
 
     // All below: with the shard of the hash, or of the entry, locked.

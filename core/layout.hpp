@@ -1,6 +1,7 @@
 // What lies in the mapping, byte for byte. Offsets and numbers only, never pointers: every process maps it elsewhere.
 //
-//   Header | clients | namespaces | shards | owners of entry chunks | debts | buckets | entries | page table | guard | data | guard
+//   Header | clients | namespaces | shards | owners of entry chunks | debts | buckets | entries | scratch memory of policies
+//   | page table | guard | data | guard
 //
 // Order of locks: admin, then a namespace's policy, then a shard, then the allocator. A thread holds at most one of each.
 // On a hit the policy is only tried, never waited for, while a shard is held.
@@ -47,12 +48,12 @@ enum EntryFlags : u8 {
 // `memory` changes from or to 0 only under both.
 struct Entry {
     PolicyNode node;    // place in the policy's order, while it lies in memory
+    u32 hash;           // low bits choose the shard, high bits the bucket
+    u32 units;          // length of the record / kUnit
     u64 seq;            // cache-wide number of this version
     u64 expires;        // ms since the epoch, 0 = never
-    u32 hash;           // low bits choose the shard, high bits the bucket
     u32 chain;          // next in the bucket, or in the free list
     u32 memory;         // offset in data / kUnit, 0 = not in memory
-    u32 units;          // length of the record / kUnit
     u32 segment;        // segment file, 0 = not on disk
     u32 position;       // offset in the segment / kUnit
     u32 epoch;          // of the namespace, when it was put
@@ -69,6 +70,7 @@ struct Entry {
     };
 };
 static_assert(sizeof(Entry) == 104 && std::is_trivially_copyable_v<Entry>);
+static_assert(offsetof(Entry, hash) == offsetof(PolicyRecord, hash) && offsetof(Entry, units) == offsetof(PolicyRecord, units));
 
 // Whether the tier below has it, or may have it any moment.
 inline bool may_be_on_disk(const Entry& entry) { return entry.segment != 0 || (entry.flags & kWriting); }
@@ -98,6 +100,9 @@ struct alignas(64) Namespace {
     std::atomic<u32> epoch;     // records of another epoch are not there
     std::atomic<u32> version;   // the user's
     u32 policy;
+    u32 acting;                 // the policy that runs the order: `policy`, or a plain one until that has scratch memory
+    std::atomic<u32> hungry;    // the order would do with more scratch memory; also read without the lock
+    u64 scratch_at, scratch_bytes;  // offset in the mapping; changed under the admin lock, too
     u32 configured;             // policy, quota and immutable hold for everybody (someone has it open)
     u32 immutable;
     u64 quota;                  // bytes in memory, 0 = no limit
@@ -178,7 +183,7 @@ struct alignas(64) Header {
     u32 max_entries;
     u32 max_buckets;            // per shard
     u32 spare;
-    u64 clients_at, namespaces_at, shards_at, owners_at, debts_at, buckets_at, entries_at, pages_at, data_at, end;
+    u64 clients_at, namespaces_at, shards_at, owners_at, debts_at, buckets_at, entries_at, scratch_at, pages_at, data_at, end;
     std::atomic<u64> seq;
     std::atomic<u32> tick;      // accesses, for recency
     std::atomic<u32> chunks;    // entry chunks handed out (under the allocator's lock)

@@ -45,6 +45,8 @@ void lay_out(Header& header, const StoreOptions& options) {
     header.debts_at = place(kDebts * sizeof(std::atomic<u32>));
     header.buckets_at = place(u64{header.max_buckets} * kShards * sizeof(u32));
     header.entries_at = place(u64{header.max_entries} * sizeof(Entry));
+    // Of address space; how much memory is behind it depends on the policies (core/scratch.cpp).
+    header.scratch_at = place(u64{header.max_entries} * 64 + options.memory / 64 + kMaxNamespaces * u64{65536});
     header.pages_at = place(data / kPage * sizeof(PageDescriptor) + data / kPage);
     header.data_at = at;
     header.end = at + data;
@@ -152,6 +154,7 @@ std::unique_ptr<Region> Region::create(int descriptor, const StoreOptions& optio
     header.debts_at = plan.debts_at;
     header.buckets_at = plan.buckets_at;
     header.entries_at = plan.entries_at;
+    header.scratch_at = plan.scratch_at;
     header.pages_at = plan.pages_at;
     header.data_at = plan.data_at;
     header.end = plan.end;
@@ -262,6 +265,10 @@ void Region::back(u64 offset, u64 bytes) const {
         if (code != 0) fail("no memory for the cache (" + std::to_string(bytes) + " bytes)", code);
         done += piece;
     }
+}
+
+void Region::give_back(u64 offset, u64 bytes) const {
+    fallocate(descriptor_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, static_cast<off_t>(offset), static_cast<off_t>(bytes));
 }
 
 bool Region::hold_client_lock(u32 slot) const {

@@ -42,6 +42,7 @@ public:
 
     // Allocates the memory behind [offset, offset + bytes): afterwards a touch can't fail. Throws OsError(ENOSPC).
     void back(u64 offset, u64 bytes) const;
+    void give_back(u64 offset, u64 bytes) const;    // the memory behind whole pages; a hint
 
     bool hold_client_lock(u32 slot) const;          // false when another process holds it
     void drop_client_lock(u32 slot) const;

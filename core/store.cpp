@@ -117,14 +117,13 @@ Space Store::open_namespace(u32 id, const std::string& name, u32 version, const 
         throw VersionConflict("namespace '" + name + "' is at version " + std::to_string(ns.version.load()) +
                               ", which is newer than " + std::to_string(version));
     if (!ns.configured) {
-        if (ns.policy != policy) ns.order = {};
         const bool reorder = ns.policy != policy;
         ns.policy = policy;
         ns.quota = options.quota;
         ns.immutable = options.immutable;
         ns.configured = 1;
         ns.defined.store(1);
-        if (reorder) repair_policy(chosen);
+        if (reorder) change_policy(chosen);
     } else {
         std::string differs;
         if (ns.policy != policy) differs = std::string("policy '") + policy_by_number(ns.policy).name() + "'";
@@ -193,7 +192,7 @@ void Store::touch(Namespace& ns, u32 at, const OrderTried* order) {
     if (!order) order = &own.emplace(*this, Space{index_.entry(at).ns, 0});
     if (order->result_ != RobustMutex::Result::locked) return;
     index_.nodes()[at].stamp = header_.tick.fetch_add(1, std::memory_order_relaxed);
-    policy_by_number(ns.policy).on_hit(index_.nodes(), ns.order, at);
+    policy_of(ns).hit(order_of(ns), at);
 }
 
 // Pins the entry, whose shard is locked. `pin` was empty.
@@ -290,13 +289,14 @@ void Store::abort_block(u32 slot) noexcept {
     clients_.arrivals.give_back(slot);
 }
 
-std::optional<Reservation> Store::reserve(Space wanted, Key key, u64 bytes, u64 expires, float cost, bool may_wait) {
+std::optional<Reservation> Store::reserve(Space wanted, Key key, u64 bytes, u64 expires, float cost, bool may_wait,
+                                          u32 depth) {
     const Namespace& ns = space(wanted.id);
     const u64 length = record_bytes(key.size(), bytes);
     if (bytes > kMaxPayload || length > u64{capacity_units_} * kUnit)
         throw TierFull("memory", bytes > kMaxPayload ? bytes : length, u64{capacity_units_} * kUnit);
     if (ns.quota && length > ns.quota) throw TierFull("memory (quota of the namespace)", length, ns.quota);
-    Reservation reservation{wanted, {key.begin(), key.end()}, {}, cost, {}, {}};
+    Reservation reservation{wanted, {key.begin(), key.end()}, {}, cost, depth, {}, {}};
     reservation.block = take_block(static_cast<u32>(length / kUnit), wanted, may_wait);
     if (!reservation.block) return std::nullopt;
     if (key.size() > kInlineKey) {
@@ -326,6 +326,7 @@ Published Store::publish(Reservation& reservation, Pin* keep) {
     RecordHeader& header = reservation.header;
     write_frame(reservation.block.bytes(), header, key.data(), key.size(), header_.seed);
     const u64 length = u64{reservation.block.units()} * kUnit;
+    if (ns.hungry.load(std::memory_order_relaxed)) feed_policy(wanted.id);
     Published result = Published::stored;
     u32 at = kNone;
     for (int tries = 0;; ++tries) {
@@ -349,7 +350,7 @@ Published Store::publish(Reservation& reservation, Pin* keep) {
                     KVSTRATA_COMMIT("store.borrowed");
                 }
                 if (old) {
-                    if (index_.entry(old).memory) take_from_order(ns, old);
+                    if (index_.entry(old).memory) take_from_order(ns, old, false);
                     drop(old);
                 }
                 Entry& entry = index_.entry(at);
@@ -363,7 +364,7 @@ Published Store::publish(Reservation& reservation, Pin* keep) {
                 entry.key_len = static_cast<u16>(key.size());
                 entry.flags = static_cast<u8>((ns.immutable ? kImmutable : 0) | (header_.disk ? kDirty : 0));
                 entry.owner = static_cast<u8>(clients_.self());
-                entry.node.cost = reservation.cost;
+                entry.node = PolicyNode::fresh(0, reservation.cost);
                 InFlight& flight = clients_.mine().in_flight[reservation.block.slot_];
                 flight.entry = at;
                 entry.memory = flight.block;
@@ -382,7 +383,7 @@ Published Store::publish(Reservation& reservation, Pin* keep) {
                 KVSTRATA_COMMIT("store.published");
                 flight.block = kNone;
                 if (key_flight) key_flight->block = kNone;
-                put_in_order(ns, at);
+                put_in_order(ns, at, reservation.depth);
                 if (keep) claim(at, *lease, *keep);
                 ++shard.puts;
             }
@@ -426,7 +427,7 @@ Store::Removed Store::remove(Space wanted, Key key) {
     if (!at) return {false, on_disk};
     Entry& entry = index_.entry(at);
     const Removed removed{current(entry, ns), on_disk};
-    if (entry.memory) take_from_order(ns, at);
+    if (entry.memory) take_from_order(ns, at, false);
     drop(at);
     if (removed.present) ++index_.shard(Index::shard_of(hash)).deletes;
     return removed;
@@ -434,15 +435,16 @@ Store::Removed Store::remove(Space wanted, Key key) {
 
 // ---- References ---------------------------------------------------------------------------------
 
-void Store::put_in_order(Namespace& ns, u32 at) {
+void Store::put_in_order(Namespace& ns, u32 at, u32 depth) {
     index_.nodes()[at].stamp = header_.tick.fetch_add(1, std::memory_order_relaxed);
-    policy_by_number(ns.policy).on_insert(index_.nodes(), ns.order, at);
+    policy_of(ns).insert(order_of(ns), at, depth);
+    if (ns.order.room && ns.order.count > ns.order.room) ns.hungry.store(1, std::memory_order_relaxed);
     ns.bytes.fetch_add(u64{index_.entry(at).units} * kUnit, std::memory_order_relaxed);
     ns.records.fetch_add(1, std::memory_order_relaxed);
 }
 
-void Store::take_from_order(Namespace& ns, u32 at) {
-    policy_by_number(ns.policy).on_remove(index_.nodes(), ns.order, at);
+void Store::take_from_order(Namespace& ns, u32 at, bool evicted) {
+    policy_of(ns).remove(order_of(ns), at, evicted);
     ns.bytes.fetch_sub(u64{index_.entry(at).units} * kUnit, std::memory_order_relaxed);
     ns.records.fetch_sub(1, std::memory_order_relaxed);
 }

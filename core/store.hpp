@@ -91,6 +91,7 @@ struct Reservation {
     std::vector<u8> key;
     RecordHeader header;
     float cost = 1;
+    u32 depth = 0;  // place in its prefix, from 1 on; 0 = in none
     Block block, key_block;
     u8* payload() const { return block.bytes() + header.payload_offset; }
 };
@@ -177,7 +178,8 @@ public:
 
     // ---- Writing
     // With may_wait false it returns nothing where it would have to wait for the tier below, or to fail.
-    std::optional<Reservation> reserve(Space space, Key key, u64 bytes, u64 expires, float cost, bool may_wait);
+    std::optional<Reservation> reserve(Space space, Key key, u64 bytes, u64 expires, float cost, bool may_wait,
+                                       u32 depth = 0);
     // With `keep`, the record is pinned as it is published: for writers whose view of the block outlives the put.
     // Afterwards reservation.header.seq is the number of the record.
     Published publish(Reservation& reservation, Pin* keep = nullptr);
@@ -229,13 +231,22 @@ private:
     Namespace& space(u32 id) const { return namespaces_[id]; }
     RobustLock lock_policy(u32 id);
     void repair_policy(u32 id);
+    const Policy& policy_of(const Namespace& ns) const { return policy_by_number(ns.acting); }
+    Order order_of(Namespace& ns) const {
+        return {index_.nodes(), ns.order, region_->at(ns.scratch_at), ns.scratch_bytes};
+    }
+    void change_policy(u32 id);   // admin and policy locked
+    void feed_policy(u32 id);
+    void give_scratch(u32 id);
+    bool find_scratch(u64 bytes, u64& at) const;
+    void reorder(u32 id);
     bool current(const Entry& entry, const Namespace& ns) const;
     void touch(Namespace& ns, u32 at, const OrderTried* order = nullptr);
     void claim(u32 at, Lease& lease, Pin& pin);
     void unpin(u32 slot, u32 at) noexcept;
 
-    void put_in_order(Namespace& ns, u32 at);    // policy locked
-    void take_from_order(Namespace& ns, u32 at);
+    void put_in_order(Namespace& ns, u32 at, u32 depth);  // policy locked
+    void take_from_order(Namespace& ns, u32 at, bool evicted);
     void drop(u32 at);                           // shard locked, and not in an order
     void bury(u32 at);
     void free_memory(u32 at);

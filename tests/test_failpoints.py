@@ -16,7 +16,13 @@ COUNTDOWNS = [0, 25]
 ONLY_WHEN_MANY_KEYS_ARE_PUT = {"allocator.chunk", "store.forgotten"}
 ONLY_WHEN_A_VERSION_IS_OPENED = {"store.epoch"}
 ONLY_WHEN_THE_INDEX_IS_RESTORED = {"store.row"}
-SPECIAL = ONLY_WHEN_MANY_KEYS_ARE_PUT | ONLY_WHEN_A_VERSION_IS_OPENED | ONLY_WHEN_THE_INDEX_IS_RESTORED
+ONLY_WHEN_A_POLICY_GETS_SCRATCH_MEMORY = {"scratch.left", "scratch.placed"}
+SPECIAL = (
+    ONLY_WHEN_MANY_KEYS_ARE_PUT
+    | ONLY_WHEN_A_VERSION_IS_OPENED
+    | ONLY_WHEN_THE_INDEX_IS_RESTORED
+    | ONLY_WHEN_A_POLICY_GETS_SCRATCH_MEMORY
+)
 
 OPEN = "cache = kvstrata.open(directory / 'cache', **options)"
 
@@ -98,3 +104,31 @@ def test_a_death_while_the_index_is_restored_costs_nothing(
             "assert cache.get_many([b'%d' % i + b'.' * 50 for i in range(100)]) == [b'%d' % i for i in range(100)]"
         )
         process.run("cache.close()\n" + RECLAIM)
+
+
+@pytest.mark.parametrize("name", sorted(ONLY_WHEN_A_POLICY_GETS_SCRATCH_MEMORY))
+@pytest.mark.parametrize(
+    ("policy", "countdown"),
+    [("lfu", 0), *((policy, n) for policy in ("w-tinylfu", "s3-fifo", "gdsf", "auto") for n in (0, 1, 3))],
+)
+def test_a_death_while_a_policy_gets_scratch_memory_harms_nobody_else(
+    core: Path, shm: Path, tmp_path: Path, name: str, countdown: int, policy: str
+) -> None:
+    variables = {"directory": tmp_path, "options": OPTIONS | {"disk": 0}, "policy": policy}
+    with Process(core=core) as survivor:
+        survivor.run(OPEN, **variables)
+        with Process(core=core, KVSTRATA_FAILPOINT=f"{name}:{countdown}") as victim:
+            victim.run(OPEN, **variables)
+            victim.start(
+                "ns = cache.namespace('of policy', policy=policy)\nfor i in range(10_000): ns.put(b'%d' % i, b'%d' % i)"
+            )
+            assert victim.wait() == -9
+        survivor.run(
+            "ns = cache.namespace('of policy', policy=policy)\n"
+            "for i in range(10_000):\n"
+            "    assert ns.get(b'%d' % i) in (None, b'%d' % i)\n"
+            "for i in range(10_000):\n"
+            "    ns.put(b'%d' % i, b'%d' % i)\n"
+            "    assert ns.get(b'%d' % i) == b'%d' % i\n"
+            "cache.close()\n" + RECLAIM
+        )
