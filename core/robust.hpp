@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cerrno>
+#include <cstdlib>
 #include <ctime>
 #include <pthread.h>
 
@@ -27,13 +28,15 @@ public:
 
     Result try_lock() { return locked(pthread_mutex_trylock(&mutex_)); }
 
-    // Waits at most kPatience seconds: a stopped owner makes the caller fail, never hang.
+    // Waits for a limited time: a stopped owner makes the caller fail, never hang.
     Result lock() {
         const Result quick = try_lock();
         if (quick != Result::busy) return quick;
         timespec until;
         clock_gettime(CLOCK_REALTIME, &until);
-        until.tv_sec += kPatience;
+        const long nanoseconds = until.tv_nsec + patience_ms() * 1000000;
+        until.tv_sec += nanoseconds / 1000000000;
+        until.tv_nsec = nanoseconds % 1000000000;
         const Result waited = locked(pthread_mutex_timedlock(&mutex_, &until));
         if (waited == Result::busy)
             throw TierUnavailable("another process holds a lock of the memory tier for too long; is it stopped?");
@@ -44,7 +47,15 @@ public:
     void unlock() { pthread_mutex_unlock(&mutex_); }
 
 private:
-    static constexpr long kPatience = 2;  // seconds
+    // 2 s, or what $KVSTRATA_LOCK_TIMEOUT says, in seconds.
+    static long patience_ms() {
+        static const long chosen = [] {
+            const char* wanted = std::getenv("KVSTRATA_LOCK_TIMEOUT");
+            const double seconds = wanted ? std::atof(wanted) : 0;
+            return seconds > 0 && seconds < 1e6 ? static_cast<long>(seconds * 1000) : 2000L;
+        }();
+        return chosen;
+    }
 
     Result locked(int code) {
         switch (code) {

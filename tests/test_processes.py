@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import OpenCache
+from support.failpoints import build
 from support.processes import Process
 from test_sharing import in_a_fork
 
@@ -280,3 +281,50 @@ def test_records_can_be_read_by_their_owner_only(open_cache: OpenCache, shm: Pat
     assert len(files) >= 3
     for path in files:
         assert path.stat().st_mode & 0o077 == 0, path
+
+
+# ---- Stopped
+
+
+@pytest.mark.parametrize("place", ["store.filled", "policy.removed", "allocator.announced", "store.pin", "store.epoch"])
+def test_a_process_that_is_stopped_while_it_holds_a_lock_makes_others_fail_and_not_hang(
+    shm: Path, tmp_path: Path, place: str
+) -> None:
+    core = build()
+    variables = {"directory": tmp_path / "cache", "disk": "32MiB"}
+    with Process(KVSTRATA_LOCK_TIMEOUT="0.05") as other:
+        other.run(OPEN, **variables)
+        other.run("ns = cache.namespace('ns'); ns.put_many({f'{i}': bytes(i * 40) for i in range(500)}); cache.flush()")
+        with Process(core=core, KVSTRATA_FAILPOINT=f"{place}:20:stop") as stopped:
+            stopped.run(OPEN + "; ns = cache.namespace('ns')", **variables)
+            stopped.start(
+                "for i in range(500):\n"
+                "    with cache.namespace('versioned', version=i + 1).reserve(f'{i}', 10): pass\n"
+                "    ns.put(f'{i}', bytes(i * 40)); ns.get(f'{i}', out=bytearray(20_000)); ns.delete(f'{i - 9}')\n"
+            )
+            os.waitid(os.P_PID, stopped.pid, os.WSTOPPED | os.WNOWAIT)
+            try:
+                # Each verb for many keys: some need the lock. It returns, or it raises within its time.
+                other.run(
+                    "refused = 0\n"
+                    "def attempt(verb):\n"
+                    "    global refused\n"
+                    "    try: verb()\n"
+                    "    except kvstrata.errors.TierUnavailable: refused += 1\n"
+                    "    except KeyError: pass\n"
+                    "for i in range(0, 500, 25):\n"
+                    "    attempt(lambda: ns.get(f'{i}'))\n"
+                    "    attempt(lambda: ns.get_many([f'{i}', f'{i + 1}']))\n"
+                    "    attempt(lambda: ns.put(f'{i}', b'2'))\n"
+                    "    attempt(lambda: ns.delete(f'{i}'))\n"
+                    "    attempt(lambda: ns.pin(f'{i}').release())\n"
+                    "attempt(ns.clear)\n"
+                    "attempt(cache.stats)\n"
+                    "attempt(lambda: cache.namespace('another'))\n"
+                    "attempt(lambda: cache.flush(0.5))\n"
+                )
+                assert other.eval("refused") > 0
+            finally:
+                os.kill(stopped.pid, signal.SIGCONT)
+            stopped.finish()
+        other.run("ns.put('key', b'value'); cache.flush(); assert ns.get('key') == b'value'; cache.close()")

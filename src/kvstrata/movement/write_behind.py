@@ -10,6 +10,7 @@ import logging
 import threading
 
 from kvstrata import _core
+from kvstrata.errors import TierUnavailable
 from kvstrata.tiers.base import Tier
 
 __all__ = ["WriteBehind"]
@@ -44,9 +45,18 @@ class WriteBehind:
                     _log.exception(
                         "kvstrata: %d records could not be written to the %s tier", len(records), self._tier.name
                     )
-                    self._store.mark_failed(records)
+                    self._let_go(records)
             elif stopping:
                 return
+
+    def _let_go(self, records: list[_core.DirtyRecord]) -> None:
+        """Leave records to memory, however long somebody holds a lock that it takes; unless all is to end."""
+        while True:
+            try:
+                return self._store.mark_failed(records)
+            except TierUnavailable:
+                if self._stopping.is_set():
+                    return None
 
     def flush(self, timeout: float) -> bool:
         """Wait until all that this process has put is below; False when the time was over first."""
