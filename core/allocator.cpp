@@ -408,7 +408,7 @@ u32 Allocator::take_chunk(u32 shard) {
     if (chunk >= header.max_entries / kChunk) return kNone;
     const u64 end = align_up(u64{chunk + 1} * kChunk * sizeof(Entry), kPage);
     if (end > header.entries_backed.load()) {
-        const u64 limit = header.pages_at - header.entries_at;
+        const u64 limit = header.scratch_at - header.entries_at;
         const u64 more = std::min(limit, end + 64 * kPage);
         try {
             region_.back(header.entries_at + header.entries_backed.load(), more - header.entries_backed.load());

@@ -151,6 +151,9 @@ Pin Store::commit_load(Loading& loading) {
         Entry& entry = index_.entry(at);
         if (entry.state == EntryState::live && entry.seq == loading.seq && entry.expires != header.expires)
             throw CorruptRecord("its row in the catalog says another time of expiry");
+        if (entry.state == EntryState::live && entry.seq == loading.seq &&
+            (check_of_tags(entry.tags) != header.tag_check || bool(entry.tags[0]) != bool(header.flags & kRecordTagged)))
+            throw CorruptRecord("its row in the catalog has other tags");
         const bool found = entry.state == EntryState::live && entry.seq == loading.seq && entry.hash == hash && current(entry, ns) &&
                 loading.space.version == ns.version.load() && header.epoch == entry.epoch;
         if (found) {
@@ -185,7 +188,9 @@ bool Store::insert_disk(const DiskRow& row) {
         row.length / kUnit > ~u32{0} || row.offset / kUnit > ~u32{0} || row.length < sizeof(RecordHeader))
         return true;  // a row that lies
     Namespace& ns = space(row.ns);
-    if (!ns.defined.load() || row.epoch != ns.epoch.load() || row.version != ns.version.load()) return true;
+    if (!ns.defined.load() || row.epoch != ns.epoch.load() || row.version != ns.version.load() ||
+        any_removed(row.tags, row.seq))
+        return true;
     const u32 hash = index_.hash(row.ns, row.key);
     Block key_block;
     if (row.key.size() > kInlineKey) {
@@ -216,7 +221,8 @@ bool Store::insert_disk(const DiskRow& row) {
     entry.ns = static_cast<u16>(row.ns);
     entry.key_len = static_cast<u16>(row.key.size());
     entry.flags = row.flags & kRecordImmutable ? u8{kImmutable} : u8{0};
-    entry.owner = 0;
+    entry.owner = entry.holder = 0;
+    std::memcpy(entry.tags, row.tags, sizeof entry.tags);
     entry.node = PolicyNode::fresh(header_.tick.load(), 1);
     if (key_block) {
         InFlight& flight = clients_.mine().in_flight[key_block.slot_];

@@ -105,6 +105,8 @@ void translate(const std::exception_ptr& thrown, void*) {
         raise("TierUnavailable", error.what());
     } catch (const FormatError& error) {
         raise("FormatError", error.what());
+    } catch (const ConfigError& error) {
+        raise("ConfigError", error.what());
     } catch (const ConfigMismatch& error) {
         raise("ConfigMismatch", error.what());
     } catch (const VersionConflict& error) {

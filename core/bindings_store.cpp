@@ -5,11 +5,13 @@
 #include "bindings.hpp"
 
 #include <cstring>
+#include <random>
 
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 
+#include "clock.hpp"
 #include "crc32c.hpp"
 #include "store.hpp"
 
@@ -330,6 +332,28 @@ nb::object new_bytes(size_t size) {
 }
 u8* start_of(const nb::object& bytes) { return reinterpret_cast<u8*>(PyBytes_AS_STRING(bytes.ptr())); }
 
+// How long records live: `ms` from now, or up to the part `jitter` of that less, drawn anew for each; 0 = for ever.
+struct TimeToLive {
+    u64 ms;
+    float jitter;
+
+    u64 expires() const {
+        if (!ms) return 0;
+        thread_local std::minstd_rand random{std::random_device{}()};
+        const double part = jitter > 0 ? std::uniform_real_distribution<double>(0, double{jitter})(random) : 0;
+        return now_ms() + std::max<u64>(1, ms - static_cast<u64>(static_cast<double>(ms) * part));
+    }
+};
+
+PutOptions put_options(const Store& store, const Space& space, const TimeToLive& ttl, float cost, nb::handle tags) {
+    PutOptions options{ttl.expires(), cost, 0, {}};
+    if (tags.is_none()) return options;
+    const Keys names(tags);
+    if (names.size() > kTags) throw InvalidValue("a record has at most " + std::to_string(kTags) + " tags");
+    for (size_t i = 0; i < names.size(); ++i) options.tags[i] = store.tag_slot(space.id, names[i]);
+    return options;
+}
+
 // ---- Verbs ----------------------------------------------------------------------------------------
 
 nb::object get(const SpaceHandle& self, nb::handle key) {
@@ -491,21 +515,23 @@ size_t contains_prefix(const SpaceHandle& self, nb::handle keys_object) {
     return store->contains_prefix(self.space, keys.size(), [&](size_t i) { return keys[i]; });
 }
 
-Reservation reserve_or_wait(Store& store, Space space, Key key, u64 size, u64 expires, float cost) {
-    auto reservation = store.reserve(space, key, size, expires, cost, false);
+Reservation reserve_or_wait(Store& store, Space space, Key key, u64 size, const PutOptions& options) {
+    auto reservation = store.reserve(space, key, size, options, false);
     if (!reservation) {
         const nb::gil_scoped_release free;  // the writer of the tier below needs it
-        reservation = store.reserve(space, key, size, expires, cost, true);
+        reservation = store.reserve(space, key, size, options, true);
     }
     return std::move(*reservation);
 }
 
-u64 put(const SpaceHandle& self, nb::handle key_object, nb::handle value_object, u64 expires, float cost) {
+u64 put(const SpaceHandle& self, nb::handle key_object, nb::handle value_object, u64 ttl_ms, float jitter, float cost,
+        nb::handle tags) {
     const std::shared_ptr<Store> store = self.owner->live();  // kept: others may run, and close the cache
     const Key key = key_of(key_object);
     const Value value(value_object);
     if (store->present_immutable(self.space, key)) return 0;
-    Reservation reservation = reserve_or_wait(*store, self.space, key, value.size(), expires, cost);
+    const PutOptions options = put_options(*store, self.space, {ttl_ms, jitter}, cost, tags);
+    Reservation reservation = reserve_or_wait(*store, self.space, key, value.size(), options);
     const WithoutGil free(value.size());
     reservation.header.payload_crc = copy_crc32c(reservation.payload(), value.data(), value.size(), 0);
     return replaced(store->publish(reservation), reservation);
@@ -513,14 +539,16 @@ u64 put(const SpaceHandle& self, nb::handle key_object, nb::handle value_object,
 
 // Appends to `replaced` position and number of those that replaced something that is, or may be, on disk: also when
 // it fails, of those before.
-void put_many(const SpaceHandle& self, nb::handle keys_object, nb::handle values_object, nb::list replaced_list, u64 expires,
-              float cost) {
+void put_many(const SpaceHandle& self, nb::handle keys_object, nb::handle values_object, nb::list replaced_list, u64 ttl_ms,
+              float jitter, float cost, nb::handle tags) {
     const std::shared_ptr<Store> store = self.owner->live();
     const Keys keys(keys_object);
     const nb::object values = nb::steal(PySequence_Tuple(values_object.ptr()));
     if (!values.is_valid()) throw nb::python_error();
     std::vector<std::unique_ptr<Value>> contents;
     for (size_t i = 0; i < keys.size(); ++i) contents.push_back(std::make_unique<Value>(nb::handle(values[i])));
+    const TimeToLive ttl{ttl_ms, jitter};
+    PutOptions options = put_options(*store, self.space, ttl, cost, tags);
     std::vector<std::pair<size_t, u64>> replacing;
     std::exception_ptr failed;
     {
@@ -528,7 +556,8 @@ void put_many(const SpaceHandle& self, nb::handle keys_object, nb::handle values
         try {
             for (size_t i = 0; i < keys.size(); ++i) {
                 if (store->present_immutable(self.space, keys[i])) continue;
-                auto reservation = store->reserve(self.space, keys[i], contents[i]->size(), expires, cost, true);
+                options.expires = ttl.expires();
+                auto reservation = store->reserve(self.space, keys[i], contents[i]->size(), options, true);
                 reservation->header.payload_crc =
                     copy_crc32c(reservation->payload(), contents[i]->data(), contents[i]->size(), 0);
                 if (const u64 seq = replaced(store->publish(*reservation), *reservation)) replacing.emplace_back(i, seq);
@@ -541,11 +570,45 @@ void put_many(const SpaceHandle& self, nb::handle keys_object, nb::handle values
     if (failed) std::rethrow_exception(failed);
 }
 
-nb::object reserve(const SpaceHandle& self, nb::handle key_object, u64 size, u64 expires, float cost) {
+// How many were there, and the positions of those whose row, if any, has to be deleted below.
+nb::tuple remove_many(const SpaceHandle& self, nb::handle keys_object) {
+    const std::shared_ptr<Store> store = self.owner->live();
+    const Keys keys(keys_object);
+    size_t present = 0;
+    std::vector<size_t> on_disk;
+    {
+        const nb::gil_scoped_release free;
+        for (size_t i = 0; i < keys.size(); ++i) {
+            const auto removed = store->remove(self.space, keys[i]);
+            present += removed.present;
+            if (removed.on_disk) on_disk.push_back(i);
+        }
+    }
+    nb::list listed;
+    for (const size_t i : on_disk) listed.append(i);
+    return nb::make_tuple(present, listed);
+}
+
+nb::list keys_of(const SpaceHandle& self, u32 shard, nb::handle prefix_object) {
+    const std::shared_ptr<Store> store = self.owner->live();
+    const Buffer prefix(prefix_object);
+    std::vector<std::vector<u8>> found;
+    {
+        const nb::gil_scoped_release free;
+        found = store->keys_of(self.space, shard, {prefix.data(), prefix.size()});
+    }
+    nb::list keys;
+    for (const auto& key : found) keys.append(nb::bytes(reinterpret_cast<const char*>(key.data()), key.size()));
+    return keys;
+}
+
+nb::object reserve(const SpaceHandle& self, nb::handle key_object, u64 size, u64 ttl_ms, float jitter, float cost,
+                   nb::handle tags) {
     const std::shared_ptr<Store> store = self.owner->live();
     WriteHandle write;
     write.store = store;
-    write.reservation = reserve_or_wait(*store, self.space, key_of(key_object), size, expires, cost);
+    write.reservation = reserve_or_wait(*store, self.space, key_of(key_object), size,
+                                        put_options(*store, self.space, {ttl_ms, jitter}, cost, tags));
     return nb::cast(std::move(write));
 }
 
@@ -556,6 +619,13 @@ struct DirtyHandle {
     std::optional<Dirty> dirty;
     RecordHeader header;
     nb::bytes key;
+    u16 tags[kTags];
+    std::int64_t packed_tags() const {
+        std::int64_t packed;
+        static_assert(sizeof packed == sizeof tags);
+        std::memcpy(&packed, tags, sizeof packed);
+        return packed;
+    }
 };
 
 nb::list take_dirty(StoreHandle& self, size_t most, u64 most_bytes, double timeout) {
@@ -569,7 +639,9 @@ nb::list take_dirty(StoreHandle& self, size_t most, u64 most_bytes, double timeo
     for (Dirty& dirty : taken) {
         const RecordHeader header = dirty.pin.header();
         nb::bytes key(reinterpret_cast<const char*>(dirty.pin.record()) + sizeof header, header.key_len);
-        list.append(nb::cast(DirtyHandle{store, std::move(dirty), header, std::move(key)}));
+        DirtyHandle handle{store, std::move(dirty), header, std::move(key), {}};
+        store->tags_of(handle.dirty->pin, handle.tags);
+        list.append(nb::cast(std::move(handle)));
     }
     return list;
 }
@@ -619,10 +691,12 @@ u64 insert_disk(StoreHandle& self, nb::handle rows) {
     u64 inserted = 0;
     for (nb::handle row : nb::iter(rows)) {
         const nb::tuple fields = nb::cast<nb::tuple>(row);
-        inserted += store->insert_disk({nb::cast<u32>(fields[0]), key_of(fields[1]), nb::cast<u64>(fields[2]),
-                                        nb::cast<u32>(fields[3]), nb::cast<u64>(fields[4]), nb::cast<u64>(fields[5]),
-                                        nb::cast<u64>(fields[6]), nb::cast<u32>(fields[7]), nb::cast<u32>(fields[8]),
-                                        nb::cast<u8>(fields[9])});
+        DiskRow disk_row{nb::cast<u32>(fields[0]), key_of(fields[1]), nb::cast<u64>(fields[2]), nb::cast<u32>(fields[3]),
+                         nb::cast<u64>(fields[4]), nb::cast<u64>(fields[5]), nb::cast<u64>(fields[6]),
+                         nb::cast<u32>(fields[7]), nb::cast<u32>(fields[8]), nb::cast<u8>(fields[9]), {}};
+        const auto packed_tags = nb::cast<std::int64_t>(fields[10]);
+        std::memcpy(disk_row.tags, &packed_tags, sizeof disk_row.tags);
+        inserted += store->insert_disk(disk_row);
     }
     return inserted;
 }
@@ -726,6 +800,7 @@ void bind_store(nb::module_& m) {
         .def_prop_ro("version", [](const DirtyHandle& d) { return d.header.version; })
         .def_prop_ro("epoch", [](const DirtyHandle& d) { return d.header.epoch; })
         .def_prop_ro("flags", [](const DirtyHandle& d) { return d.header.flags; })
+        .def_prop_ro("tags", &DirtyHandle::packed_tags)
         .def_prop_ro("stored_len", [](const DirtyHandle& d) { return d.header.stored_len; })
         .def_prop_ro("length", [](const DirtyHandle& d) { return record_bytes(d.header.key_len, d.header.stored_len); })
         .def_prop_ro("view", &view_dirty);
@@ -746,10 +821,12 @@ void bind_store(nb::module_& m) {
         .def("contains", [](const SpaceHandle& s, nb::handle key) { return s.owner->live()->contains(s.space, key_of(key)); },
              nb::arg("key").none())
         .def("contains_prefix", &contains_prefix, nb::arg("keys").none())
-        .def("put", &put, nb::arg("key").none(), nb::arg("value").none(), nb::arg("expires") = 0, nb::arg("cost") = 1.0f)
+        .def("put", &put, nb::arg("key").none(), nb::arg("value").none(), nb::arg("ttl_ms") = 0, nb::arg("jitter") = 0.0f,
+             nb::arg("cost") = 1.0f, nb::arg("tags").none() = nb::none())
         .def("put_many", &put_many, nb::arg("keys").none(), nb::arg("values").none(), nb::arg("replaced"),
-             nb::arg("expires") = 0, nb::arg("cost") = 1.0f)
-        .def("reserve", &reserve, nb::arg("key").none(), nb::arg("nbytes"), nb::arg("expires") = 0, nb::arg("cost") = 1.0f)
+             nb::arg("ttl_ms") = 0, nb::arg("jitter") = 0.0f, nb::arg("cost") = 1.0f, nb::arg("tags").none() = nb::none())
+        .def("reserve", &reserve, nb::arg("key").none(), nb::arg("nbytes"), nb::arg("ttl_ms") = 0, nb::arg("jitter") = 0.0f,
+             nb::arg("cost") = 1.0f, nb::arg("tags").none() = nb::none())
         .def("present_immutable", [](const SpaceHandle& s, nb::handle key) {
             return s.owner->live()->present_immutable(s.space, key_of(key));
         }, nb::arg("key").none())
@@ -757,6 +834,27 @@ void bind_store(nb::module_& m) {
             const auto removed = s.owner->live()->remove(s.space, key_of(key));
             return nb::make_tuple(removed.present, removed.on_disk);
         }, nb::arg("key").none())
+        .def("remove_many", &remove_many, nb::arg("keys"))
+        .def("remove_tag", [](const SpaceHandle& s, nb::handle tag) {
+            const std::shared_ptr<Store> store = s.owner->live();
+            const TagState state = store->remove_tag(store->tag_slot(s.space.id, key_of(tag)));
+            return nb::make_tuple(state.slot, state.seq);
+        }, nb::arg("tag").none())
+        .def("keys_of", &keys_of, nb::arg("shard"), nb::arg("prefix"))
+        .def("hold", [](const SpaceHandle& s, nb::handle keys_object, u8 holder) {
+            const std::shared_ptr<Store> store = s.owner->live();
+            const Keys keys(keys_object);
+            size_t held = 0;
+            for (size_t i = 0; i < keys.size(); ++i) held += store->hold(s.space, keys[i], holder);
+            return held;
+        }, nb::arg("keys").none(), nb::arg("holder"))
+        .def("let_go", [](const SpaceHandle& s, nb::handle keys_object, u8 holder) {
+            const std::shared_ptr<Store> store = s.owner->live();
+            const Keys keys(keys_object);
+            size_t let_go = 0;
+            for (size_t i = 0; i < keys.size(); ++i) let_go += store->let_go(s.space, keys[i], holder);
+            return let_go;
+        }, nb::arg("keys").none(), nb::arg("holder"))
         .def("clear", [](const SpaceHandle& s) { return s.owner->live()->clear(s.space); });
 
     nb::class_<StoreHandle>(m, "Store")
@@ -777,12 +875,29 @@ void bind_store(nb::module_& m) {
         .def("close", [](StoreHandle& self) { self.store.reset(); })
         .def_prop_ro("closed", [](const StoreHandle& self) { return !self.store; })
         .def("open_namespace", [](const std::shared_ptr<StoreHandle>& self, u32 id, const std::string& name, u32 version,
-                                  const std::string& policy, u64 quota, bool immutable) {
-            return SpaceHandle{self, self->live()->open_namespace(id, name, version, {policy, quota, immutable})};
-        }, nb::arg("id"), nb::arg("name"), nb::arg("version"), nb::arg("policy"), nb::arg("quota"), nb::arg("immutable"))
+                                  const std::string& policy, u64 quota, u64 guarantee, bool immutable) {
+            return SpaceHandle{self, self->live()->open_namespace(id, name, version, {policy, quota, guarantee, immutable})};
+        }, nb::arg("id"), nb::arg("name"), nb::arg("version"), nb::arg("policy"), nb::arg("quota"), nb::arg("guarantee"),
+             nb::arg("immutable"))
         .def("restore_namespace", [](StoreHandle& self, u32 id, const std::string& name, u32 version, u32 epoch, bool immutable) {
             self.live()->restore_namespace(id, name, version, epoch, immutable);
         }, nb::arg("id"), nb::arg("name"), nb::arg("version"), nb::arg("epoch"), nb::arg("immutable"))
+        .def("undurable_epoch", [](StoreHandle& self, u32 ns) { return self.live()->undurable_epoch(ns); }, nb::arg("ns"))
+        .def("epoch_is_durable", [](StoreHandle& self, u32 ns, u32 epoch) { self.live()->epoch_is_durable(ns, epoch); },
+             nb::arg("ns"), nb::arg("epoch"))
+        .def("restore_tag", [](StoreHandle& self, u16 slot, u64 seq) { self.live()->restore_tag({slot, seq}); },
+             nb::arg("slot"), nb::arg("seq"))
+        .def_prop_ro("shards", [](StoreHandle& self) { return self.live()->shards(); })
+        .def("open_holder", [](StoreHandle& self, const std::string& name, u64 limit) {
+            return self.live()->open_holder(name, limit);
+        }, nb::arg("name"), nb::arg("limit"))
+        .def("let_go_of_all", [](StoreHandle& self, u8 holder) { self.live()->let_go_of_all(holder); }, nb::arg("holder"))
+        .def("close_holder", [](StoreHandle& self, u8 holder) { self.live()->close_holder(holder); }, nb::arg("holder"))
+        .def("holders", [](StoreHandle& self) {
+            nb::list list;
+            for (const HolderState& h : self.live()->holders()) list.append(nb::make_tuple(h.name, h.limit, h.bytes));
+            return list;
+        })
         .def("take_dirty", &take_dirty, nb::arg("max_records"), nb::arg("max_bytes"), nb::arg("timeout_s"))
         .def("wake_writer", [](StoreHandle& self) { self.live()->wake_writer(); })
         .def("still_live", [](StoreHandle& self, nb::list dirty) {

@@ -19,6 +19,7 @@ struct TierFull : Error {
 };
 struct TierUnavailable : Error { using Error::Error; };
 struct FormatError : Error { using Error::Error; };
+struct ConfigError : Error { using Error::Error; };
 struct ConfigMismatch : Error { using Error::Error; };
 struct VersionConflict : Error { using Error::Error; };
 struct CorruptRecord : Error { using Error::Error; };

@@ -16,7 +16,8 @@ constexpr int kMostEvictions = 1 << 20;  // a bound on the loop that makes room 
 }  // namespace
 
 bool Store::may_leave(const Entry& entry) const {
-    return !entry.pins && !(entry.flags & kDirty && current(entry, space(entry.ns)));
+    if (entry.pins) return false;
+    return !(entry.flags & kDirty || entry.holder) || !current(entry, space(entry.ns));
 }
 
 // Takes out of memory what may leave. Policy and shard are locked.
@@ -92,7 +93,7 @@ bool Store::evict_keys() {
 // Empties the place of `victim` for a block of `units`, together with as much of its neighbourhood as that takes, so
 // that a large block doesn't wait until by chance neighbours have left. Of the windows that are long enough and hold
 // the victim, the one with the least in it that was used lately. False when there is none.
-bool Store::clear_window(u32 victim, u32 units) {
+bool Store::clear_window(u32 victim, u32 units, bool guaranteed_too) {
     u32 block, block_units, now = header_.tick.load(), oldest;
     {
         const RobustLock held = index_.lock(index_.shard_holding(victim));
@@ -125,6 +126,8 @@ bool Store::clear_window(u32 victim, u32 units) {
                 } else if (entry.state == EntryState::live && current(entry, space(entry.ns))) {
                     const double age = std::min(now - entry.node.stamp, oldest);
                     share *= kHot - (kHot - 1) * age / oldest;
+                    const Namespace& its = space(entry.ns);
+                    if (!guaranteed_too && its.bytes.load() <= its.guarantee.load()) share = kImmovable;
                 }
             }
             cost += share;
@@ -152,7 +155,7 @@ bool Store::clear_window(u32 victim, u32 units) {
 
 // Lets the policy's next victims leave until one has made room for a block of `units`, or at least gone; false when
 // nothing of the namespace may leave.
-bool Store::evict_from(u32 id, u32 units) {
+bool Store::evict_from(u32 id, u32 units, bool guaranteed_too) {
     Namespace& ns = space(id);
     u32 looked_at = 0, count = 1;
     u32 victim = kNone;
@@ -175,11 +178,18 @@ bool Store::evict_from(u32 id, u32 units) {
         }
     }
     if (!victim) return false;
-    return clear_window(victim, units) || evict_from(id, 0);
+    return clear_window(victim, units, guaranteed_too) || evict_from(id, 0, guaranteed_too);
+}
+
+// Makes room for namespace `wanted`: first in namespaces that have more than they have been guaranteed. What others have been
+// guaranteed is taken from them only where there is memory enough, but in pieces too small, and nobody else has any more.
+bool Store::evict_one(u32 units, u32 wanted) {
+    return evict_oldest(units, false) || evict_from(wanted, units, false) ||
+           (allocator_.usage().free >= 2 * u64{units} * kUnit && evict_oldest(units, true));
 }
 
 // Makes room in the namespace whose victim was used longest ago.
-bool Store::evict_one(u32 units) {
+bool Store::evict_oldest(u32 units, bool guaranteed_too) {
     const u32 namespaces = header_.namespaces.load();
     std::vector<bool> refused(namespaces);
     for (;;) {
@@ -187,6 +197,7 @@ bool Store::evict_one(u32 units) {
         const u32 now = header_.tick.load();
         for (u32 id = 1; id < namespaces; ++id) {
             if (!namespaces_[id].defined.load() || !namespaces_[id].records.load() || refused[id]) continue;
+            if (!guaranteed_too && namespaces_[id].guarantee.load() && namespaces_[id].bytes.load() <= namespaces_[id].guarantee.load()) continue;
             const RobustLock held = lock_policy(id);
             const u32 at = policy_of(namespaces_[id]).victim(order_of(namespaces_[id]));
             if (!at) continue;
@@ -197,7 +208,7 @@ bool Store::evict_one(u32 units) {
             }
         }
         if (!oldest) return false;
-        if (evict_from(oldest, units)) return true;
+        if (evict_from(oldest, units, guaranteed_too)) return true;
         refused[oldest] = true;
     }
 }
@@ -209,7 +220,7 @@ u64 Store::demote_all() {
         for (u32 number = 0; number < kShards; ++number) {
             const RobustLock held = index_.lock(number);
             index_.each_of(number, [&](u32 at, Entry& entry) {
-                if (entry.state != EntryState::live || entry.ns != id || !entry.memory || !entry.segment || entry.pins) return;
+                if (entry.state != EntryState::live || entry.ns != id || !entry.memory || !entry.segment || entry.pins || entry.holder) return;
                 take_from_order(space(id), at, true);
                 free_memory(at);
                 ++index_.shard(number).demotions;
@@ -227,7 +238,7 @@ bool Store::evict_entry_of(u32 shard_number) {
     {
         const RobustLock held = index_.lock(shard_number);
         index_.each_of(shard_number, [&](u32 at, Entry& entry) {
-            if (entry.state != EntryState::live || entry.pins || (entry.flags & kDirty)) return;
+            if (entry.state != EntryState::live || entry.pins || entry.holder || (entry.flags & kDirty)) return;
             if (chosen && static_cast<std::int32_t>(entry.node.stamp - index_.entry(chosen).node.stamp) >= 0) return;
             chosen = at;
             id = entry.ns;
@@ -238,7 +249,7 @@ bool Store::evict_entry_of(u32 shard_number) {
     const RobustLock policy_held = lock_policy(id);
     const RobustLock held = index_.lock(shard_number);
     Entry& entry = index_.entry(chosen);
-    if (entry.state != EntryState::live || entry.seq != seq || entry.pins || (entry.flags & kDirty)) return true;
+    if (entry.state != EntryState::live || entry.seq != seq || entry.pins || entry.holder || (entry.flags & kDirty)) return true;
     leave_index(chosen);
     return true;
 }
@@ -279,10 +290,11 @@ Block Store::take_block(u32 units, Space wanted, bool may_wait) {
     const u32 slot = *free_slot;
     try {
         bool reaped = false;
+        remove_expired();
         for (int evictions = 0;; ++evictions) {
             const bool over_quota = ns.quota && ns.bytes.load() + bytes > ns.quota;
             if (!over_quota && allocator_.allocate(units, clients_.self(), slot)) break;
-            if (evictions < kMostEvictions && (over_quota ? evict_from(wanted.id, 0) : evict_one(units))) continue;
+            if (evictions < kMostEvictions && (over_quota ? evict_from(wanted.id, 0, false) : evict_one(units, wanted.id))) continue;
             if (!reaped) {  // dead processes may hold what we need
                 reaped = true;
                 if (reap()) continue;

@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+#include "clock.hpp"
 #include "failpoints.hpp"
 #include "siphash.hpp"
 
@@ -27,6 +28,7 @@ void Index::init() {
         shard.mutex.init();
         shard.level = kFirstLevel;
         shard.backed = kPage / sizeof(u32);
+        shard.timers.now = now_ms() / Timers::kTickMs;
         region_.back(header_.buckets_at + u64{number} * header_.max_buckets * sizeof(u32), kPage);
         // So that every shard has entries to evict when there is no memory for more.
         if (!add_chunk(number)) throw OsError("no memory for the cache's index", ENOSPC);
@@ -111,6 +113,7 @@ void Index::link(u32 at) {
     entry.state = EntryState::live;
     KVSTRATA_COMMIT("index.live");
     bucket = at;
+    start_timer(at);
     if (++shard.count > (1u << shard.level) + shard.split) grow(number);
 }
 
@@ -125,6 +128,37 @@ void Index::unlink(u32 at, EntryState becomes) {
     while (*link != at) link = &entries_[*link].chain;
     *link = entry.chain;
     --shard.count;
+    shard.timers.remove(at, [this](u32 number) -> TimerLinks& { return entries_[number].timer; });
+    hold(at, 0);
+}
+
+void Index::start_timer(u32 at) {
+    Entry& entry = entries_[at];
+    entry.timer = {0, 0};
+    if (!entry.expires) return;
+    shards_[shard_of(entry.hash)].timers.add(at, entry.expires, [this](u32 number) -> TimerLinks& { return entries_[number].timer; });
+    u64 next = header_.next_expiry.load(std::memory_order_relaxed);
+    while ((!next || entry.expires < next) && !header_.next_expiry.compare_exchange_weak(next, entry.expires)) {
+    }
+}
+
+std::vector<u32> Index::expired(u32 number, u64 now_ms, size_t most) {
+    Timers& timers = shards_[number].timers;
+    const auto links = [this](u32 at) -> TimerLinks& { return entries_[at].timer; };
+    timers.advance(now_ms, links, [this](u32 at) { return entries_[at].expires; });
+    std::vector<u32> found;
+    for (u32 at = timers.first_due(); at && found.size() < most; at = entries_[at].timer.next)
+        if (entries_[at].expires <= now_ms) found.push_back(at);  // a clock can be set back
+    return found;
+}
+
+void Index::hold(u32 at, u8 holder) {
+    Entry& entry = entries_[at];
+    if (entry.holder == holder) return;
+    Shard& shard = shards_[shard_of(entry.hash)];
+    if (entry.holder) shard.held[entry.holder] -= held_bytes(entry);
+    if (holder) shard.held[holder] += held_bytes(entry);
+    entry.holder = holder;
 }
 
 void Index::free_entry(u32 at) {
@@ -191,6 +225,9 @@ void Index::repair(u32 number) {
     if ((1u << shard.level) + shard.split > shard.backed) shard.split = 0;
     shard.count = 0;
     shard.free_entries = kNone;
+    std::memset(shard.held, 0, sizeof shard.held);
+    shard.timers = {};
+    shard.timers.now = now_ms() / Timers::kTickMs;
     each_of(number, [&](u32, Entry& entry) { entry.pins = 0; });
     for (u32 slot = 0; slot < kMaxClients; ++slot) {
         Client& client = clients_[slot];
@@ -214,6 +251,8 @@ void Index::repair(u32 number) {
             entry.chain = bucket;
             bucket = at;
             ++shard.count;
+            start_timer(at);
+            if (entry.holder) shard.held[entry.holder] += held_bytes(entry);
         } else if (entry.state == EntryState::free) {
             entry.chain = shard.free_entries;
             shard.free_entries = at;

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <span>
+#include <vector>
 
 #include "allocator.hpp"
 #include "clients.hpp"
@@ -37,6 +38,9 @@ public:
     u32 take_entry(u32 shard);                         // a free one, kNone if there's no more memory for entries
     void link(u32 number);                             // makes it live; `hash` is set
     void unlink(u32 number, EntryState becomes);       // live before
+    void hold(u32 number, u8 holder);                  // from now on it is his; 0: nobody's
+    // Up to `most` of the shard's live entries that have expired by then. What isn't removed is listed again.
+    std::vector<u32> expired(u32 shard, u64 now_ms, size_t most);
     void free_entry(u32 number);                       // unlinked before, its blocks are gone
     bool refers_to(const Entry& entry, u32 block) const;  // whether the entry still, or already, has it
 
@@ -54,6 +58,8 @@ private:
     void grow(u32 shard);
     bool add_chunk(u32 shard);
     void repair(u32 shard);
+    void start_timer(u32 number);
+    u64 held_bytes(const Entry& entry) const { return u64{entry.units} * kUnit; }
 
     Region& region_;
     Header& header_;

@@ -1,7 +1,7 @@
 // What lies in the mapping, byte for byte. Offsets and numbers only, never pointers: every process maps it elsewhere.
 //
-//   Header | clients | namespaces | shards | owners of entry chunks | debts | buckets | entries | scratch memory of policies
-//   | page table | guard | data | guard
+//   Header | clients | namespaces | shards | owners of entry chunks | debts | holders | tags | buckets
+//   | entries | scratch memory of policies | page table | guard | data | guard
 //
 // Order of locks: admin, then a namespace's policy, then a shard, then the allocator. A thread holds at most one of each.
 // On a hit the policy is only tried, never waited for, while a shard is held.
@@ -12,6 +12,7 @@
 
 #include "policy/policy.hpp"
 #include "robust.hpp"
+#include "timers.hpp"
 #include "types.hpp"
 
 namespace kvstrata {
@@ -29,6 +30,9 @@ inline constexpr u32 kInlineKey = 32;    // longer keys lie in a block of their 
 inline constexpr u32 kClasses = 48;      // small block sizes
 inline constexpr u32 kSmallUnits = 128;  // blocks above this many units are runs of pages
 inline constexpr u32 kSlabPages = 16;
+inline constexpr u32 kTags = 4;          // tags one record can have
+inline constexpr u32 kTagSlots = 65536;
+inline constexpr u32 kHolders = 32;      // number 0 is nobody
 inline constexpr u32 kNone = 0;          // no entry, no page, no block: number 0 is never handed out
 
 // ---- Records ------------------------------------------------------------------------------------
@@ -46,31 +50,40 @@ enum EntryFlags : u8 {
 
 // One version of one key. Written under the lock of its shard; `node` under the lock of its namespace's policy;
 // `memory` changes from or to 0 only under both.
-struct Entry {
+struct alignas(64) Entry {
     PolicyNode node;    // place in the policy's order, while it lies in memory
     u32 hash;           // low bits choose the shard, high bits the bucket
     u32 units;          // length of the record / kUnit
-    u64 seq;            // cache-wide number of this version
-    u64 expires;        // ms since the epoch, 0 = never
     u32 chain;          // next in the bucket, or in the free list
     u32 memory;         // offset in data / kUnit, 0 = not in memory
-    u32 segment;        // segment file, 0 = not on disk
-    u32 position;       // offset in the segment / kUnit
     u32 epoch;          // of the namespace, when it was put
     u32 pins;           // how many pins; the clients' tables are what counts, this is their sum
+    u64 seq;            // cache-wide number of this version
+    u64 expires;        // ms since the epoch, 0 = never
     u16 ns;
     u16 key_len;
     EntryState state;
     u8 flags;
     u8 owner;           // client that has to write it below, while dirty
-    u8 spare;
+    u8 holder;          // who wants it to stay in memory, 0 = nobody
     union {
         u8 key[kInlineKey];
         u32 key_block;  // offset / kUnit, when key_len > kInlineKey
     };
+    u32 segment;        // segment file, 0 = not on disk
+    u32 position;       // offset in the segment / kUnit
+    TimerLinks timer;   // while live, if it expires
+    u16 tags[kTags];    // slots of its tags, 0 = none
 };
-static_assert(sizeof(Entry) == 104 && std::is_trivially_copyable_v<Entry>);
+static_assert(sizeof(Entry) == 128 && std::is_trivially_copyable_v<Entry>);
 static_assert(offsetof(Entry, hash) == offsetof(PolicyRecord, hash) && offsetof(Entry, units) == offsetof(PolicyRecord, units));
+
+// What a record says of its tags: that one of these slots has been changed by damage shows.
+inline u8 check_of_tags(const u16* tags) {
+    u32 all = 0;
+    for (u32 i = 0; i < kTags; ++i) all ^= tags[i];
+    return static_cast<u8>(all ^ all >> 8);
+}
 
 // Whether the tier below has it, or may have it any moment.
 inline bool may_be_on_disk(const Entry& entry) { return entry.segment != 0 || (entry.flags & kWriting); }
@@ -84,12 +97,31 @@ struct alignas(64) Shard {
     u32 count;          // live entries
     u32 free_entries;   // head of the free list
     u64 hits, misses, puts, deletes, evictions, expired, demotions;
+    u64 held[kHolders]; // bytes of records that a holder wants to stay
+    Timers timers;
 };
 
 // Who takes out of the index what the tier below may have, owes the deletion of its row there, and pays once that is
 // durable. Debts are counted by the hash of the key. Where there are some, absence from the index says nothing of the
 // tier below, and the next who puts or removes such a key deletes its row, too. The dead never pay.
 inline constexpr u32 kDebts = 16384;
+
+// ---- Tags ---------------------------------------------------------------------------------------
+
+// A tag is a slot of a table (a hash of the namespace and the tag), in which stands the number below which records with
+// that tag are not there any more. A page of the table has memory once a slot in it is used.
+inline constexpr u32 kTagPages = kTagSlots * sizeof(u64) / kPage;
+static_assert(kTagPages <= 128);
+
+// ---- Holders ------------------------------------------------------------------------------------
+
+// Somebody who wants records to stay in memory: as many bytes as `limit`. Guarded by the admin lock; how much he holds
+// is the sum of the shards' counts.
+struct Holder {
+    std::atomic<u64> limit;  // 0: there is no such holder
+    u32 name_len;
+    char name[kMaxName];
+};
 
 // ---- Namespaces ---------------------------------------------------------------------------------
 
@@ -99,6 +131,7 @@ struct alignas(64) Namespace {
     std::atomic<u32> defined;   // 1 once the fields below are valid
     std::atomic<u32> epoch;     // records of another epoch are not there
     std::atomic<u32> version;   // the user's
+    std::atomic<u32> durable_epoch;  // the highest that is known to outlast a restart
     u32 policy;
     u32 acting;                 // the policy that runs the order: `policy`, or a plain one until that has scratch memory
     std::atomic<u32> hungry;    // the order would do with more scratch memory; also read without the lock
@@ -106,6 +139,7 @@ struct alignas(64) Namespace {
     u32 configured;             // policy, quota and immutable hold for everybody (someone has it open)
     u32 immutable;
     u64 quota;                  // bytes in memory, 0 = no limit
+    std::atomic<u64> guarantee; // bytes in memory that no other namespace takes from it
     std::atomic<u64> bytes;     // of records in memory
     std::atomic<u64> records;
     u32 name_len;
@@ -183,7 +217,7 @@ struct alignas(64) Header {
     u32 max_entries;
     u32 max_buckets;            // per shard
     u32 spare;
-    u64 clients_at, namespaces_at, shards_at, owners_at, debts_at, buckets_at, entries_at, scratch_at, pages_at, data_at, end;
+    u64 clients_at, namespaces_at, shards_at, owners_at, debts_at, holders_at, tags_at, buckets_at, entries_at, scratch_at, pages_at, data_at, end;
     std::atomic<u64> seq;
     std::atomic<u32> tick;      // accesses, for recency
     std::atomic<u32> chunks;    // entry chunks handed out (under the allocator's lock)
@@ -192,6 +226,8 @@ struct alignas(64) Header {
         rebuilt_policies, rebuilt_allocators;
     std::atomic<u32> namespaces;  // one more than the highest number in use
     std::atomic<u32> segments_changed;  // grows when a segment is dropped
+    std::atomic<u64> tag_pages[kTagPages / 64];  // bit p: page p of the table of tags has memory
+    std::atomic<u64> next_expiry;  // ms since the epoch: not before then somebody looks for what has expired; 0 = nothing ever expires
     RobustMutex admin;          // attaching, reaping, defining namespaces
     AllocatorState allocator;
 };

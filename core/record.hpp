@@ -15,6 +15,7 @@ inline constexpr u64 kMaxPayload = u64{1} << 46;     // a bound that keeps sums 
 enum RecordFlags : u8 {
     kRecordImmutable = 1,
     kRecordNamespace = 2,  // the payload describes a namespace
+    kRecordTagged = 4,     // only an intact catalog can tell whether one of its tags has been removed
 };
 
 // Little endian, as it lies in memory and in files. The key follows, then the payload at payload_offset.
@@ -23,7 +24,7 @@ struct RecordHeader {
     u8 format = kRecordFormat;
     u8 codec = 0;             // 0 = raw
     u8 flags = 0;             // RecordFlags
-    u8 reserved = 0;
+    u8 tag_check = 0;         // xor of the bytes of its tags' slots
     u16 key_len = 0;          // 1..kMaxKey
     u16 payload_offset = 0;   // bytes from the start of the record
     u32 ns = 0;

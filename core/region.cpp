@@ -43,6 +43,8 @@ void lay_out(Header& header, const StoreOptions& options) {
     header.shards_at = place(sizeof(Shard) * kShards);
     header.owners_at = place(header.max_entries / kChunk);
     header.debts_at = place(kDebts * sizeof(std::atomic<u32>));
+    header.holders_at = place(kHolders * sizeof(Holder));
+    header.tags_at = place(kTagSlots * sizeof(u64));  // memory comes as tags are used
     header.buckets_at = place(u64{header.max_buckets} * kShards * sizeof(u32));
     header.entries_at = place(u64{header.max_entries} * sizeof(Entry));
     // Of address space; how much memory is behind it depends on the policies (core/scratch.cpp).
@@ -131,10 +133,10 @@ std::unique_ptr<Region> Region::create(int descriptor, const StoreOptions& optio
     std::unique_ptr<Region> region(new Region(descriptor));
     Header plan{};
     lay_out(plan, options);
-    require_memory(descriptor, plan.end - plan.pages_at + plan.buckets_at - plan.namespaces_at);
+    require_memory(descriptor, plan.end - plan.pages_at + plan.tags_at - plan.namespaces_at);
     if (ftruncate(descriptor, static_cast<off_t>(plan.end)) != 0) fail("can't size the cache's memory");
     region->back(0, kPage);
-    region->back(plan.namespaces_at, plan.buckets_at - plan.namespaces_at);
+    region->back(plan.namespaces_at, plan.tags_at - plan.namespaces_at);
     region->back(plan.pages_at, plan.end - plan.pages_at);
     region->map(plan.data_at, plan.end - plan.data_at);
     // Touch it all now, in one call each: a first touch later would cost a fault per page on the hot path.
@@ -152,6 +154,8 @@ std::unique_ptr<Region> Region::create(int descriptor, const StoreOptions& optio
     header.shards_at = plan.shards_at;
     header.owners_at = plan.owners_at;
     header.debts_at = plan.debts_at;
+    header.holders_at = plan.holders_at;
+    header.tags_at = plan.tags_at;
     header.buckets_at = plan.buckets_at;
     header.entries_at = plan.entries_at;
     header.scratch_at = plan.scratch_at;

@@ -52,7 +52,7 @@ void Store::attach() {
     clients_.attach();
     reap_dead();
     if (alone())  // nobody has a namespace open: its options may be chosen anew
-        for (u32 id = 1; id < kMaxNamespaces; ++id) namespaces_[id].configured = 0;
+        for (u32 id = 1; id < kMaxNamespaces; ++id) namespaces_[id].configured = 0, namespaces_[id].guarantee.store(0);
 }
 
 Store::~Store() {
@@ -111,6 +111,7 @@ Space Store::open_namespace(u32 id, const std::string& name, u32 version, const 
         ns.name_len = static_cast<u32>(name.size());
         ns.version.store(version);
         ns.epoch.store(1);
+        ns.durable_epoch.store(1);
         count_namespace(chosen);
     }
     if (version < ns.version.load())
@@ -119,6 +120,12 @@ Space Store::open_namespace(u32 id, const std::string& name, u32 version, const 
     if (!ns.configured) {
         const bool reorder = ns.policy != policy;
         ns.policy = policy;
+        u64 promised = options.guarantee;
+        for (u32 at = 1; at < header_.namespaces.load(); ++at)
+            if (at != chosen && namespaces_[at].configured) promised += namespaces_[at].guarantee.load();
+        if (promised > header_.memory / 4 * 3)
+            throw ConfigError("guarantees of " + std::to_string(promised) + " bytes together are more than 3/4 of the memory");
+        ns.guarantee.store(options.guarantee);
         ns.quota = options.quota;
         ns.immutable = options.immutable;
         ns.configured = 1;
@@ -128,6 +135,7 @@ Space Store::open_namespace(u32 id, const std::string& name, u32 version, const 
         std::string differs;
         if (ns.policy != policy) differs = std::string("policy '") + policy_by_number(ns.policy).name() + "'";
         else if (ns.quota != options.quota) differs = "quota " + std::to_string(ns.quota);
+        else if (ns.guarantee.load() != options.guarantee) differs = "guarantee " + std::to_string(ns.guarantee.load());
         else if (ns.immutable != u32{options.immutable}) differs = ns.immutable ? "immutable=True" : "immutable=False";
         if (!differs.empty())
             throw ConfigMismatch("namespace '" + name + "' is already open with " + differs + "; use the same");
@@ -150,6 +158,7 @@ void Store::restore_namespace(u32 id, const std::string& name, u32 version, u32 
     ns.name_len = static_cast<u32>(name.size());
     ns.version.store(version);
     ns.epoch.store(epoch);
+    ns.durable_epoch.store(epoch);
     ns.immutable = immutable;
     ns.defined.store(1);
     count_namespace(id);
@@ -157,16 +166,21 @@ void Store::restore_namespace(u32 id, const std::string& name, u32 version, u32 
 
 void Store::count_namespace(u32 id) { header_.namespaces.store(std::max(header_.namespaces.load(), id + 1)); }
 
-u32 Store::clear(Space wanted) {
-    const RobustLock held = lock_policy(wanted.id);
-    Namespace& ns = space(wanted.id);
-    if (wanted.version != ns.version.load()) throw VersionConflict("this namespace has moved on to a newer version");
-    return ns.epoch.fetch_add(1) + 1;
-}
-
 Space Store::current_space(u32 id) const {
     if (!id || id >= kMaxNamespaces) throw InvalidValue("there is no namespace " + std::to_string(id));
     return {id, space(id).version.load()};
+}
+
+u32 Store::undurable_epoch(u32 id) const {
+    const u32 epoch = space(id).epoch.load();
+    return header_.disk && space(id).durable_epoch.load() < epoch ? epoch : 0;
+}
+
+void Store::epoch_is_durable(u32 id, u32 epoch) {
+    std::atomic<u32>& durable = space(id).durable_epoch;
+    u32 now = durable.load();
+    while (now < epoch && !durable.compare_exchange_weak(now, epoch)) {
+    }
 }
 
 u32 Store::epoch(Space wanted) const { return space(wanted.id).epoch.load(); }
@@ -176,7 +190,8 @@ std::pair<u64, u64> Store::usage(u32 id) const { return {space(id).records.load(
 // ---- Reading ------------------------------------------------------------------------------------
 
 bool Store::current(const Entry& entry, const Namespace& ns) const {
-    return entry.epoch == ns.epoch.load(std::memory_order_relaxed) && (!entry.expires || now_ms() < entry.expires);
+    return entry.epoch == ns.epoch.load(std::memory_order_relaxed) && (!entry.expires || now_ms() < entry.expires) &&
+           (!entry.tags[0] || !any_removed(entry.tags, entry.seq));
 }
 
 OrderTried::OrderTried(Store& store, Space space)
@@ -289,14 +304,13 @@ void Store::abort_block(u32 slot) noexcept {
     clients_.arrivals.give_back(slot);
 }
 
-std::optional<Reservation> Store::reserve(Space wanted, Key key, u64 bytes, u64 expires, float cost, bool may_wait,
-                                          u32 depth) {
+std::optional<Reservation> Store::reserve(Space wanted, Key key, u64 bytes, const PutOptions& options, bool may_wait) {
     const Namespace& ns = space(wanted.id);
     const u64 length = record_bytes(key.size(), bytes);
     if (bytes > kMaxPayload || length > u64{capacity_units_} * kUnit)
         throw TierFull("memory", bytes > kMaxPayload ? bytes : length, u64{capacity_units_} * kUnit);
     if (ns.quota && length > ns.quota) throw TierFull("memory (quota of the namespace)", length, ns.quota);
-    Reservation reservation{wanted, {key.begin(), key.end()}, {}, cost, depth, {}, {}};
+    Reservation reservation{wanted, {key.begin(), key.end()}, {}, options, {}, {}};
     reservation.block = take_block(static_cast<u32>(length / kUnit), wanted, may_wait);
     if (!reservation.block) return std::nullopt;
     if (key.size() > kInlineKey) {
@@ -307,8 +321,9 @@ std::optional<Reservation> Store::reserve(Space wanted, Key key, u64 bytes, u64 
     RecordHeader& header = reservation.header;
     header.ns = wanted.id;
     header.version = wanted.version;
-    header.flags = ns.immutable ? kRecordImmutable : 0;
-    header.expires = expires;
+    header.flags = static_cast<u8>((ns.immutable ? kRecordImmutable : 0) | (options.tags[0] ? kRecordTagged : 0));
+    header.tag_check = check_of_tags(options.tags);
+    header.expires = options.expires;
     header.value_len = header.stored_len = bytes;
     header.key_len = static_cast<u16>(key.size());
     header.payload_offset = static_cast<u16>(payload_offset_for(key.size(), bytes));
@@ -344,7 +359,7 @@ Published Store::publish(Reservation& reservation, Pin* keep) {
                 header.seq = next_seq();  // here, so that the newest number is the one that stays
                 seal(header, key.data(), header_.seed);
                 std::memcpy(reservation.block.bytes(), &header, sizeof header);
-                if ((old && may_be_on_disk(index_.entry(old))) || index_.owes(hash)) {
+                if ((old && may_be_on_disk(index_.entry(old))) || index_.owes(hash) || undurable_epoch(wanted.id)) {
                     result = Published::replaced_on_disk;
                     index_.borrow(hash);
                     KVSTRATA_COMMIT("store.borrowed");
@@ -364,7 +379,9 @@ Published Store::publish(Reservation& reservation, Pin* keep) {
                 entry.key_len = static_cast<u16>(key.size());
                 entry.flags = static_cast<u8>((ns.immutable ? kImmutable : 0) | (header_.disk ? kDirty : 0));
                 entry.owner = static_cast<u8>(clients_.self());
-                entry.node = PolicyNode::fresh(0, reservation.cost);
+                entry.holder = 0;
+                std::memcpy(entry.tags, reservation.options.tags, sizeof entry.tags);
+                entry.node = PolicyNode::fresh(0, reservation.options.cost);
                 InFlight& flight = clients_.mine().in_flight[reservation.block.slot_];
                 flight.entry = at;
                 entry.memory = flight.block;
@@ -383,7 +400,7 @@ Published Store::publish(Reservation& reservation, Pin* keep) {
                 KVSTRATA_COMMIT("store.published");
                 flight.block = kNone;
                 if (key_flight) key_flight->block = kNone;
-                put_in_order(ns, at, reservation.depth);
+                put_in_order(ns, at, reservation.options.depth);
                 if (keep) claim(at, *lease, *keep);
                 ++shard.puts;
             }
@@ -396,6 +413,7 @@ Published Store::publish(Reservation& reservation, Pin* keep) {
         clients_.arrivals.give_back(block->slot_);
         block->store_ = nullptr;
     }
+    remove_expired();
     if (header_.disk) {
         clients_.mine().dirty_bytes.fetch_add(length);
         enqueue_dirty({at, static_cast<u32>(length / kUnit), header.seq});
@@ -412,25 +430,6 @@ bool Store::present_immutable(Space wanted, Key key) {
     if (!at || !current(index_.entry(at), ns)) return false;
     if (index_.entry(at).memory) touch(ns, at);
     return true;
-}
-
-Store::Removed Store::remove(Space wanted, Key key) {
-    Namespace& ns = space(wanted.id);
-    const u32 hash = index_.hash(wanted.id, key);
-    const RobustLock policy_held = lock_policy(wanted.id);
-    if (wanted.version != ns.version.load()) throw VersionConflict("this namespace has moved on to a newer version");
-    const RobustLock held = index_.lock(Index::shard_of(hash));
-    const u32 at = index_.find(hash, wanted.id, key);
-    const bool on_disk = (at && may_be_on_disk(index_.entry(at))) || index_.owes(hash);
-    if (on_disk) index_.borrow(hash);
-    KVSTRATA_COMMIT("store.borrowed");
-    if (!at) return {false, on_disk};
-    Entry& entry = index_.entry(at);
-    const Removed removed{current(entry, ns), on_disk};
-    if (entry.memory) take_from_order(ns, at, false);
-    drop(at);
-    if (removed.present) ++index_.shard(Index::shard_of(hash)).deletes;
-    return removed;
 }
 
 // ---- References ---------------------------------------------------------------------------------

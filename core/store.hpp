@@ -4,6 +4,7 @@
 // the record, a writer fills a block that nobody sees before it is published.
 #pragma once
 
+#include <cstring>
 #include <deque>
 #include <memory>
 #include <optional>
@@ -27,7 +28,16 @@ struct Space {
 struct NamespaceOptions {
     std::string policy = "lru";
     u64 quota = 0;          // bytes in memory, 0 = no limit
+    u64 guarantee = 0;      // bytes in memory that others leave to it
     bool immutable = false;
+};
+
+// What a put says of its record.
+struct PutOptions {
+    u64 expires = 0;        // ms since the epoch, 0 = never
+    float cost = 1;         // to compute the value again
+    u32 depth = 0;          // place in its prefix, from 1 on; 0 = in none
+    u16 tags[kTags] = {};   // slots, from the first on
 };
 
 // A reader's claim on a record in memory. The record can't move or go while it exists.
@@ -90,8 +100,7 @@ struct Reservation {
     Space space;
     std::vector<u8> key;
     RecordHeader header;
-    float cost = 1;
-    u32 depth = 0;  // place in its prefix, from 1 on; 0 = in none
+    PutOptions options;
     Block block, key_block;
     u8* payload() const { return block.bytes() + header.payload_offset; }
 };
@@ -126,6 +135,17 @@ struct DiskRow {
     u64 offset, length, expires;
     u32 version, epoch;
     u8 flags;
+    u16 tags[kTags] = {};
+};
+
+struct TagState {
+    u16 slot;
+    u64 seq;  // records with that tag and a lower number are not there
+};
+
+struct HolderState {
+    std::string name;
+    u64 limit, bytes;
 };
 
 // Room for a value that is small enough to be copied at once.
@@ -163,8 +183,11 @@ public:
     Space open_namespace(u32 id, const std::string& name, u32 version, const NamespaceOptions& options);
     // Makes one known that the catalog knows, before anybody opens it.
     void restore_namespace(u32 id, const std::string& name, u32 version, u32 epoch, bool immutable);
-    u32 clear(Space space);               // returns the new epoch
     u32 epoch(Space space) const;
+    // The epoch, if nobody has said yet that it outlasts a restart: whoever writes or removes here has to see to it
+    // first, and then to say so. Else 0.
+    u32 undurable_epoch(u32 id) const;
+    void epoch_is_durable(u32 id, u32 epoch);
     Space current_space(u32 id) const;    // as whoever opens it now gets it
     std::pair<u64, u64> usage(u32 id) const;  // records and bytes in memory
 
@@ -178,22 +201,41 @@ public:
 
     // ---- Writing
     // With may_wait false it returns nothing where it would have to wait for the tier below, or to fail.
-    std::optional<Reservation> reserve(Space space, Key key, u64 bytes, u64 expires, float cost, bool may_wait,
-                                       u32 depth = 0);
+    std::optional<Reservation> reserve(Space space, Key key, u64 bytes, const PutOptions& options, bool may_wait);
     // With `keep`, the record is pinned as it is published: for writers whose view of the block outlives the put.
     // Afterwards reservation.header.seq is the number of the record.
     Published publish(Reservation& reservation, Pin* keep = nullptr);
     // Whether an immutable namespace has the key already; counts as an access.
     bool present_immutable(Space space, Key key);
+
+    // ---- Removing (removal.cpp)
     struct Removed {
         bool present, on_disk;  // on_disk: the caller has to delete its row, and then to pay()
     };
     Removed remove(Space space, Key key);
+    u32 clear(Space space);               // returns the new epoch
+    u16 tag_slot(u32 ns, Key tag) const;  // never 0
+    // From now on what was put with the tag isn't there. The caller has to make it durable.
+    TagState remove_tag(u16 slot);
+    void restore_tag(const TagState& tag);
+    u32 shards() const { return kShards; }
+    std::vector<std::vector<u8>> keys_of(Space space, u32 shard, Key prefix);  // of what is there now
+    // Removes what has expired, if it's time to look.
+    void remove_expired();
+
+    // ---- Holding (holders.cpp)
+    u8 open_holder(const std::string& name, u64 limit);
+    bool hold(Space space, Key key, u8 holder);  // false when it isn't in memory; throws TierFull beyond the limit
+    bool let_go(Space space, Key key, u8 holder);
+    void let_go_of_all(u8 holder);
+    void close_holder(u8 holder);
+    std::vector<HolderState> holders() const;
 
     // ---- The tier below
     std::vector<Dirty> take_dirty(size_t most, u64 most_bytes, double timeout);
     void wake_writer();  // lets take_dirty return at once, though there's nothing
     bool still_live(const Dirty& dirty);
+    void tags_of(const Pin& pin, u16* tags) const { std::memcpy(tags, index_.entry(pin.entry()).tags, sizeof(Entry::tags)); }
     void settle(Dirty& dirty, u32 segment, u64 offset);  // segment 0: it could not be written
     bool wait_until_settled(double timeout);             // whether all that this process has put is below
     u64 demote_all();                                    // what lies below leaves memory, where nobody has it pinned
@@ -241,6 +283,11 @@ private:
     bool find_scratch(u64 bytes, u64& at) const;
     void reorder(u32 id);
     bool current(const Entry& entry, const Namespace& ns) const;
+    bool any_removed(const u16* tags, u64 seq) const;  // since the record of that number was put
+    u64 held_by(u8 holder) const;
+    Holder& holder(u8 number) const { return reinterpret_cast<Holder*>(region_->at(header_.holders_at))[number]; }
+    std::atomic<u64>& tag(u16 slot) const { return reinterpret_cast<std::atomic<u64>*>(region_->at(header_.tags_at))[slot]; }
+    void raise_tag(const TagState& state);
     void touch(Namespace& ns, u32 at, const OrderTried* order = nullptr);
     void claim(u32 at, Lease& lease, Pin& pin);
     void unpin(u32 slot, u32 at) noexcept;
@@ -257,9 +304,10 @@ private:
     bool may_leave(const Entry& entry) const;
     void leave_memory(u32 at);
     bool vacate(Allocator::Resident resident);
-    bool clear_window(u32 victim, u32 units);
-    bool evict_from(u32 id, u32 units);
-    bool evict_one(u32 units);
+    bool clear_window(u32 victim, u32 units, bool guaranteed_too);
+    bool evict_from(u32 id, u32 units, bool guaranteed_too);
+    bool evict_one(u32 units, u32 wanted);
+    bool evict_oldest(u32 units, bool guaranteed_too);
     bool evict_entry_of(u32 shard);
     bool evict_keys();
     void leave_index(u32 at);

@@ -313,6 +313,79 @@ class NamespaceContract:
         ns.put("key", b"2")
         assert ns.get("key") == b"2"
 
+    def test_delete_many_removes_and_counts_those_that_were_there(self, ns: Namespace) -> None:
+        keys = [f"key {i}" + "." * (i % 3 * 20) for i in range(30)]
+        ns.put_many(dict.fromkeys(keys, b"1"))
+        assert ns.delete_many([*keys[::2], "absent", keys[0]]) == 15
+        assert ns.get_many(keys) == [None, b"1"] * 15
+        assert ns.delete_many([]) == 0
+
+    def test_keys_lists_what_is_there(self, ns: Namespace, namespace: Namespaces) -> None:
+        namespace("another").put("a/0", b"1")
+        names = [f"{letter}/{i}" + "." * (i % 3 * 20) for letter in "ab" for i in range(20)]
+        ns.put_many(dict.fromkeys(names, b"1"))
+        ns.delete("a/3" + "." * 0)
+        left = {name.encode() for name in names} - {b"a/3"}
+        assert set(ns.keys()) == left
+        assert sorted(ns.keys("a/1")) == sorted(key for key in left if key.startswith(b"a/1"))
+        assert list(ns.keys(b"c")) == []
+
+    @pytest.mark.parametrize("prefix", [b"user/1/", b"user/1/\xff", b"\xff\xff", b"u"])
+    def test_delete_prefix_removes_all_keys_that_start_with_it(
+        self, ns: Namespace, namespace: Namespaces, prefix: bytes
+    ) -> None:
+        starts = [b"user/1/", b"user/1", b"user/10/", b"user/1/\xff", b"user/2/", b"\xff\xff", b"\xff", b"\xfe\xff"]
+        keys = [start + bytes([i]) + b"." * (i % 3 * 20) for start in starts for i in range(5)]
+        another = namespace("another")
+        for each in (ns, another):
+            each.put_many(dict.fromkeys(keys, b"1"))
+        gone = [key for key in keys if key.startswith(prefix)]
+        assert ns.delete_prefix(prefix) == len(gone)
+        assert ns.get_many(keys) == [None if key in gone else b"1" for key in keys]
+        assert another.contains_prefix(keys) == len(keys)
+        assert ns.delete_prefix(prefix) == 0
+        ns.put_many(dict.fromkeys(gone, b"2"))
+        assert ns.get_many(gone) == [b"2"] * len(gone)
+
+    @pytest.mark.parametrize("prefix", ["", b"", None, 1, bytearray(b"a")])
+    def test_what_is_no_prefix_raises_invalid_key(self, ns: Namespace, prefix: Any) -> None:
+        ns.put("key", b"1")
+        with pytest.raises(InvalidKey):
+            ns.delete_prefix(prefix)
+        assert ns.get("key") == b"1"
+
+    def test_delete_tag_removes_what_was_put_with_it_before(self, ns: Namespace, namespace: Namespaces) -> None:
+        another = namespace("another")
+        for each in (ns, another):
+            each.put("first", b"1", tags=["user 1", b"document"])
+            each.put("second", b"1", tags=["user 2", "document"])
+            each.put_many({"third": b"1", "fourth": b"1"}, tags=["user 1"])
+            with each.reserve("fifth", 1, tags=["a", "b", "c", "user 1"]) as view:
+                view[:] = b"1"
+            each.put("without", b"1")
+        keys = ["first", "second", "third", "fourth", "fifth", "without"]
+        ns.delete_tag("user 1")
+        assert ns.get_many(keys) == [None, b"1", None, None, None, b"1"]
+        assert ns.contains_prefix(["second", "first"]) == 1
+        assert another.get_many(keys) == [b"1"] * 6
+        ns.put("first", b"2", tags=["user 1"])
+        ns.delete_tag("nobody has it")
+        assert ns.get_many(keys) == [b"2", b"1", None, None, None, b"1"]
+        ns.delete_tag(b"document")
+        assert ns.get_many(keys) == [b"2", None, None, None, None, b"1"]
+        ns.put("first", b"3")  # overwritten without
+        ns.delete_tag("user 1")
+        assert ns.get("first") == b"3"
+
+    def test_more_tags_than_a_record_can_have_are_refused(self, ns: Namespace) -> None:
+        for put in (lambda tags: ns.put("key", b"1", tags=tags), lambda tags: ns.put_many({"key": b"1"}, tags=tags)):
+            with pytest.raises(InvalidValue, match="tags"):
+                put(["a", "b", "c", "d", "e"])
+            for no_tags in ("text", [1], [""]):
+                with pytest.raises(InvalidKey):
+                    put(no_tags)
+        assert "key" not in ns
+
     def test_clear_empties_this_namespace_only(self, cache: Cache, ns: Namespace, namespace: Namespaces) -> None:
         another = namespace("another")
         for each in (ns, another):
@@ -393,6 +466,15 @@ class NamespaceContract:
         ns.put("short", b"2")
         assert ns.get("short") == b"2"
 
+    def test_jitter_lets_records_expire_at_different_times(self, namespace: Namespaces) -> None:
+        ns = namespace("jittered", ttl=2, ttl_jitter=1)
+        keys = [f"key {i}" for i in range(100)]
+        ns.put_many(dict.fromkeys(keys, b"1"))
+        seen = set()
+        while left := sum(value is not None for value in ns.get_many(keys)):
+            seen.add(left)
+        assert len(seen) > 5  # they don't all go at once
+
     # ---- The cache itself
 
     def test_every_verb_of_a_closed_cache_raises_cache_closed(self, cache: Cache, ns: Namespace) -> None:
@@ -411,6 +493,11 @@ class NamespaceContract:
             lambda: ns.contains_prefix(["key"]),
             lambda: "key" in ns,
             lambda: ns.delete("key"),
+            lambda: ns.delete_many(["key"]),
+            lambda: ns.delete_prefix("key"),
+            lambda: ns.delete_tag("tag"),
+            lambda: list(ns.keys()),
+            lambda: cache.holder("holder", limit=1000),
             ns.clear,
             lambda: cache.namespace("another"),
             cache.stats,

@@ -23,7 +23,7 @@ from kvstrata.tiers.ledger import Ledger
 
 
 def row(key: bytes, seq: int = 1, *, ns: int = 1, segment: int = 1, epoch: int = 0, expires: int = 0) -> Row:
-    return (ns, key, seq, segment, 4096 + 128 * seq, 128, expires, 1, epoch, IMMUTABLE)
+    return (ns, key, seq, segment, 4096 + 128 * seq, 128, expires, 1, epoch, IMMUTABLE, 0)
 
 
 def add(catalog: Catalog, *rows: Row) -> None:

@@ -22,7 +22,7 @@ LOST = b"this must not come back"
 
 # Offsets and lengths of the fields of a record's header, as docs/format.md has them.
 FIELDS = {
-    "magic": (0, 4), "format": (4, 1), "codec": (5, 1), "flags": (6, 1), "reserved": (7, 1), "key_len": (8, 2),
+    "magic": (0, 4), "format": (4, 1), "codec": (5, 1), "flags": (6, 1), "tag_check": (7, 1), "key_len": (8, 2),
     "payload_offset": (10, 2), "ns": (12, 4), "version": (16, 4), "epoch": (20, 4), "seq": (24, 8),
     "expires": (32, 8), "value_len": (40, 8), "stored_len": (48, 8), "payload_crc": (56, 4), "header_crc": (60, 4),
     "key": (64, 8),

@@ -13,7 +13,6 @@ import sqlite3
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -47,12 +46,12 @@ class Host:
         if name not in self.spaces or self.spaces[name].version != version:
             immutable = name.startswith("i")
             ns = self.tier.open_namespace(name, version, immutable).id
-            self.spaces[name] = self.store.open_namespace(ns, name, version, "lru", 0, immutable)
+            self.spaces[name] = self.store.open_namespace(ns, name, version, "lru", 0, 0, immutable)
         return self.spaces[name]
 
-    def put(self, key: bytes, value: bytes, name: str = "m", *, expires: int = 0) -> None:
+    def put(self, key: bytes, value: bytes, name: str = "m", *, ttl_ms: int = 0) -> None:
         space = self.space(name)
-        replaced = space.put(key, value, expires)
+        replaced = space.put(key, value, ttl_ms)
         if replaced:
             self.tier.delete(space.id, [(key, replaced)])
         self.waiting += len(value)
@@ -284,8 +283,8 @@ def test_a_record_deleted_while_it_is_being_written_is_not_made_durable(host: Ho
 
 
 def test_expired_records_are_not_told_of(host: Host, tmp_path: Path) -> None:
-    host.put(b"past", b"x", expires=int(time.time() * 1000) + 30)
-    host.put(b"future", b"x", expires=int(time.time() * 1000) + 100_000)
+    host.put(b"past", b"x", ttl_ms=30)
+    host.put(b"future", b"x", ttl_ms=100_000)
     host.flush()
     copy = killed(host, tmp_path)
     while host.space().contains(b"past"):

@@ -51,7 +51,20 @@ def test_an_unknown_policy_names_the_nearest(open_cache: OpenCache) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"version": 0}, {"version": 1.5}, {"ttl": 0}, {"ttl": -1.0}, {"ttl": "1h"}, {"quota": 0}, {"quota": "much"}],
+    [
+        {"version": 0},
+        {"version": 1.5},
+        {"ttl": 0},
+        {"ttl": -1.0},
+        {"ttl": "1h"},
+        {"quota": 0},
+        {"quota": "much"},
+        {"ttl_jitter": -0.1},
+        {"ttl_jitter": 2},
+        {"ttl_jitter": "some"},
+        {"guarantee": "7MiB"},
+        {"guarantee": "2MiB", "quota": "1MiB"},
+    ],
 )
 def test_an_option_of_a_namespace_that_can_not_be_is_refused(open_cache: OpenCache, options: Any) -> None:
     with pytest.raises(ConfigError):

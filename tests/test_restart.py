@@ -140,6 +140,10 @@ REMOVALS = {
     "overwritten": ("ns.put(key, b'new')", b"new"),
     "overwritten by a batch": ("ns.put_many({key: b'new'})", b"new"),
     "overwritten in place": ("with ns.reserve(key, 3) as view: view[:] = b'new'", b"new"),
+    "deleted with others": ("ns.delete_many(['another', key])", None),
+    "deleted by prefix": ("ns.delete_prefix(key[:2])", None),
+    "deleted by tag": ("ns.delete_tag('tag')", None),
+    "put again after its tag was deleted": ("ns.delete_tag('tag'); ns.put(key, b'new', tags=['tag'])", b"new"),
     "cleared": ("ns.clear()", None),
 }
 
@@ -157,7 +161,7 @@ def test_what_is_gone_before_a_kill_is_gone_after_it(
     cases = list(itertools.product(REMOVALS, [b"key", LONG]))
     process.run("spaces = [cache.namespace(f'case {i}') for i in range(count)]", count=len(cases))
     for i, (_, key) in enumerate(cases):
-        process.run("spaces[i].put(key, b'old')", i=i, key=key)
+        process.run("spaces[i].put(key, b'old', tags=['tag'])", i=i, key=key)
     process.run(f"cache.flush(); {before}")
     for i, (how, key) in enumerate(cases):
         process.run(f"ns = spaces[i]\n{REMOVALS[how][0]}", i=i, key=key)
@@ -210,6 +214,45 @@ def test_a_clear_that_a_kill_cut_short_does_not_bring_back_what_came_after_it(
     cache.clear()
     cache.close()
     assert open_cache(**DISK).get_many(["before", "after"]) == [None, None]
+
+
+def test_a_clear_that_a_kill_cut_short_does_not_bring_back_what_was_overwritten_after_it(
+    open_cache: OpenCache, another: Callable[..., Process], crash: Callable[[bool], None]
+) -> None:
+    one, two = another(), another()
+    one.run("cache.put('key', b'old'); cache.flush()")
+    one.start(f"cache.persist_epoch = lambda *_: {DIE}\ncache.clear()")
+    assert one.wait() == -9
+    two.run("for i in range(200): cache.put(f'{i}', bytes(100_000))")  # the index forgets what was cleared
+    two.run("cache.put('key', b'new')")
+    two.kill()
+    crash(True)
+    assert open_cache(**DISK).get("key") in (None, b"new")
+
+
+@pytest.mark.parametrize("immutable", [False, True])
+def test_a_tag_deleted_before_a_restart_stays_deleted_and_can_be_used_again(
+    open_cache: OpenCache, directory: Path, immutable: bool
+) -> None:
+    keys = [f"key {i}" for i in range(20)]
+    with open_cache(**DISK) as cache:
+        ns = cache.namespace("ns", immutable=immutable)
+        for i, key in enumerate(keys):
+            ns.put(key, b"1", tags=[f"tag {i % 2}", "all"])
+        cache.flush()
+        ns.delete_tag("tag 0")
+    with open_cache(**DISK) as cache:
+        ns = cache.namespace("ns", immutable=immutable)
+        assert ns.get_many(keys) == [None, b"1"] * 10
+        ns.put("key 0", b"2", tags=["tag 0"])
+        ns.delete_tag("tag 1")
+    with open_cache(**DISK) as cache:
+        ns = cache.namespace("ns", immutable=immutable)
+        assert ns.get_many(keys) == [b"2"] + [None] * 19
+    for file in directory.glob("catalog-*"):
+        file.unlink()
+    ns = open_cache(**DISK).namespace("ns", immutable=immutable)
+    assert ns.get_many(keys) == [None] * 20  # nobody can say any more which tags were deleted
 
 
 @pytest.mark.parametrize("key_length", [8, 960])

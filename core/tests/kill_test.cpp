@@ -49,7 +49,7 @@ void work(Store& store, Space space, unsigned seed) {
         switch (random() % 5) {
             case 0:
             case 1: {
-                auto reservation = store.reserve(space, bytes_of(key), value_of(number).size(), 0, 1, false);
+                auto reservation = store.reserve(space, bytes_of(key), value_of(number).size(), {}, false);
                 if (!reservation) {
                     write_below();
                     break;
@@ -63,7 +63,7 @@ void work(Store& store, Space space, unsigned seed) {
             case 3: get(store, space, key); break;
             default:
                 write_below();
-                store.insert_disk({space.id, bytes_of("row " + std::to_string(row)), row + 1u, segment, 0, 128, 0, 1, 1, 0});
+                store.insert_disk({space.id, bytes_of("row " + std::to_string(row)), row + 1u, segment, 0, 128, 0, 1, 1, 0, {}});
                 if (const auto where = store.locate(space, bytes_of(key)); where && where->segment == segment) {
                     if (auto loading = store.begin_load(space, bytes_of(key), *where)) {
                         const std::string& record = disk[where->offset / kUnit];
@@ -127,7 +127,7 @@ TEST(a_death_at_any_point_costs_nothing_but_what_was_being_put) {
                     std::optional<Reservation> reservation;
                     while (!reservation) {  // when there's no room for it, what the dead had yet to write is ours now
                         settle_all();
-                        reservation = store->reserve(space, bytes_of(key), value.size(), 0, 1, false);
+                        reservation = store->reserve(space, bytes_of(key), value.size(), {}, false);
                     }
                     reservation->header.payload_crc = copy_crc32c(reservation->payload(), value.data(), value.size(), 0);
                     store->publish(*reservation);

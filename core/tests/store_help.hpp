@@ -11,7 +11,7 @@ namespace kvstrata::testing {
 inline Key bytes_of(const std::string& text) { return {reinterpret_cast<const u8*>(text.data()), text.size()}; }
 
 inline Published put(Store& store, Space space, const std::string& key, const std::string& value, u64 expires = 0) {
-    auto reservation = store.reserve(space, bytes_of(key), value.size(), expires, 1, true);
+    auto reservation = store.reserve(space, bytes_of(key), value.size(), {.expires = expires}, true);
     reservation->header.payload_crc = copy_crc32c(reservation->payload(), value.data(), value.size(), 0);
     return store.publish(*reservation);
 }

@@ -6,7 +6,6 @@ import atexit
 import operator
 import os
 import threading
-import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -15,8 +14,9 @@ from types import TracebackType
 from typing import Any, NamedTuple, TypeVar, overload
 
 from kvstrata import _core
-from kvstrata.config import CacheOptions, parse_duration, parse_size
-from kvstrata.errors import CacheClosed, ConfigError, InvalidValue, TierUnavailable, UnknownOption
+from kvstrata.config import CacheOptions, parse_duration, parse_jitter, parse_size
+from kvstrata.errors import CacheClosed, ConfigError, InvalidKey, InvalidValue, TierUnavailable, UnknownOption
+from kvstrata.holder import Holder
 from kvstrata.movement.write_behind import WriteBehind
 from kvstrata.tiers.base import Arrived, Key, Tier
 from kvstrata.tiers.disk import DiskTier
@@ -32,12 +32,13 @@ Value = Any  # bytes-like, an array, or any exporter of the buffer or DLPack pro
 
 
 class _SpaceOptions(NamedTuple):
-    """What everybody who has a namespace open agrees on; quota in bytes, 0 = none."""
+    """What everybody who has a namespace open agrees on; quota and guarantee in bytes, 0 = none."""
 
     name: str
     version: int = 1
     policy: str = "lru"
     quota: int = 0
+    guarantee: int = 0
     immutable: bool = False
 
 
@@ -49,11 +50,12 @@ class Namespace:
     to a newer version, and CacheClosed.
     """
 
-    def __init__(self, cache: Cache, options: _SpaceOptions, ttl_ms: int) -> None:
+    def __init__(self, cache: Cache, options: _SpaceOptions, ttl_ms: int, jitter: float) -> None:
         self._cache = cache
         self._options = options
         self._space = cache._open_space(options)
         self._ttl_ms = ttl_ms
+        self._jitter = jitter
         cache._opened.add(self)
 
     @property
@@ -71,30 +73,53 @@ class Namespace:
 
     # ---- Writing
 
-    def put(self, key: Key, value: Value, *, ttl: float | None = None, cost: float | None = None) -> None:
+    def put(
+        self,
+        key: Key,
+        value: Value,
+        *,
+        ttl: float | None = None,
+        cost: float | None = None,
+        tags: Sequence[Key] | None = None,
+    ) -> None:
         """Store a value: bytes-like, an array or a tensor on the CPU; its bytes are copied once.
 
         `ttl` is in seconds and overrides the namespace's; `cost` says how much it takes to compute the value again,
-        in any unit. In an immutable namespace a key that is there already stays as it is. Raises TierFull when the
-        value can't be stored.
+        in any unit. `tags`, four at most, are for `delete_tag`. In an immutable namespace a key that is there already
+        stays as it is. Raises TierFull when the value can't be stored.
         """
-        seq = self._space.put(key, value, self._expires(ttl), _number(cost))
+        seq = self._space.put(key, value, self._ttl(ttl), self._jitter, _number(cost), tags)
         if seq:
             self._cache.forget_older(self._space.id, [(key, seq)])
 
-    def put_many(self, items: Mapping[Key, Value], *, ttl: float | None = None, cost: float | None = None) -> None:
+    def put_many(
+        self,
+        items: Mapping[Key, Value],
+        *,
+        ttl: float | None = None,
+        cost: float | None = None,
+        tags: Sequence[Key] | None = None,
+    ) -> None:
         """Store values in the order given. When one fails the ones before it are stored."""
         keys = list(items)
         replaced: list[tuple[int, int]] = []
         try:
-            self._space.put_many(keys, list(items.values()), replaced, self._expires(ttl), _number(cost))
+            self._space.put_many(
+                keys, list(items.values()), replaced, self._ttl(ttl), self._jitter, _number(cost), tags
+            )
         finally:
             if replaced:
                 self._cache.forget_older(self._space.id, [(keys[i], seq) for i, seq in replaced])
 
     @contextmanager
     def reserve(
-        self, key: Key, nbytes: int, *, ttl: float | None = None, cost: float | None = None
+        self,
+        key: Key,
+        nbytes: int,
+        *,
+        ttl: float | None = None,
+        cost: float | None = None,
+        tags: Sequence[Key] | None = None,
     ) -> Iterator[memoryview]:
         """Give `nbytes` of the cache's own memory to fill; stored at the end of the block, dropped on an exception.
 
@@ -106,7 +131,7 @@ class Namespace:
             size = -1
         if not 0 <= size < 1 << 63:
             raise InvalidValue(f"nbytes must be an int from 0 on, not {nbytes!r}")
-        write = self._space.reserve(key, size, self._expires(ttl), _number(cost))
+        write = self._space.reserve(key, size, self._ttl(ttl), self._jitter, _number(cost), tags)
         try:
             yield write.view()
         except BaseException:
@@ -116,9 +141,8 @@ class Namespace:
         if seq:
             self._cache.forget_older(self._space.id, [(key, seq)])
 
-    def _expires(self, ttl: float | None) -> int:
-        ttl_ms = self._ttl_ms if ttl is None else parse_duration(ttl)
-        return int(time.time() * 1000) + ttl_ms if ttl_ms else 0
+    def _ttl(self, ttl: float | None) -> int:
+        return self._ttl_ms if ttl is None else parse_duration(ttl)
 
     # ---- Reading
 
@@ -194,6 +218,15 @@ class Namespace:
     def __contains__(self, key: Key) -> bool:
         return self._space.contains(key)
 
+    def keys(self, prefix: Key = b"") -> Iterator[bytes]:
+        """Iterate over the keys that start with `prefix`, in whichever tier they are and in no order.
+
+        It looks through the whole index of the cache, a part at a time: what is stored meanwhile may be among them.
+        """
+        start = _prefix_bytes(prefix)
+        for shard in range(self._cache._shards()):
+            yield from self._space.keys_of(shard, start)
+
     # ---- Removing
 
     def delete(self, key: Key) -> bool:
@@ -203,10 +236,42 @@ class Namespace:
             self._cache.forget_older(self._space.id, [(key, None)])
         return present
 
+    def delete_many(self, keys: Sequence[Key]) -> int:
+        """Remove keys from all tiers; returns how many were there. They do not come back after a restart."""
+        keys = list(keys)
+        present, on_disk = self._space.remove_many(keys)
+        if on_disk:
+            self._cache.forget_older(self._space.id, [(keys[i], None) for i in on_disk])
+        return present
+
+    def delete_prefix(self, prefix: Key) -> int:
+        """Remove all keys that start with `prefix` from all tiers; returns how many were there.
+
+        It takes time in proportion to what the whole cache holds; `delete_tag` and `clear` don't.
+        """
+        start = _prefix_bytes(prefix)
+        if not start:
+            raise InvalidKey("a prefix has a byte at least; clear() removes everything")
+        return self._cache.forget_prefix(self._space, start)
+
+    def delete_tag(self, tag: Key) -> None:
+        """Remove everything that was put with this tag, in all tiers and for everybody, in constant time.
+
+        A tag is kept as one of 65,535 numbers, by its hash: another tag's records may go with it, at that chance.
+        """
+        slot, seq = self._space.remove_tag(tag)
+        self._cache.persist_tag(slot, seq)
+
     def clear(self) -> None:
         """Remove everything in this namespace, in all tiers and for everybody, in constant time."""
         epoch = self._space.clear()
         self._cache.persist_epoch(self._space.id, epoch)
+
+
+def _prefix_bytes(prefix: Key) -> bytes:
+    if not isinstance(prefix, (str, bytes)):
+        raise InvalidKey(f"a prefix of keys is str or bytes, not {type(prefix).__name__}")
+    return prefix.encode() if isinstance(prefix, str) else prefix
 
 
 def _number(cost: Any) -> float:
@@ -248,7 +313,7 @@ class Cache(Namespace):
             raise
         try:
             self._open_below()
-            super().__init__(self, _SpaceOptions("default"), 0)
+            super().__init__(self, _SpaceOptions("default"), 0, 0.0)
         except BaseException:
             self._shut()
             raise
@@ -281,16 +346,21 @@ class Cache(Namespace):
         version: int = 1,
         policy: str = "lru",
         quota: int | str | None = None,
+        guarantee: int | str | None = None,
         ttl: float | None = None,
+        ttl_jitter: float = 0.0,
         immutable: bool = False,
     ) -> Namespace:
         """Open a partition of the cache's keys.
 
         A higher `version` than the last one makes all older records unreachable; a lower one raises VersionConflict.
-        `quota` bounds its bytes in memory. `ttl` is the time to live of its records in seconds. `immutable` promises
-        that a key implies its value, as content digests do: such records are stored once and can be recovered from
-        the disk even when the index is lost. Who has it open already must have the same policy, quota and
-        immutable, or ConfigMismatch is raised.
+        `quota` bounds its bytes in memory, and `guarantee` says how many of them no other namespace takes from it,
+        whatever that stores; at most 3/4 of the memory can be guaranteed. (The exception is a value that finds room
+        enough, but only in pieces too small.) `ttl` is the time to live of its records in seconds; with `ttl_jitter`,
+        0 to 1, each lives up to that part shorter, so that what was stored together doesn't expire together.
+        `immutable` promises that a key implies its value, as content digests do: such records are stored once and can
+        be recovered from the disk even when the index is lost. Who has it open already must have the same policy,
+        quota, guarantee and immutable, or ConfigMismatch is raised.
         """
         if not isinstance(name, str) or not 1 <= len(name.encode()) <= 128:
             raise ConfigError(f"a namespace's name is a str of 1 to 128 bytes, not {name!r}")
@@ -303,9 +373,26 @@ class Cache(Namespace):
         quota_bytes = 0 if quota is None else parse_size(quota, option="quota")
         if quota is not None and quota_bytes == 0:
             raise ConfigError("quota must be more than 0 bytes; None means no limit")
-        ttl_ms = parse_duration(ttl)
+        guaranteed = 0 if guarantee is None else parse_size(guarantee, option="guarantee")
+        if guaranteed > self.options.memory // 4 * 3:
+            raise ConfigError(f"guarantee={guarantee!r} is more than 3/4 of the memory, {self.options.memory:,} bytes")
+        if quota_bytes and guaranteed > quota_bytes:
+            raise ConfigError(f"guarantee={guarantee!r} is more than the quota, {quota!r}")
+        options = _SpaceOptions(name, version, policy, quota_bytes, guaranteed, bool(immutable))
+        ttl_ms, jitter = parse_duration(ttl), parse_jitter(ttl_jitter)
         with self._lock:
-            return Namespace(self, _SpaceOptions(name, version, policy, quota_bytes, bool(immutable)), ttl_ms)
+            return Namespace(self, options, ttl_ms, jitter)
+
+    def holder(self, name: str, *, limit: int | str) -> Holder:
+        """Return the holder of that name, who can keep records in memory, `limit` bytes at most.
+
+        All holders together can keep half of the memory. Who opens one that is there already must have the same limit,
+        or ConfigMismatch is raised.
+        """
+        if not isinstance(name, str) or not 1 <= len(name.encode()) <= 128:
+            raise ConfigError(f"a holder's name is a str of 1 to 128 bytes, not {name!r}")
+        self._check_open()
+        return Holder(self._memory.store, name, parse_size(limit, option="limit"))
 
     def _open_space(self, options: _SpaceOptions) -> _core.Space:
         self._check_open()
@@ -321,13 +408,41 @@ class Cache(Namespace):
     def forget_older(self, ns: int, keys: Sequence[tuple[Key, int | None]]) -> None:
         """Remove what the tier below has of keys that were deleted, or overwritten by a record of that number."""
         if self._below:
+            epoch = self._memory.store.undurable_epoch(ns)
+            if epoch:  # somebody's clear() is not done, and may never be
+                self.persist_epoch(ns, epoch)
             self._below.delete(ns, keys)
             self._memory.store.pay(ns, [key for key, _ in keys])
+
+    def forget_prefix(self, space: _core.Space, prefix: bytes) -> int:
+        """Remove all keys of a namespace that start with `prefix`; returns how many were there."""
+        store = self._memory.store
+        before = store.next_seq()
+        present = 0
+        owed: list[bytes] = []
+        for shard in range(store.shards):
+            keys = space.keys_of(shard, prefix)
+            removed, on_disk = space.remove_many(keys)
+            present += removed
+            owed += [keys[i] for i in on_disk]
+        if self._below:  # also for those that the index has no room for
+            self._below.delete_prefix(space.id, prefix, before)
+            store.pay(space.id, owed)
+        return present
 
     def persist_epoch(self, ns: int, epoch: int) -> None:
         """Make a clear() outlast a restart."""
         if self._below:
             self._below.set_epoch(ns, epoch)
+            self._memory.store.epoch_is_durable(ns, epoch)
+
+    def persist_tag(self, slot: int, seq: int) -> None:
+        """Make a delete_tag() outlast a restart."""
+        if self._below:
+            self._below.remove_tag(slot, seq)
+
+    def _shards(self) -> int:
+        return self._memory.store.shards
 
     # ---- Life
 
@@ -353,6 +468,9 @@ class Cache(Namespace):
             "memory": self._memory.store.stats(),
             "disk": self._below.stats() if self._below else None,
             "namespaces": namespaces,
+            "holders": {
+                name: {"limit": limit, "held_bytes": held} for name, limit, held in self._memory.store.holders()
+            },
         }
 
     def _check_open(self) -> None:

@@ -8,7 +8,7 @@ import msgspec
 
 from kvstrata.errors import ConfigError
 
-__all__ = ["CacheOptions", "parse_duration", "parse_size"]
+__all__ = ["CacheOptions", "parse_duration", "parse_jitter", "parse_size"]
 
 _UNITS = {
     "": 1, "b": 1,
@@ -48,6 +48,13 @@ def parse_duration(seconds: float | None, *, option: str = "ttl") -> int:
     if seconds > 10**10:
         raise ConfigError(f"{option}={seconds!r} is longer than 10**10 seconds; use None for no end")
     return max(1, int(seconds * 1000))
+
+
+def parse_jitter(part: float) -> float:
+    """Return the part of its time to live by which a record's may be shorter, 0 to 1; raises ConfigError."""
+    if isinstance(part, bool) or not isinstance(part, (int, float)) or not 0 <= part <= 1:
+        raise ConfigError(f"ttl_jitter must be a number from 0 to 1, not {part!r}")
+    return float(part)
 
 
 class CacheOptions(msgspec.Struct, frozen=True, kw_only=True):

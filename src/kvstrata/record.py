@@ -18,6 +18,7 @@ __all__ = [
     "LARGE_PAYLOAD",
     "NAMESPACE",
     "PAGE",
+    "TAGGED",
     "UNIT",
     "NamespaceInfo",
     "Record",
@@ -36,6 +37,9 @@ IMMUTABLE = 1
 
 NAMESPACE = 2
 """Flag: the payload describes a namespace."""
+
+TAGGED = 4
+"""Flag: it has tags, which only its row in the catalog tells."""
 
 UNIT = 64
 """Bytes: every record starts at a multiple of this and is a multiple of it long."""

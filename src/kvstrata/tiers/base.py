@@ -46,6 +46,9 @@ class Tier(Protocol):
     def set_epoch(self, ns: int, epoch: int) -> None:
         """Make records of an earlier epoch unreachable, also after a restart, before it returns."""
 
+    def remove_tag(self, slot: int, seq: int) -> None:
+        """Make records with that tag and a lower number unreachable, also after a restart, before it returns."""
+
     def write(self, records: list[DirtyRecord]) -> None:
         """Store records that are pinned in memory, and settle each with the store: durable, or failed."""
 
@@ -58,6 +61,9 @@ class Tier(Protocol):
 
     def delete(self, ns: int, keys: Sequence[tuple[Key, int | None]]) -> None:
         """Forget records, or with a number only those with a lower one, also after a restart, before it returns."""
+
+    def delete_prefix(self, ns: int, prefix: bytes, below: int) -> None:
+        """Forget records whose keys start with `prefix` and whose number is below `below`, like `delete`."""
 
     def stats(self) -> Stats:
         """Return counters, in bytes and numbers of records."""

@@ -176,6 +176,18 @@ class Catalog:
             schema.put_namespace(connection, merged)
         return merged
 
+    # ---- Tags
+
+    def load_tags(self) -> list[tuple[int, int]]:
+        """Return (slot, seq) of each removed tag: records with the tag and a lower number are not there."""
+        with self._reading() as connection:
+            return schema.read_tags(connection)
+
+    def remove_tag(self, slot: int, seq: int) -> None:
+        """Commit that records with this tag and a lower number are not there."""
+        with self._transaction(1, must=True) as connection:
+            schema.put_tag(connection, slot, seq)
+
     # ---- Records
 
     def rows(self, batch: int = 8192) -> Iterator[list[Row]]:
@@ -194,6 +206,8 @@ class Catalog:
                     yield rows
                 if len(rows) < batch:
                     break
+                if rows[-1][1] <= key:
+                    raise CatalogDamaged("its rows are out of order")
                 key = rows[-1][1]
 
     def add(self, rows: Sequence[Row], live: Callable[[], Sequence[bool]]) -> list[bool]:
@@ -217,6 +231,14 @@ class Catalog:
                 deleted += connection.executemany("DELETE FROM records WHERE ns=? AND key=? AND seq<?", part).rowcount
         return deleted
 
+    def delete_prefix(self, ns: int, prefix: bytes, below: int) -> int:
+        """Commit the deletion of rows whose key starts with `prefix`, and whose number is lower than `below`."""
+        condition, bounds = "ns=? AND seq<? AND key>=?", (ns, below, prefix)
+        after = prefix.rstrip(b"\xff")
+        if after:  # the first key that is no more of them
+            return self._delete_where(condition + " AND key<?", (*bounds, after[:-1] + bytes([after[-1] + 1])))
+        return self._delete_where(condition, bounds)
+
     def drop_segment(self, segment: int, *, beyond: int = 0) -> int:
         """Commit the deletion of all rows of `segment` that end after byte `beyond`; returns how many."""
         deleted = self._delete_where("segment=? AND offset+length>?", (segment, beyond))
@@ -236,7 +258,7 @@ class Catalog:
 
     # ---- Inside: transactions
 
-    def _delete_where(self, condition: str, arguments: tuple[int, ...]) -> int:
+    def _delete_where(self, condition: str, arguments: tuple[int | bytes, ...]) -> int:
         deleted = 0
         while True:
             with self._transaction(self.batch_rows, must=True) as connection:
@@ -399,4 +421,6 @@ class Catalog:
             claimed = read_only and os.access(self.path, os.W_OK)
             if schema.describes_surroundings(error) and not in_the_way and not claimed:
                 raise TierUnavailable(f"{self.path}: {error}") from error
+            raise CatalogDamaged(f"{self.path}: {error}") from error
+        except UnicodeDecodeError as error:  # in the message of an error, which quotes what is damaged
             raise CatalogDamaged(f"{self.path}: {error}") from error

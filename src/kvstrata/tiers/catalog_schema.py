@@ -27,16 +27,18 @@ __all__ = [
     "describes_surroundings",
     "growth",
     "put_namespace",
+    "put_tag",
     "read_meta",
     "read_namespaces",
+    "read_tags",
     "settle",
 ]
 
 FORMAT = 1
 LOG_FRAME = PAGE + 24  # bytes of a page in the write-ahead log
 
-Row = tuple[int, bytes, int, int, int, int, int, int, int, int]
-"""ns, key, seq, segment, offset, length, expires, version, epoch, flags: as the native store takes them."""
+Row = tuple[int, bytes, int, int, int, int, int, int, int, int, int]
+"""ns, key, seq, segment, offset, length, expires, version, epoch, flags, tags: as the native store takes them."""
 
 _SCHEMA = {
     "meta": "CREATE TABLE meta(name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID",
@@ -48,17 +50,20 @@ _SCHEMA = {
         "CREATE TABLE records(ns INTEGER NOT NULL, key BLOB NOT NULL, seq INTEGER NOT NULL,"
         " segment INTEGER NOT NULL, offset INTEGER NOT NULL, length INTEGER NOT NULL,"
         " expires INTEGER NOT NULL,"
-        " version INTEGER NOT NULL, epoch INTEGER NOT NULL, flags INTEGER NOT NULL, PRIMARY KEY(ns, key)"
+        " version INTEGER NOT NULL, epoch INTEGER NOT NULL, flags INTEGER NOT NULL, tags INTEGER NOT NULL,"
+        " PRIMARY KEY(ns, key)"
         ") WITHOUT ROWID"
     ),
+    "tags": "CREATE TABLE tags(slot INTEGER PRIMARY KEY, seq INTEGER NOT NULL, crc INTEGER NOT NULL)",
     "records_by_segment": "CREATE INDEX records_by_segment ON records(segment)",
 }
 ANY = (1 << 63) - 1  # above every sequence number
-COLUMNS = "ns, key, seq, segment, offset, length, expires, version, epoch, flags"
+COLUMNS = "ns, key, seq, segment, offset, length, expires, version, epoch, flags, tags"
 UPSERT = (
-    f"INSERT INTO records({COLUMNS}) VALUES(?,?,?,?,?,?,?,?,?,?) ON CONFLICT(ns, key) DO UPDATE SET"
+    f"INSERT INTO records({COLUMNS}) VALUES(?,?,?,?,?,?,?,?,?,?,?) ON CONFLICT(ns, key) DO UPDATE SET"
     " seq=excluded.seq, segment=excluded.segment, offset=excluded.offset, length=excluded.length,"
-    " expires=excluded.expires, version=excluded.version, epoch=excluded.epoch, flags=excluded.flags"
+    " expires=excluded.expires, version=excluded.version, epoch=excluded.epoch, flags=excluded.flags,"
+    " tags=excluded.tags"
     " WHERE excluded.seq >= records.seq"
 )
 # What a row must look like so that the store can take it: damage may have changed types and ranges.
@@ -70,6 +75,7 @@ SOUND = (
     " AND typeof(length)='integer' AND length BETWEEN 128 AND 140737488355328 AND length % 64 = 0"
     " AND typeof(expires)='integer' AND expires BETWEEN 0 AND 9223372036854775806"
     " AND typeof(flags)='integer' AND flags BETWEEN 0 AND 255"
+    " AND typeof(tags)='integer'"
 )
 _SURROUNDINGS = {
     sqlite3.SQLITE_BUSY,
@@ -199,6 +205,29 @@ def put_namespace(connection: sqlite3.Connection, namespace: NamespaceInfo) -> N
     )
 
 
+def read_tags(connection: sqlite3.Connection) -> list[tuple[int, int]]:
+    """Return (slot, seq) of each removed tag; raises CatalogDamaged when a row isn't as it was written."""
+    found = []
+    for slot, seq, crc in connection.execute("SELECT slot, seq, crc FROM tags"):
+        try:
+            intact = _tag_crc(slot, seq) == crc
+        except struct.error:
+            intact = False
+        if not intact:
+            raise CatalogDamaged(f"the row of tag {slot!r} is damaged")
+        found.append((slot, seq))
+    return found
+
+
+def put_tag(connection: sqlite3.Connection, slot: int, seq: int) -> None:
+    """Write the row of a removed tag, unless there is one with a higher number."""
+    connection.execute(
+        "INSERT INTO tags(slot, seq, crc) VALUES(?,?,?) ON CONFLICT(slot) DO UPDATE SET seq=excluded.seq,"
+        " crc=excluded.crc WHERE excluded.seq > tags.seq",
+        (slot, seq, _tag_crc(slot, seq)),
+    )
+
+
 def growth(rows: int, key_bytes: int | None = None) -> int:
     """Return how many bytes a transaction that touches `rows` rows can add to the files.
 
@@ -208,6 +237,10 @@ def growth(rows: int, key_bytes: int | None = None) -> int:
     if key_bytes is None:
         key_bytes = 1024 * rows
     return (3 * rows + key_bytes // 128 + 12) * LOG_FRAME + 32768
+
+
+def _tag_crc(slot: int, seq: int) -> int:
+    return _core.crc32c(struct.pack("<HQ", slot, seq))
 
 
 def _namespace_crc(namespace: NamespaceInfo) -> int:

@@ -146,6 +146,13 @@ class DiskTier:
         if epoch > known.epoch:
             self._raise(NamespaceInfo(ns, known.name, known.version, epoch, known.immutable))
 
+    def remove_tag(self, slot: int, seq: int) -> None:
+        """Make records with that tag and a lower number unreachable, also after a restart.
+
+        Raises TierUnavailable when that can't be made durable.
+        """
+        self._mended(lambda: self._catalog.remove_tag(slot, seq))
+
     # ---- Records
 
     def write(self, records: Sequence[DirtyRecord]) -> None:
@@ -184,6 +191,13 @@ class DiskTier:
         """
         rows = [(key_bytes(key), below) for key, below in keys]
         self._mended(lambda: self._catalog.delete(ns, rows))
+
+    def delete_prefix(self, ns: int, prefix: bytes, below: int) -> None:
+        """Forget the records whose keys start with `prefix`, if their number is below `below`, also after a restart.
+
+        Raises TierUnavailable when that can't be made durable.
+        """
+        self._mended(lambda: self._catalog.delete_prefix(ns, prefix, below))
 
     def stats(self) -> Stats:
         """Return sizes in bytes and the counters of this process; "error <kind>" counts faults."""
@@ -237,6 +251,8 @@ class DiskTier:
         """Tell the store what the catalog knows; drop rows without data, and data without rows."""
         for state in self.namespaces():
             self._store.restore_namespace(*state)
+        for slot, seq in self._catalog.load_tags():
+            self._store.restore_tag(slot, seq)
         self._catalog.drop_stale()
         sizes = {segment.number: segment.size for segment in self._segments.all()}
         ends = dict.fromkeys(sizes, 0)  # bytes up to the last record of each segment
@@ -319,7 +335,7 @@ class DiskTier:
             if epoch > known.epoch or version > known.version:
                 self._raise(NamespaceInfo(ns, known.name, version, epoch, known.immutable))
         rows = [
-            (r.ns, r.key, r.seq, segment, at, r.length, r.expires, r.version, r.epoch, r.flags)
+            (r.ns, r.key, r.seq, segment, at, r.length, r.expires, r.version, r.epoch, r.flags, r.tags)
             for r, at in zip(records, offsets, strict=True)
         ]
         return self._mended(lambda: self._catalog.add(rows, lambda: self._store.still_live(records)))

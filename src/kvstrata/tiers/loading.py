@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvstrata.errors import CorruptRecord, FormatError
-from kvstrata.record import NamespaceInfo, parse_record, payload_of
+from kvstrata.record import TAGGED, NamespaceInfo, parse_record, payload_of
 from kvstrata.tiers.base import Arrived, Key
 from kvstrata.tiers.blockio import SHORT_READ, Read, aligned_buffer
 from kvstrata.tiers.counters import Counters, errno_name
@@ -122,6 +122,8 @@ class Loader:
         info = self._describe(ns)
         if info is None or (record.version, record.epoch) != (info.version, info.epoch):
             return None
+        if record.flags & TAGGED:
+            return None  # only the store knows whether its tags still count
         if 0 < record.expires <= time.time_ns() // 1_000_000:
             return None
         return payload_of(data, record).toreadonly()

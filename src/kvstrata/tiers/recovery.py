@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from kvstrata.errors import CorruptRecord
-from kvstrata.record import IMMUTABLE, NamespaceInfo, parse_descriptor
+from kvstrata.record import IMMUTABLE, TAGGED, NamespaceInfo, parse_descriptor
 
 if TYPE_CHECKING:
     from kvstrata.tiers.catalog import Row
@@ -21,10 +21,10 @@ _BATCH = 4096
 def recovered(segments: SegmentSet, namespaces: dict[int, NamespaceInfo]) -> Iterator[list[Row]]:
     """Yield, in batches, rows of all immutable records that are found, and fill in `namespaces` by number.
 
-    Mutable records don't come back: they could have been deleted or overwritten. Rows of older epochs and
-    versions are among those that do; which are the newest is known at the end. A namespace that is in
-    `namespaces` already keeps its name, and its epoch and version are only raised. What a newer segment says
-    of a number or a name counts against an older one.
+    Mutable records don't come back: they could have been deleted or overwritten; nor do those with tags. Rows of
+    older epochs and versions are among those that do; which are the newest is known at the end. A namespace that
+    is in `namespaces` already keeps its name, and its epoch and version are only raised. What a newer segment
+    says of a number or a name counts against an older one.
     """
     numbers = {info.name: info.id for info in namespaces.values()}
     rows: list[Row] = []
@@ -43,7 +43,11 @@ def recovered(segments: SegmentSet, namespaces: dict[int, NamespaceInfo]) -> Ite
                         numbers[info.name] = info.id
                 continue
             info_of_record = described.get(record.ns)
-            if info_of_record is not None and info_of_record.immutable and record.flags & IMMUTABLE:
+            if (
+                info_of_record is not None
+                and info_of_record.immutable
+                and record.flags & (IMMUTABLE | TAGGED) == IMMUTABLE
+            ):
                 rows.append(
                     (
                         record.ns,
@@ -56,6 +60,7 @@ def recovered(segments: SegmentSet, namespaces: dict[int, NamespaceInfo]) -> Ite
                         record.version,
                         record.epoch,
                         record.flags,
+                        0,
                     )
                 )
                 if len(rows) >= _BATCH:
