@@ -408,7 +408,7 @@ nb::object copy_into(nb::handle value, nb::handle out) {
 }
 
 // Pins what lies in memory; lists what lies below.
-std::pair<std::vector<Pin>, nb::list> acquire_all(Store& store, Space space, const Keys& keys) {
+std::pair<std::vector<Pin>, nb::list> acquire_all(Store& store, Space space, const Keys& keys, bool uses = true) {
     std::vector<Pin> pins(keys.size());
     std::vector<size_t> below;
     {
@@ -416,7 +416,7 @@ std::pair<std::vector<Pin>, nb::list> acquire_all(Store& store, Space space, con
         for (size_t first = 0; first < keys.size(); first += kOrderAhead) {
             const OrderTried order(store, space);
             for (size_t i = first; i < std::min(keys.size(), first + kOrderAhead); ++i)
-                if (store.acquire(space, keys[i], pins[i], nullptr, &order) == Lookup::below) below.push_back(i);
+                if (store.acquire(space, keys[i], pins[i], nullptr, &order, uses) == Lookup::below) below.push_back(i);
         }
     }
     nb::list listed;
@@ -499,10 +499,10 @@ nb::object pin(const SpaceHandle& self, nb::handle key) {
     return pin_object(store, std::move(pin));
 }
 
-nb::tuple pin_many(const SpaceHandle& self, nb::handle keys_object) {
+nb::tuple pin_many(const SpaceHandle& self, nb::handle keys_object, bool uses) {
     const std::shared_ptr<Store> store = self.owner->live();
     const Keys keys(keys_object);
-    auto [pins, below] = acquire_all(*store, self.space, keys);
+    auto [pins, below] = acquire_all(*store, self.space, keys, uses);
     nb::list objects;
     for (Pin& pin : pins) objects.append(pin ? pin_object(store, std::move(pin)) : nb::none());
     return nb::make_tuple(objects, below);
@@ -603,12 +603,13 @@ nb::list keys_of(const SpaceHandle& self, u32 shard, nb::handle prefix_object) {
 }
 
 nb::object reserve(const SpaceHandle& self, nb::handle key_object, u64 size, u64 ttl_ms, float jitter, float cost,
-                   nb::handle tags) {
+                   nb::handle tags, u32 depth) {
     const std::shared_ptr<Store> store = self.owner->live();
+    PutOptions options = put_options(*store, self.space, {ttl_ms, jitter}, cost, tags);
+    options.depth = depth;
     WriteHandle write;
     write.store = store;
-    write.reservation = reserve_or_wait(*store, self.space, key_of(key_object), size,
-                                        put_options(*store, self.space, {ttl_ms, jitter}, cost, tags));
+    write.reservation = reserve_or_wait(*store, self.space, key_of(key_object), size, options);
     return nb::cast(std::move(write));
 }
 
@@ -817,7 +818,7 @@ void bind_store(nb::module_& m) {
         .def("get_into", &get_into, nb::arg("key").none(), nb::arg("out").none())
         .def("get_many", &get_many, nb::arg("keys").none(), nb::arg("out").none() = nb::none())
         .def("pin", &pin, nb::arg("key").none())
-        .def("pin_many", &pin_many, nb::arg("keys").none())
+        .def("pin_many", &pin_many, nb::arg("keys").none(), nb::arg("uses") = true)
         .def("contains", [](const SpaceHandle& s, nb::handle key) { return s.owner->live()->contains(s.space, key_of(key)); },
              nb::arg("key").none())
         .def("contains_prefix", &contains_prefix, nb::arg("keys").none())
@@ -826,7 +827,7 @@ void bind_store(nb::module_& m) {
         .def("put_many", &put_many, nb::arg("keys").none(), nb::arg("values").none(), nb::arg("replaced"),
              nb::arg("ttl_ms") = 0, nb::arg("jitter") = 0.0f, nb::arg("cost") = 1.0f, nb::arg("tags").none() = nb::none())
         .def("reserve", &reserve, nb::arg("key").none(), nb::arg("nbytes"), nb::arg("ttl_ms") = 0, nb::arg("jitter") = 0.0f,
-             nb::arg("cost") = 1.0f, nb::arg("tags").none() = nb::none())
+             nb::arg("cost") = 1.0f, nb::arg("tags").none() = nb::none(), nb::arg("depth") = 0)
         .def("present_immutable", [](const SpaceHandle& s, nb::handle key) {
             return s.owner->live()->present_immutable(s.space, key_of(key));
         }, nb::arg("key").none())

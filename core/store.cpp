@@ -221,7 +221,7 @@ void Store::claim(u32 at, Lease& lease, Pin& pin) {
     pin.entry_ = at;
 }
 
-Lookup Store::acquire(Space wanted, Key key, Pin& pin, Small* small, const OrderTried* order) {
+Lookup Store::acquire(Space wanted, Key key, Pin& pin, Small* small, const OrderTried* order, bool uses) {
     Namespace& ns = space(wanted.id);
     const u32 hash = index_.hash(wanted.id, key);
     std::optional<Lease> waited;  // for a slot, when all were taken
@@ -250,8 +250,10 @@ Lookup Store::acquire(Space wanted, Key key, Pin& pin, Small* small, const Order
                 done = true;
             }
             if (done) {
-                touch(ns, at, order);
-                ++shard.hits;
+                if (uses) {
+                    touch(ns, at, order);
+                    ++shard.hits;
+                }
                 return Lookup::hit;
             }
         }

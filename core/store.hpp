@@ -193,8 +193,8 @@ public:
 
     // ---- Reading. `pin` is empty before, and after unless it was a hit.
     // With `small`, a value for which it has room is copied there instead, under the lock: for so little, that is cheaper
-    // than a pin. With `order`, the hit counts for recency by that lock.
-    Lookup acquire(Space space, Key key, Pin& pin, Small* small = nullptr, const OrderTried* order = nullptr);
+    // than a pin. With `order`, the hit counts for the policy by that lock; without `uses`, it counts for nothing.
+    Lookup acquire(Space space, Key key, Pin& pin, Small* small = nullptr, const OrderTried* order = nullptr, bool uses = true);
     bool contains(Space space, Key key);
     template <class NextKey>  // NextKey: (size_t) -> Key
     size_t contains_prefix(Space space, size_t count, NextKey&& key);

@@ -47,13 +47,14 @@ cache.close()
 @pytest.mark.parametrize("end", ["killed", "dismissed"])
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
 def test_kills_at_random_moments_harm_nobody_else(shm: Path, tmp_path: Path, configuration: str, end: str) -> None:
+    case = 2 * list(CONFIGURATIONS).index(configuration) + (end == "killed")
     for round_number in range(SOAK):
         with Process() as process:
             process.run(
                 CHURN,
                 directory=tmp_path,
                 options=CONFIGURATIONS[configuration],
-                seed=round_number,
+                seed=4 * round_number + case,  # the policies, too
                 kills=40,
                 end=end,
             )

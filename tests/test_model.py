@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_s
 from support.processes import SOAK
 
 import kvstrata
+import kvstrata.policies
 from kvstrata.errors import TierFull, VersionConflict
 
 KEYS = [bytes([65 + i]) * length for i, length in enumerate((1, 2, 31, 32, 33, 200, 1023, 1024))] + [b"A\0"]
@@ -34,6 +35,12 @@ class Variant(NamedTuple):
     openers: int = 1
     loses: bool = False  # it is too small for everything: a record may be gone, and stays gone then
     on_disk: bool = False
+
+    @property
+    def policies(self) -> dict[str, str]:
+        """The policy of each namespace that can have one of its own: with all variants, every policy."""
+        others = [name for name in kvstrata.policies.names() if name not in ("lru", "auto")]
+        return {"another": others[list(VARIANTS.values()).index(self)], "immutable": "auto"}
 
 
 VARIANTS = {
@@ -76,7 +83,12 @@ class Machine(RuleBasedStateMachine):
             {
                 name: cache
                 if name == "default"
-                else cache.namespace(name, version=self.versions[name], immutable=name == "immutable")
+                else cache.namespace(
+                    name,
+                    version=self.versions[name],
+                    policy=self.variant.policies[name],
+                    immutable=name == "immutable",
+                )
                 for name in NAMES
             }
             for cache in self.caches

@@ -24,6 +24,10 @@ ORACLES = {
     "lru": "LRU", "fifo": "FIFO", "lfu": "LFU", "s3-fifo": "S3FIFO", "sieve": "Sieve", "w-tinylfu": "WTinyLFU",
 }  # fmt: skip
 EXACT = ("lru", "fifo")
+# Its sketch confuses keys by their hashes. Where all keys are replaced from time to time, one that is confused with a dead
+# popular one keeps others out for long, so the oracle itself comes out otherwise when keys are renumbered: see below.
+DEPENDS_ON_HASHES = ("w-tinylfu", "churn")
+PAIRS = [(policy, name) for policy in ORACLES for name in SEQUENCES if (policy, name) != DEPENDS_ON_HASHES]
 
 
 def their_hits(policy: str, capacity: int, keys: Numbers) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
@@ -48,10 +52,21 @@ def agree(policy: str, keys: Numbers, parts: tuple[float, ...]) -> None:
             assert abs(ours.mean() - theirs.mean()) <= 0.005, f"{policy} at {capacity}"
 
 
-@pytest.mark.parametrize("name", SEQUENCES)
-@pytest.mark.parametrize("policy", ORACLES)
+@pytest.mark.parametrize(("policy", "name"), PAIRS)
 def test_a_policy_misses_as_often_as_the_oracle(policy: str, name: str) -> None:
     agree(policy, SEQUENCES[name](), (0.02, 0.1, 0.3))
+
+
+def test_where_w_tinylfu_is_not_compared_the_oracle_disagrees_with_itself() -> None:
+    policy, name = DEPENDS_ON_HASHES
+    keys = SEQUENCES[name]()
+    capacity = int(len(np.unique(keys)) * 0.1)
+    factors = (1, 3, 7919, 104_729, 1_299_709)
+    theirs = [their_hits(policy, capacity, keys * factor).mean() for factor in factors]
+    ours = [Simulator(policy, capacity).run(keys * factor).mean() for factor in factors]
+
+    assert max(theirs) - min(theirs) > 0.005
+    assert abs(np.median(ours) - np.median(theirs)) < max(theirs) - min(theirs), (ours, theirs)
 
 
 @pytest.mark.skipif(conversation_file() is None, reason="the real trace isn't here")

@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 import kvstrata
 from kvstrata import KVLayout, Namespace, PrefixCache
-from kvstrata.errors import InvalidValue
+from kvstrata.errors import ConfigMismatch, InvalidValue
 
 BLOCK = 4
 LAYOUT = KVLayout(model="m", dtype="float32", layers=3, kv_heads=2, head_dim=8, block_tokens=BLOCK)
@@ -199,11 +199,15 @@ def test_a_prompt_larger_than_memory_keeps_its_head_and_no_block_behind_a_hole()
         assert cache.stats()["memory"]["pins"] == 0
 
 
-def test_a_prefix_is_evicted_from_its_tail() -> None:
+@pytest.mark.parametrize("policy", ["lru", "auto"])
+@pytest.mark.parametrize("loads", [False, True])
+def test_a_prefix_is_evicted_from_its_tail(policy: str, loads: bool) -> None:
     with kvstrata.open(memory="8MiB") as cache:
-        prefixes = PrefixCache(cache.namespace("kv", immutable=True), BIG)
+        prefixes = PrefixCache(cache.namespace("kv", policy=policy, immutable=True), BIG)
         old, new = list(range(64 * 5)), list(range(7, 7 + 64 * 4))
         prefixes.store(old, kv_of(old, BIG))
+        if loads:
+            assert prefixes.match(old).load().tokens == 64 * 5
         prefixes.store(new, kv_of(new, BIG))
 
         there = [key in prefixes.ns for key in prefixes.keys(old)]
@@ -211,6 +215,49 @@ def test_a_prefix_is_evicted_from_its_tail() -> None:
         assert prefixes.match(new).tokens == 64 * 4
         assert 0 < sum(there) < 5
         assert there == sorted(there, reverse=True)
+
+
+def test_prefixes_opened_for_a_layout_are_immutable_and_under_auto() -> None:
+    with kvstrata.open(memory="8MiB") as cache:
+        prefixes = PrefixCache.open(cache, LAYOUT)
+        assert prefixes.ns.name == LAYOUT.name()
+        with pytest.raises(ConfigMismatch, match="policy"):
+            cache.namespace(LAYOUT.name(), immutable=True)
+        with pytest.raises(ConfigMismatch, match="immutable"):
+            cache.namespace(LAYOUT.name(), policy="auto")
+        assert PrefixCache.open(cache, LAYOUT, name="another").ns.name == "another"
+
+
+def prefix_blocks(cache: kvstrata.Cache) -> tuple[PrefixCache, list[list[int]]]:
+    """Prefixes under auto, and tokens of many that share nothing, of four blocks each."""
+    return PrefixCache.open(cache, BIG), [list(range(1000 * i, 1000 * i + 64 * 4)) for i in range(40)]
+
+
+def test_of_prefixes_that_were_stored_under_auto_none_ever_has_a_hole(shm: Path, tmp_path: Path) -> None:
+    with kvstrata.open(tmp_path, memory="16MiB", disk=0) as cache:
+        prefixes, prompts = prefix_blocks(cache)
+        for number, tokens in enumerate(prompts):
+            prefixes.store(tokens, kv_of(tokens, BIG))
+            prefixes.match(prompts[number // 2]).load()
+            for earlier in prompts[: number + 1]:
+                there = [key in prefixes.ns for key in prefixes.keys(earlier)]
+                assert there == sorted(there, reverse=True)
+
+
+def test_blocks_that_come_up_from_disk_one_by_one_keep_their_places_under_auto(shm: Path, tmp_path: Path) -> None:
+    with kvstrata.open(tmp_path, memory="16MiB", disk="256MiB") as cache:
+        prefixes, prompts = prefix_blocks(cache)
+        old = prompts[0]
+        prefixes.store(old, kv_of(old, BIG))
+        cache.flush()
+        cache.demote()
+        for key in prefixes.keys(old):  # so it is one run only to who knows that they follow each other
+            prefixes.ns.pin(key).release()
+        for tokens in prompts[1:6]:
+            prefixes.store(tokens, kv_of(tokens, BIG))
+            cache.flush()
+            in_memory = [index not in prefixes._pin(prefixes.keys(old))[1] for index in range(4)]
+            assert in_memory == sorted(in_memory, reverse=True)
 
 
 def test_one_array_and_pairs_of_each_layer_are_stored_alike(ns: Namespace) -> None:

@@ -105,7 +105,7 @@ public:
     virtual u64 scratch_for(const PolicyState&, u32 /*records*/) const { return 0; }
     // Empties the order. The scratch memory may hold anything.
     void reset(const Order& order) const;
-    // The order gets other scratch memory, which may hold anything: takes over what is in the old one.
+    // The order gets scratch memory of at least the size of its own, which may hold anything: takes over what is in the old.
     void move(const Order& order, u8* scratch, u64 bytes) const;
 
     static constexpr u32 kSameDepth = ~0u;

@@ -131,7 +131,22 @@ class Namespace:
             size = -1
         if not 0 <= size < 1 << 63:
             raise InvalidValue(f"nbytes must be an int from 0 on, not {nbytes!r}")
-        write = self._space.reserve(key, size, self._ttl(ttl), self._jitter, _number(cost), tags)
+        with self._reserve(key, size, ttl=ttl, cost=cost, tags=tags) as view:
+            yield view
+
+    @contextmanager
+    def _reserve(
+        self,
+        key: Key,
+        size: int,
+        *,
+        ttl: float | None = None,
+        cost: float | None = None,
+        tags: Sequence[Key] | None = None,
+        depth: int = 0,
+    ) -> Iterator[memoryview]:
+        """As `reserve`, for the value at that place in a prefix, from 1 on; 0: in none."""
+        write = self._space.reserve(key, size, self._ttl(ttl), self._jitter, _number(cost), tags, depth)
         try:
             yield write.view()
         except BaseException:

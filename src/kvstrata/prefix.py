@@ -18,7 +18,7 @@ from kvstrata.keys import KVLayout, prefix_keys
 
 if TYPE_CHECKING:
     from kvstrata._core import Pin
-    from kvstrata.cache import Namespace
+    from kvstrata.cache import Cache, Namespace
 
 __all__ = ["KVLayout", "LoadedKV", "Match", "PrefixCache"]
 
@@ -56,21 +56,33 @@ class LoadedKV:
 
 
 class PrefixCache:
-    """The cached prefixes of one model and layout, in the namespace `ns` (make it immutable=True).
+    """The cached prefixes of one model and layout, in a namespace of the caller's: see `open` for one made for it.
 
-    Thread-safe. `threads` copy a load (default: up to 4, as many as this process may use).
+    `ns` should be immutable=True and have policy="auto". Thread-safe. `threads` copy a load (default: up to 4, as many
+    as this process may use).
     """
 
     def __init__(self, ns: Namespace, layout: KVLayout, *, threads: int | None = None) -> None:
         self.ns = ns
         self.layout = layout
         self._seed = layout.seed()
+        # "auto" takes blocks that come head to tail for one use of a prefix. All others evict sooner what came sooner.
+        self._head_first = ns._options.policy == "auto"
         self._copier = _Copier(threads or min(4, len(os.sched_getaffinity(0))))
         self._lock = threading.Lock()
         self._stats = dict.fromkeys(
             ("matches", "matched_tokens", "loads", "loaded_tokens", "loaded_bytes",
              "short_loads", "load_errors", "stored_blocks", "stored_bytes", "stores_cut_short"), 0
         )  # fmt: skip
+
+    @classmethod
+    def open(cls, cache: Cache, layout: KVLayout, *, name: str | None = None, threads: int | None = None) -> PrefixCache:
+        """Open the prefixes of a layout in an immutable namespace under the policy "auto".
+
+        It is called `name`, by default what the layout is called. Raises ConfigMismatch where somebody has a namespace
+        of that name open with other options.
+        """
+        return cls(cache.namespace(name or layout.name(), policy="auto", immutable=True), layout, threads=threads)
 
     def keys(self, tokens: Tokens) -> list[bytes]:
         """Return the key of each full block of `tokens`; raises InvalidValue for bad tokens."""
@@ -99,20 +111,21 @@ class PrefixCache:
         if length != count:
             raise InvalidValue(f"kv holds {length} tokens, but {count} tokens were given")
         present = self.ns.contains_prefix(keys)
-        # In a cache of memory alone, a long prompt must not push out its own head.
-        held = None if self.ns._cache.options.disk else self._pin(keys[:present])[0]
+        # In a cache of memory alone, a long prompt must not push out its own head. What is pinned for that isn't used.
+        held = None if self.ns._cache.options.disk else self.ns._space.pin_many(keys[:present], uses=False)[0]
         stored = 0
         try:
             for index in range(present, len(keys)):
-                stored += self._store_block(keys[index], layers, index * self.layout.block_tokens)
+                stored += self._store_block(keys[index], layers, index)
                 if held is not None:
-                    held += self._pin(keys[index : index + 1])[0]
+                    held += self.ns._space.pin_many(keys[index : index + 1], uses=False)[0]
         except TierFull:
             self._count(stores_cut_short=1)
         finally:
             _release(held or ())
-            for key in reversed(keys):  # most recently used is the head, so that a prefix is evicted from its tail
-                self.ns._space.present_immutable(key)
+            if not self._head_first:
+                for key in reversed(keys):  # most recently used is the head, so that a prefix is evicted from its tail
+                    self.ns._space.present_immutable(key)
             self._count(stored_blocks=stored, stored_bytes=stored * self.layout.block_bytes)
         return stored
 
@@ -121,12 +134,12 @@ class PrefixCache:
         with self._lock:
             return dict(self._stats)
 
-    def _store_block(self, key: bytes, layers: Sequence[tuple[Words, Words]], start: int) -> bool:
+    def _store_block(self, key: bytes, layers: Sequence[tuple[Words, Words]], index: int) -> bool:
         """Write one block straight into the arena; False when it was there already, behind a hole."""
         if key in self.ns:
             return False
-        with self.ns.reserve(key, self.layout.block_bytes) as buffer:
-            self._fill(buffer, layers, start)
+        with self.ns._reserve(key, self.layout.block_bytes, depth=index + 1) as buffer:
+            self._fill(buffer, layers, index * self.layout.block_tokens)
         return True
 
     def _fill(self, buffer: memoryview, layers: Sequence[tuple[Words, Words]], start: int) -> None:
@@ -199,10 +212,12 @@ class PrefixCache:
         return (first + index) * self.layout.block_tokens, block
 
     def _pin(self, keys: Sequence[bytes]) -> tuple[list[Pin | None], list[int]]:
-        """Pin the blocks that are in memory, the head last: so it is the last to be evicted.
+        """Pin the blocks that are in memory, in the order in which the policy evicts the head last.
 
         Returns a pin or None for each key, and the indices of those that lie below memory only.
         """
+        if self._head_first:
+            return self.ns._space.pin_many(keys)
         pins, below = self.ns._space.pin_many(keys[::-1])
         return pins[::-1], sorted(len(keys) - 1 - index for index in below)
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import kvstrata
+import kvstrata.policies
 from kvstrata.errors import TierFull
 from support.processes import HANG_LIMIT_S
 from support.values import SMALLEST, make_value, serial_of
@@ -30,6 +31,12 @@ SIZES = [SMALLEST, 100, 1000, 4000, 5000, 20_000, 70_000, 200_000]
 _DELETES = 1 << 63  # in a number: it was a deletion
 
 Options = dict[str, Any]
+
+
+def namespace_of(cache: kvstrata.Cache, writer: int, seed: int) -> kvstrata.Namespace:
+    """Open a writer's namespace; its policy differs with the seed, so that kills and repairs happen under each."""
+    names = kvstrata.policies.names()
+    return cache.namespace(f"of writer {writer}", policy=names[(2 * seed + writer + 1) % len(names)])
 
 
 def key_name(writer: int, key: int) -> bytes:
@@ -83,7 +90,7 @@ class Journal:
 class Worker:
     """What one forked process does, until it is killed or told to stop."""
 
-    def __init__(self, number: int, writers: int, directory: Path, options: Options, seed: int) -> None:
+    def __init__(self, number: int, writers: int, directory: Path, options: Options, policies: int, seed: int) -> None:
         self.number = number  # that of a writer, or higher: a reader
         self.writers = writers
         self.random = random.Random(seed)
@@ -91,7 +98,7 @@ class Worker:
         signal.signal(signal.SIGTERM, self.stop)
         self.journal = Journal(directory / "journal", writers)
         self.cache = kvstrata.open(directory / "cache", **options)
-        self.namespaces = [self.cache.namespace(f"of writer {i}") for i in range(writers)]
+        self.namespaces = [namespace_of(self.cache, i, policies) for i in range(writers)]
         self.pins: list[tuple[Any, memoryview, bytes]] = []
         self.count = self.journal.last(number) if number < writers else 0
 
@@ -178,6 +185,7 @@ class Boss:
         self.directory = directory
         self.options = options
         self.writers = writers
+        self.seed = seed
         self.random = random.Random(seed)
         self.workers: dict[int, int] = {}  # number of the worker -> pid
         directory.mkdir(exist_ok=True)
@@ -196,7 +204,7 @@ class Boss:
             return
         status = 3
         try:
-            worker = Worker(number, self.writers, self.directory, self.options, seed)
+            worker = Worker(number, self.writers, self.directory, self.options, self.seed, seed)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
             if failpoint:
                 os.environ["KVSTRATA_FAILPOINT"] = failpoint
@@ -243,7 +251,7 @@ class Boss:
         found = 0
         with kvstrata.open(self.directory / "cache", **self.options) as cache:
             for writer in range(self.writers):
-                ns = cache.namespace(f"of writer {writer}")
+                ns = namespace_of(cache, writer, self.seed)
                 cleared = self.journal.done(writer, None)
                 for key in range(KEYS):
                     value = ns.get(key_name(writer, key))
