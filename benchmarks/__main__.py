@@ -21,6 +21,7 @@ from benchmarks.table import Row, machine, show, write_markdown
 # In the order of the table. Imported when asked for: the last one needs torch and transformers.
 PARTS = {
     "memory": "benchmarks.own.memory",
+    "policies": "benchmarks.own.policies",
     "peers": "benchmarks.own.peers",
     "disk": "benchmarks.own.disk",
     "ttft": "benchmarks.own.ttft",

@@ -76,7 +76,9 @@ class PrefixCache:
         )  # fmt: skip
 
     @classmethod
-    def open(cls, cache: Cache, layout: KVLayout, *, name: str | None = None, threads: int | None = None) -> PrefixCache:
+    def open(
+        cls, cache: Cache, layout: KVLayout, *, name: str | None = None, threads: int | None = None
+    ) -> PrefixCache:
         """Open the prefixes of a layout in an immutable namespace under the policy "auto".
 
         It is called `name`, by default what the layout is called. Raises ConfigMismatch where somebody has a namespace

@@ -7,7 +7,7 @@ import json
 import os
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -47,7 +47,7 @@ class Trace(NamedTuple):
         return float((missed == np.repeat(before, np.diff([*starts, len(hits)]))).mean())
 
 
-def plain(keys: npt.NDArray[np.integer]) -> Trace:  # type: ignore[type-arg]
+def plain(keys: npt.NDArray[np.integer[Any]]) -> Trace:
     """A trace without prefixes."""
     return Trace(keys.astype(np.int64), np.zeros(len(keys), np.int64))
 

@@ -296,7 +296,9 @@ class PrefixReuse:
         limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         tokens = self._buffer_bytes // layout.token_bytes
         self._layout = layout
-        self._prefixes = PrefixCache(source, layout) if isinstance(source, Namespace) else PrefixCache.open(source, layout)
+        self._prefixes = (
+            PrefixCache(source, layout) if isinstance(source, Namespace) else PrefixCache.open(source, layout)
+        )
         self._pool = BufferPool(layout, self.model.device, min(tokens, limit or tokens))
 
     def _count(self, **amounts: int) -> None:
