@@ -169,7 +169,7 @@ Pin Store::commit_load(Loading& loading) {
                 loaded = true;
             }
             claim(at, lease, pin);
-            ++index_.shard(Index::shard_of(hash)).hits;
+            clients_.mine().hits.fetch_add(1, std::memory_order_relaxed);
         }
     }
     if (loaded) {

@@ -19,7 +19,6 @@ namespace kvstrata {
 namespace {
 
 constexpr size_t kSmallValue = 4096;  // bytes; up to here a copy costs less than a pin
-constexpr size_t kOrderAhead = 64;    // lookups for which the policy's lock is held, if it could be had
 
 nb::object* below_marker = nullptr;  // what lookups return for a record that lies below only
 
@@ -356,12 +355,17 @@ PutOptions put_options(const Store& store, const Space& space, const TimeToLive&
 
 // ---- Verbs ----------------------------------------------------------------------------------------
 
+Lookup acquire_one(Store& store, Space space, nb::handle key, Pin& pin, Small* small = nullptr) {
+    Uses uses(store, space);
+    return store.acquire(space, key_of(key), pin, small, &uses);
+}
+
 nb::object get(const SpaceHandle& self, nb::handle key) {
     const std::shared_ptr<Store>& store = self.owner->live();
     Pin pin;
     u8 room[kSmallValue];
     Small small{room, sizeof room};
-    switch (store->acquire(self.space, key_of(key), pin, &small)) {
+    switch (acquire_one(*store, self.space, key, pin, &small)) {
         case Lookup::miss: return nb::none();
         case Lookup::below: return *below_marker;
         case Lookup::hit: break;
@@ -383,7 +387,7 @@ nb::object get(const SpaceHandle& self, nb::handle key) {
 nb::object get_into(const SpaceHandle& self, nb::handle key, nb::handle out) {
     const std::shared_ptr<Store> store = self.owner->live();
     Pin pin;
-    switch (store->acquire(self.space, key_of(key), pin)) {
+    switch (acquire_one(*store, self.space, key, pin)) {
         case Lookup::miss: return nb::none();
         case Lookup::below: return *below_marker;
         case Lookup::hit: break;
@@ -413,10 +417,10 @@ std::pair<std::vector<Pin>, nb::list> acquire_all(Store& store, Space space, con
     std::vector<size_t> below;
     {
         const nb::gil_scoped_release free;
-        for (size_t first = 0; first < keys.size(); first += kOrderAhead) {
-            const OrderTried order(store, space);
-            for (size_t i = first; i < std::min(keys.size(), first + kOrderAhead); ++i)
-                if (store.acquire(space, keys[i], pins[i], nullptr, &order, uses) == Lookup::below) below.push_back(i);
+        for (size_t first = 0; first < keys.size(); first += Uses::kMost) {
+            Uses counted(store, space);
+            for (size_t i = first; i < std::min(keys.size(), first + Uses::kMost); ++i)
+                if (store.acquire(space, keys[i], pins[i], nullptr, uses ? &counted : nullptr) == Lookup::below) below.push_back(i);
         }
     }
     nb::list listed;
@@ -435,7 +439,8 @@ nb::tuple get_many(const SpaceHandle& self, nb::handle keys_object, nb::handle o
     };
     constexpr size_t kBatch = 1024;  // pins held at once
     if (!outs.is_none() && nb::len(outs) != keys.size()) throw InvalidValue("out needs one buffer per key");
-    std::vector<u8> room;  // for the small values of a batch, one after the other
+    size_t room_size = 0;
+    std::unique_ptr<u8[]> room;  // for the small values of a batch, one after the other
     for (size_t start = 0; start < keys.size(); start += kBatch) {
         const size_t count = std::min(kBatch, keys.size() - start);
         std::vector<Pin> pins(count);
@@ -443,13 +448,16 @@ nb::tuple get_many(const SpaceHandle& self, nb::handle keys_object, nb::handle o
         std::vector<std::pair<size_t, size_t>> small(count);  // where in `room`, and how much
         {
             const nb::gil_scoped_release free;
-            room.resize(std::max(room.size(), count * 1536 + kSmallValue));
+            if (count * 1536 + kSmallValue > room_size) {
+                room_size = count * 1536 + kSmallValue;
+                room.reset(new u8[room_size]);
+            }
             size_t used = 0;
-            for (size_t first = 0; first < count; first += kOrderAhead) {
-                const OrderTried order(*store, self.space);
-                for (size_t i = first; i < std::min(count, first + kOrderAhead); ++i) {
-                    Small target{room.data() + used, std::min(kSmallValue, room.size() - used)};
-                    found[i] = store->acquire(self.space, keys[start + i], pins[i], &target, &order);
+            for (size_t first = 0; first < count; first += Uses::kMost) {
+                Uses uses(*store, self.space);
+                for (size_t i = first; i < std::min(count, first + Uses::kMost); ++i) {
+                    Small target{room.get() + used, std::min(kSmallValue, room_size - used)};
+                    found[i] = store->acquire(self.space, keys[start + i], pins[i], &target, &uses);
                     small[i] = {used, target.size};
                     used += target.size;
                 }
@@ -465,7 +473,7 @@ nb::tuple get_many(const SpaceHandle& self, nb::handle keys_object, nb::handle o
                 continue;
             }
             const size_t size = pins[i] ? pins[i].size() : small[i].second;
-            const u8* const from = pins[i] ? pins[i].value() : room.data() + small[i].first;
+            const u8* const from = pins[i] ? pins[i].value() : room.get() + small[i].first;
             if (!outs.is_none()) {
                 const nb::object out = outs[start + i];
                 targets.emplace_back(out, size);
@@ -491,7 +499,7 @@ nb::tuple get_many(const SpaceHandle& self, nb::handle keys_object, nb::handle o
 nb::object pin(const SpaceHandle& self, nb::handle key) {
     const std::shared_ptr<Store>& store = self.owner->live();
     Pin pin;
-    switch (store->acquire(self.space, key_of(key), pin)) {
+    switch (acquire_one(*store, self.space, key, pin)) {
         case Lookup::miss: return nb::none();
         case Lookup::below: return *below_marker;
         case Lookup::hit: break;

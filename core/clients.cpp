@@ -73,7 +73,13 @@ void Clients::claim(u32 slot) {
     client.used.store(1);
 }
 
+void Clients::settle_counts(Client& client) {
+    region_.header().past_hits.fetch_add(client.hits.exchange(0));
+    region_.header().past_misses.fetch_add(client.misses.exchange(0));
+}
+
 void Clients::detach() {
+    settle_counts(mine());
     mine().used.store(0);
     region_.drop_client_lock(self_);
     self_ = ~0u;

@@ -56,6 +56,7 @@ public:
     // Takes a slot. Called under the admin lock, when the slots of the dead are empty as far as that could be done.
     void attach();
     void detach();
+    void settle_counts(Client& client);  // of one that ends
     void forget() { self_ = ~0u; }  // in a forked child: the slot is the parent's
 
     u32 self() const { return self_; }

@@ -271,9 +271,11 @@ bool Store::wait_for_progress(double seconds) {
 Block Store::take_block(u32 units, Space wanted, bool may_wait) {
     const Namespace& ns = space(wanted.id);
     const u64 bytes = u64{units} * kUnit;
-    const auto give_up = std::chrono::steady_clock::now() + std::chrono::duration<double>(kPatience);
+    std::optional<std::chrono::steady_clock::time_point> since;
     auto wait = [&] {
-        if (std::chrono::steady_clock::now() >= give_up) return false;
+        const auto now = std::chrono::steady_clock::now();
+        if (!since) since = now;
+        if (now - *since >= std::chrono::duration<double>(kPatience)) return false;
         if (clients_.mine().dirty_bytes.load())
             wait_for_progress(0.5);
         else

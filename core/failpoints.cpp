@@ -20,7 +20,7 @@ void reach_failpoint(const char* name) {
     long unset = kUnset;
     countdown.compare_exchange_strong(unset, colon ? std::atol(colon + 1) : 0);
     if (countdown.fetch_sub(1) == 0) {
-        kill(getpid(), stop ? SIGSTOP : SIGKILL);
+        raise(stop ? SIGSTOP : SIGKILL);  // to this thread, which then does nothing more
         if (!stop) pause();
     }
 }

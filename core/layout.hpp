@@ -96,7 +96,7 @@ struct alignas(64) Shard {
     u32 backed;         // buckets whose memory is allocated
     u32 count;          // live entries
     u32 free_entries;   // head of the free list
-    u64 hits, misses, puts, deletes, evictions, expired, demotions;
+    u64 puts, deletes, evictions, expired, demotions;
     u64 held[kHolders]; // bytes of records that a holder wants to stay
     Timers timers;
 };
@@ -163,6 +163,7 @@ struct alignas(64) Client {
     std::atomic<u32> used;
     u32 pid;  // for people to read
     std::atomic<u64> dirty_bytes;
+    std::atomic<u64> hits, misses;
     InFlight in_flight[kInFlight];
     std::atomic<u32> pins[kPins];  // entries
 };
@@ -222,6 +223,7 @@ struct alignas(64) Header {
     std::atomic<u32> tick;      // accesses, for recency
     std::atomic<u32> chunks;    // entry chunks handed out (under the allocator's lock)
     std::atomic<u64> entries_backed;  // bytes of the entries region that are allocated (same lock)
+    std::atomic<u64> past_hits, past_misses;  // of clients that are gone
     std::atomic<u64> corrupt, loads, load_bytes, reaped_clients, reaped_pins, reaped_blocks, rebuilt_shards,
         rebuilt_policies, rebuilt_allocators;
     std::atomic<u32> namespaces;  // one more than the highest number in use

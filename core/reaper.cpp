@@ -36,6 +36,7 @@ void Store::reap_client(u32 slot) {
     }
     sweep(slot);
     dead.dirty_bytes.store(0);
+    clients_.settle_counts(dead);
     dead.used.store(0);
 }
 
@@ -83,8 +84,6 @@ StoreStats Store::stats() {
     for (u32 number = 0; number < kShards; ++number) {
         const RobustLock held = index_.lock(number);
         const Shard& shard = index_.shard(number);
-        stats.hits += shard.hits;
-        stats.misses += shard.misses;
         stats.puts += shard.puts;
         stats.deletes += shard.deletes;
         stats.evictions += shard.evictions;
@@ -105,9 +104,13 @@ StoreStats Store::stats() {
     stats.rebuilt_allocators = header_.rebuilt_allocators.load();
     stats.pins = clients_.pins.in_use();
     stats.reservations = clients_.arrivals.in_use();
+    stats.hits = header_.past_hits.load();
+    stats.misses = header_.past_misses.load();
     for (u32 slot = 0; slot < kMaxClients; ++slot) {
         if (!clients_[slot].used.load()) continue;
         ++stats.clients;
+        stats.hits += clients_[slot].hits.load();
+        stats.misses += clients_[slot].misses.load();
         stats.dirty_bytes += clients_[slot].dirty_bytes.load();
     }
     stats.memory = allocator_.usage();

@@ -187,105 +187,6 @@ u32 Store::epoch(Space wanted) const { return space(wanted.id).epoch.load(); }
 
 std::pair<u64, u64> Store::usage(u32 id) const { return {space(id).records.load(), space(id).bytes.load()}; }
 
-// ---- Reading ------------------------------------------------------------------------------------
-
-bool Store::current(const Entry& entry, const Namespace& ns) const {
-    return entry.epoch == ns.epoch.load(std::memory_order_relaxed) && (!entry.expires || now_ms() < entry.expires) &&
-           (!entry.tags[0] || !any_removed(entry.tags, entry.seq));
-}
-
-OrderTried::OrderTried(Store& store, Space space)
-    : ns_(store.space(space.id)), result_(ns_.mutex.try_lock()) {}
-
-OrderTried::~OrderTried() {
-    if (result_ != RobustMutex::Result::busy) ns_.mutex.unlock();  // who waits for it next repairs it, if need be
-}
-
-// Tells the policy of a hit, unless somebody else is changing the order right now. The entry's shard is locked.
-void Store::touch(Namespace& ns, u32 at, const OrderTried* order) {
-    std::optional<OrderTried> own;
-    if (!order) order = &own.emplace(*this, Space{index_.entry(at).ns, 0});
-    if (order->result_ != RobustMutex::Result::locked) return;
-    index_.nodes()[at].stamp = header_.tick.fetch_add(1, std::memory_order_relaxed);
-    policy_of(ns).hit(order_of(ns), at);
-}
-
-// Pins the entry, whose shard is locked. `pin` was empty.
-void Store::claim(u32 at, Lease& lease, Pin& pin) {
-    clients_.mine().pins[lease.slot()].store(at, std::memory_order_relaxed);
-    KVSTRATA_COMMIT("store.pin");
-    ++index_.entry(at).pins;
-    lease.keep();
-    pin.store_ = this;
-    pin.slot_ = lease.slot();
-    pin.entry_ = at;
-}
-
-Lookup Store::acquire(Space wanted, Key key, Pin& pin, Small* small, const OrderTried* order, bool uses) {
-    Namespace& ns = space(wanted.id);
-    const u32 hash = index_.hash(wanted.id, key);
-    std::optional<Lease> waited;  // for a slot, when all were taken
-    for (;;) {
-        {
-            const RobustLock held = index_.lock(Index::shard_of(hash));
-            Shard& shard = index_.shard(Index::shard_of(hash));
-            const u32 at = index_.find(hash, wanted.id, key);
-            if (!at || wanted.version != ns.version.load(std::memory_order_relaxed) || !current(index_.entry(at), ns)) {
-                ++shard.misses;
-                return Lookup::miss;
-            }
-            if (!index_.entry(at).memory) return Lookup::below;
-            const u8* const record = region_->data() + u64{index_.entry(at).memory} * kUnit;
-            const auto& header = *reinterpret_cast<const RecordHeader*>(record);
-            bool done = small && header.stored_len <= small->room;
-            if (done) {
-                small->size = header.stored_len;
-                std::memcpy(small->to, record + header.payload_offset, small->size);
-            } else if (waited) {
-                claim(at, *waited, pin);
-                done = true;
-            } else if (const auto slot = clients_.pins.try_take()) {
-                Lease lease(clients_.pins, *slot);
-                claim(at, lease, pin);
-                done = true;
-            }
-            if (done) {
-                if (uses) {
-                    touch(ns, at, order);
-                    ++shard.hits;
-                }
-                return Lookup::hit;
-            }
-        }
-        waited.emplace(clients_.pins);
-    }
-}
-
-void Store::unpin(u32 slot, u32 at) noexcept {
-    if (clients_.self() == ~0u) return;  // a forked child: the pin is the parent's
-    try {
-        const RobustLock held = index_.lock(index_.shard_holding(at));
-        Entry& entry = index_.entry(at);
-        clients_.mine().pins[slot].store(kNone, std::memory_order_relaxed);
-        KVSTRATA_COMMIT("store.unpin");
-        if (--entry.pins == 0 && entry.state == EntryState::zombie) bury(at);
-    } catch (...) {
-        return;  // the lock can't be had: the pin stays until this process ends
-    }
-    clients_.pins.give_back(slot);
-}
-
-Pin::~Pin() {
-    if (store_) store_->unpin(slot_, entry_);
-}
-
-const u8* Pin::record() const { return store_->region_->view() + u64{store_->index_.entry(entry_).memory} * kUnit; }
-u64 Pin::record_size() const { return u64{store_->index_.entry(entry_).units} * kUnit; }
-
-bool Store::contains(Space wanted, Key key) {
-    return contains_prefix(wanted, 1, [&](size_t) { return key; }) == 1;
-}
-
 // ---- Writing ------------------------------------------------------------------------------------
 
 Block::~Block() {
@@ -421,17 +322,6 @@ Published Store::publish(Reservation& reservation, Pin* keep) {
         enqueue_dirty({at, static_cast<u32>(length / kUnit), header.seq});
     }
     return result;
-}
-
-bool Store::present_immutable(Space wanted, Key key) {
-    Namespace& ns = space(wanted.id);
-    if (!ns.immutable || wanted.version != ns.version.load()) return false;
-    const u32 hash = index_.hash(wanted.id, key);
-    const RobustLock held = index_.lock(Index::shard_of(hash));
-    const u32 at = index_.find(hash, wanted.id, key);
-    if (!at || !current(index_.entry(at), ns)) return false;
-    if (index_.entry(at).memory) touch(ns, at);
-    return true;
 }
 
 // ---- References ---------------------------------------------------------------------------------

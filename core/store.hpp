@@ -16,7 +16,6 @@
 
 namespace kvstrata {
 
-class OrderTried;
 class Store;
 
 // A namespace as somebody has it open: once the namespace has moved on to another version, it holds nothing for them.
@@ -69,6 +68,33 @@ private:
     Store* store_ = nullptr;  // outlives its pins: whoever keeps a pin keeps the store
     u32 slot_ = 0;
     u32 entry_ = kNone;
+};
+
+// What a few lookups have found. The policy is told of it at the end, all at once, if its lock can be had without waiting: it is
+// not locked meanwhile, and without it, these uses don't count for recency. At most kMost lookups.
+class Uses {
+public:
+    static constexpr u32 kMost = 64;
+    Uses(Store& store, Space space) : store_(store), space_(space) {}
+    ~Uses() { tell(); }
+    Uses(const Uses&) = delete;
+    Uses& operator=(const Uses&) = delete;
+
+private:
+    friend class Store;
+    struct Hit {
+        u32 entry;
+        u64 seq;
+    };
+    void add(const Hit& hit) {
+        if (hit_count_ < kMost) hits_[hit_count_++] = hit;
+    }
+    void tell();
+
+    Store& store_;
+    Space space_;
+    u32 hit_count_ = 0, misses_ = 0;
+    Hit hits_[kMost];
 };
 
 // A block that is being filled. Freed again unless it is published.
@@ -193,8 +219,8 @@ public:
 
     // ---- Reading. `pin` is empty before, and after unless it was a hit.
     // With `small`, a value for which it has room is copied there instead, under the lock: for so little, that is cheaper
-    // than a pin. With `order`, the hit counts for the policy by that lock; without `uses`, it counts for nothing.
-    Lookup acquire(Space space, Key key, Pin& pin, Small* small = nullptr, const OrderTried* order = nullptr, bool uses = true);
+    // than a pin. Without `uses`, it counts for nothing.
+    Lookup acquire(Space space, Key key, Pin& pin, Small* small, Uses* uses);
     bool contains(Space space, Key key);
     template <class NextKey>  // NextKey: (size_t) -> Key
     size_t contains_prefix(Space space, size_t count, NextKey&& key);
@@ -265,7 +291,7 @@ public:
 private:
     friend class Pin;
     friend class Block;
-    friend class OrderTried;
+    friend class Uses;
     explicit Store(std::unique_ptr<Region> region);
     static std::shared_ptr<Store> start(std::unique_ptr<Region> region, bool fresh);
     void attach();
@@ -288,7 +314,8 @@ private:
     Holder& holder(u8 number) const { return reinterpret_cast<Holder*>(region_->at(header_.holders_at))[number]; }
     std::atomic<u64>& tag(u16 slot) const { return reinterpret_cast<std::atomic<u64>*>(region_->at(header_.tags_at))[slot]; }
     void raise_tag(const TagState& state);
-    void touch(Namespace& ns, u32 at, const OrderTried* order = nullptr);
+    void tell(Uses& uses);
+    bool in_order(u32 id, const Uses::Hit& hit) const;
     void claim(u32 at, Lease& lease, Pin& pin);
     void unpin(u32 slot, u32 at) noexcept;
 
@@ -341,21 +368,6 @@ private:
     std::deque<Waiting> dirty_;  // oldest first
     u64 settled_ = 0;            // how many
     bool woken_ = false;
-};
-
-// The policy's lock of a namespace for the time of a few lookups, if it could be had at once. Without it, their hits
-// don't count for recency.
-class OrderTried {
-public:
-    OrderTried(Store& store, Space space);
-    ~OrderTried();
-    OrderTried(const OrderTried&) = delete;
-    OrderTried& operator=(const OrderTried&) = delete;
-
-private:
-    friend class Store;
-    Namespace& ns_;
-    RobustMutex::Result result_;
 };
 
 template <class NextKey>

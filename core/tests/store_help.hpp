@@ -18,7 +18,8 @@ inline Published put(Store& store, Space space, const std::string& key, const st
 
 inline std::string get(Store& store, Space space, const std::string& key, const std::string& absent = "(absent)") {
     Pin pin;
-    if (store.acquire(space, bytes_of(key), pin) != Lookup::hit) return absent;
+    Uses uses(store, space);
+    if (store.acquire(space, bytes_of(key), pin, nullptr, &uses) != Lookup::hit) return absent;
     return {reinterpret_cast<const char*>(pin.value()), pin.size()};
 }
 

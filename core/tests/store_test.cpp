@@ -90,7 +90,7 @@ TEST(a_pinned_record_stays_through_overwriting_removal_and_pressure) {
     put(*store, space, "a", std::string(300 << 10, 'a'));
     {
         Pin pin;
-        CHECK(store->acquire(space, bytes_of("a"), pin) == Lookup::hit);
+        CHECK(store->acquire(space, bytes_of("a"), pin, nullptr, nullptr) == Lookup::hit);
         put(*store, space, "a", std::string(300 << 10, 'b'));
         store->remove(space, bytes_of("a"));
         for (int i = 0; i < 20; ++i) put(*store, space, std::to_string(i), std::string(200 << 10, 'c'));
@@ -107,7 +107,7 @@ TEST(when_all_is_pinned_a_put_is_refused_with_figures) {
     Pin pins[3];
     for (int i = 0; i < 3; ++i) {
         put(*store, space, std::to_string(i), std::string(300 << 10, 'a'));
-        CHECK(store->acquire(space, bytes_of(std::to_string(i)), pins[i]) == Lookup::hit);
+        CHECK(store->acquire(space, bytes_of(std::to_string(i)), pins[i], nullptr, nullptr) == Lookup::hit);
     }
     CHECK_THROWS(TierFull, put(*store, space, "more", std::string(300 << 10, 'a')));
     CHECK_THROWS(TierFull, put(*store, space, "huge", std::string(3 << 20, 'a')));
