@@ -210,7 +210,7 @@ bool Store::insert_disk(const DiskRow& row) {
         return false;
     }
     Entry& entry = index_.entry(at);
-    entry.seq = row.seq;
+    index_.set_seq(at, row.seq);
     entry.expires = row.expires;
     entry.hash = hash;
     entry.memory = entry.pins = 0;

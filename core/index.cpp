@@ -9,6 +9,11 @@
 namespace kvstrata {
 namespace {
 constexpr u32 kFirstLevel = 4;  // 16 buckets a shard at first
+
+// Read without a lock by Index::holds.
+void set_state(Entry& entry, EntryState state) {
+    std::atomic_ref<EntryState>(entry.state).store(state, std::memory_order_release);
+}
 }
 
 Index::Index(Region& region, Allocator& allocator, Clients& clients)
@@ -110,7 +115,7 @@ void Index::link(u32 at) {
     u32& bucket = buckets(number)[bucket_of(shard, entry.hash)];
     entry.chain = bucket;
     KVSTRATA_COMMIT("index.link");
-    entry.state = EntryState::live;
+    set_state(entry, EntryState::live);
     KVSTRATA_COMMIT("index.live");
     bucket = at;
     start_timer(at);
@@ -122,7 +127,7 @@ void Index::unlink(u32 at, EntryState becomes) {
     const u32 number = shard_of(entry.hash);
     Shard& shard = shards_[number];
     KVSTRATA_COMMIT("index.unlink");
-    entry.state = becomes;
+    set_state(entry, becomes);
     KVSTRATA_COMMIT("index.unlinked");
     u32* link = &buckets(number)[bucket_of(shard, entry.hash)];
     while (*link != at) link = &entries_[*link].chain;
@@ -164,12 +169,16 @@ void Index::hold(u32 at, u8 holder) {
 void Index::free_entry(u32 at) {
     Entry& entry = entries_[at];
     Shard& shard = shards_[shard_of(entry.hash)];
-    entry.state = EntryState::free;
+    set_state(entry, EntryState::free);
     entry.memory = entry.segment = entry.pins = 0;
     entry.flags = 0;
     KVSTRATA_COMMIT("index.free");
     entry.chain = shard.free_entries;
     shard.free_entries = at;
+}
+
+void Index::set_seq(u32 at, u64 seq) {
+    std::atomic_ref<u64>(entries_[at].seq).store(seq, std::memory_order_relaxed);
 }
 
 void Index::pay(u32 hash) {

@@ -42,7 +42,11 @@ public:
     // Up to `most` of the shard's live entries that have expired by then. What isn't removed is listed again.
     std::vector<u32> expired(u32 shard, u64 now_ms, size_t most);
     void free_entry(u32 number);                       // unlinked before, its blocks are gone
+    void set_seq(u32 number, u64 seq);                 // before link(); holds() reads it
     bool refers_to(const Entry& entry, u32 block) const;  // whether the entry still, or already, has it
+
+    // Needs no lock: whether the record that was published there under this number is still the entry's, and live.
+    bool holds(u32 number, u64 seq) const;
 
     bool owes(u32 hash) const { return debts_[hash % kDebts].load() != 0; }
     void borrow(u32 hash) { debts_[hash % kDebts].fetch_add(1); }
@@ -71,6 +75,14 @@ private:
     u8* owners_;
     std::atomic<u32>* debts_;
 };
+
+// The state first. Whoever asks knows the number of a record that was published before, and numbers never return: if the
+// entry has it still, it had it, too, when its state was read.
+inline bool Index::holds(u32 number, u64 seq) const {
+    Entry& entry = entries_[number];
+    return std::atomic_ref<EntryState>(entry.state).load(std::memory_order_acquire) == EntryState::live &&
+           std::atomic_ref<u64>(entry.seq).load(std::memory_order_relaxed) == seq;
+}
 
 template <class Visit>
 void Index::each_of(u32 shard, Visit&& visit) const {

@@ -272,7 +272,7 @@ Published Store::publish(Reservation& reservation, Pin* keep) {
                     drop(old);
                 }
                 Entry& entry = index_.entry(at);
-                entry.seq = header.seq;
+                index_.set_seq(at, header.seq);
                 entry.expires = header.expires;
                 entry.hash = hash;
                 entry.units = reservation.block.units();

@@ -195,6 +195,14 @@ struct StoreStats {
     Allocator::Usage memory{};
 };
 
+// Which record it was that somebody made a copy of, to ask later whether it is still what the key has.
+struct Identity {
+    u64 mapping = 0;  // entries and numbers mean nothing in another one
+    u64 seq = 0, expires = 0;
+    u32 entry = kNone, epoch = 0;
+    u16 tags[kTags] = {};
+};
+
 class Store {
 public:
     static std::shared_ptr<Store> open_private(const StoreOptions& options);
@@ -224,6 +232,22 @@ public:
     bool contains(Space space, Key key);
     template <class NextKey>  // NextKey: (size_t) -> Key
     size_t contains_prefix(Space space, size_t count, NextKey&& key);
+
+    // ---- Copies that are kept elsewhere (identity.cpp)
+    Identity identify(const Pin& pin) const;
+    // Needs no lock: whether this record, of this namespace and version, would be found now.
+    bool holds(Space space, const Identity& identity) const {
+        const Namespace& ns = this->space(space.id);
+        return index_.holds(identity.entry, identity.seq) && identity.mapping == header_.secret[0] &&
+               identity.epoch == ns.epoch.load(std::memory_order_acquire) &&
+               space.version == ns.version.load(std::memory_order_acquire) &&
+               !((identity.expires || identity.tags[0]) && outlived(identity));
+    }
+    // Whether so much else was used since `stamp` that a record last used then may be due to leave.
+    bool fades(Space space, u32 stamp) const;
+    u32 tick() const { return header_.tick.load(std::memory_order_relaxed); }
+    // Counts an access to the record, if it is still there; returns the stamp of now.
+    u32 refresh(const Identity& identity);
 
     // ---- Writing
     // With may_wait false it returns nothing where it would have to wait for the tier below, or to fail.
@@ -309,6 +333,7 @@ private:
     bool find_scratch(u64 bytes, u64& at) const;
     void reorder(u32 id);
     bool current(const Entry& entry, const Namespace& ns) const;
+    bool outlived(const Identity& identity) const;
     bool any_removed(const u16* tags, u64 seq) const;  // since the record of that number was put
     u64 held_by(u8 holder) const;
     Holder& holder(u8 number) const { return reinterpret_cast<Holder*>(region_->at(header_.holders_at))[number]; }

@@ -1,0 +1,48 @@
+// Copies of values that are kept outside of the cache, and whether they are still true.
+#include <algorithm>
+#include <cstring>
+
+#include "clock.hpp"
+#include "store.hpp"
+
+namespace kvstrata {
+
+// While it is pinned the entry stays as it is.
+Identity Store::identify(const Pin& pin) const {
+    const Entry& entry = index_.entry(pin.entry_);
+    Identity identity;
+    identity.mapping = header_.secret[0];
+    identity.seq = entry.seq;
+    identity.expires = entry.expires;
+    identity.entry = pin.entry_;
+    identity.epoch = entry.epoch;
+    std::memcpy(identity.tags, entry.tags, sizeof identity.tags);
+    return identity;
+}
+
+bool Store::outlived(const Identity& identity) const {
+    return (identity.expires && now_ms() >= identity.expires) ||
+           (identity.tags[0] && any_removed(identity.tags, identity.seq));
+}
+
+// A quarter of what the namespace has in memory: long before the order comes round.
+bool Store::fades(Space wanted, u32 stamp) const {
+    const u64 records = space(wanted.id).records.load(std::memory_order_relaxed);
+    return tick() - stamp > records / 4;
+}
+
+// The clock stands still meanwhile: copies that only refresh each other's records must not make each other fade.
+u32 Store::refresh(const Identity& identity) {
+    const u32 now = tick();
+    const RobustLock held = index_.lock(index_.shard_holding(identity.entry));
+    const Entry& entry = index_.entry(identity.entry);
+    if (!index_.holds(identity.entry, identity.seq) || !entry.memory) return now;
+    const OrderTried order(*this, Space{entry.ns, 0});
+    if (order.result_ == RobustMutex::Result::locked) {
+        index_.nodes()[identity.entry].stamp = now;
+        policy_of(order.ns_).hit(order_of(order.ns_), identity.entry);
+    }
+    return now;
+}
+
+}  // namespace kvstrata
