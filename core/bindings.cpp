@@ -151,5 +151,6 @@ NB_MODULE(_core, m) {
     nb::register_exception_translator(translate);
     bind_record(m);
     bind_store(m);
+    bind_objects(m);
     bind_simulator(m);
 }

@@ -4,9 +4,11 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
+#include <memory>
 #include <optional>
 
-#include "index.hpp"
+#include "errors.hpp"
+#include "store.hpp"
 
 namespace kvstrata {
 
@@ -46,6 +48,25 @@ private:
 // The bytes of a key: bytes, or the UTF-8 of a str. Valid while the object lives.
 Key key_of(nb::handle object);
 
+// What Python holds; empty once it is closed.
+struct StoreHandle {
+    std::shared_ptr<Store> store;
+
+    const std::shared_ptr<Store>& live() const {
+        if (!store) throw CacheClosed("this cache is closed");
+        return store;
+    }
+};
+
+struct SpaceHandle {
+    std::shared_ptr<StoreHandle> owner;
+    Space space;
+};
+
+// Which record a kvstrata._core.Pin holds; nothing when it is released, or of a value in private memory.
+std::optional<Identity> identity_of(nb::handle pin);
+
+void bind_objects(nb::module_& m);
 void bind_store(nb::module_& m);
 void bind_simulator(nb::module_& m);
 

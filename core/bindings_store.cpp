@@ -22,21 +22,6 @@ constexpr size_t kSmallValue = 4096;  // bytes; up to here a copy costs less tha
 
 nb::object* below_marker = nullptr;  // what lookups return for a record that lies below only
 
-// What Python holds; empty once it is closed.
-struct StoreHandle {
-    std::shared_ptr<Store> store;
-
-    const std::shared_ptr<Store>& live() const {
-        if (!store) throw CacheClosed("this cache is closed");
-        return store;
-    }
-};
-
-struct SpaceHandle {
-    std::shared_ptr<StoreHandle> owner;
-    Space space;
-};
-
 // ---- Memory of the arena, exported ----------------------------------------------------------------
 
 // Exports a part of the arena, read-only, and keeps it pinned until it is released and nobody has a view any more.
@@ -545,6 +530,25 @@ u64 put(const SpaceHandle& self, nb::handle key_object, nb::handle value_object,
     return replaced(store->publish(reservation), reservation);
 }
 
+// As put, for who keeps a copy: returns (what a put returns, a pin of the record), and no pin where an immutable
+// namespace had the key already.
+nb::tuple put_pinned(const SpaceHandle& self, nb::handle key_object, nb::handle value_object, u64 ttl_ms, float jitter,
+                     float cost, nb::handle tags) {
+    const std::shared_ptr<Store> store = self.owner->live();
+    const Key key = key_of(key_object);
+    const Value value(value_object);
+    if (store->present_immutable(self.space, key)) return nb::make_tuple(0, nb::none());
+    const PutOptions options = put_options(*store, self.space, {ttl_ms, jitter}, cost, tags);
+    Reservation reservation = reserve_or_wait(*store, self.space, key, value.size(), options);
+    Pin pin;
+    {
+        const WithoutGil free(value.size());
+        reservation.header.payload_crc = copy_crc32c(reservation.payload(), value.data(), value.size(), 0);
+    }
+    const u64 older = replaced(store->publish(reservation, &pin), reservation);
+    return nb::make_tuple(older, pin ? pin_object(store, std::move(pin)) : nb::none());
+}
+
 // Appends to `replaced` position and number of those that replaced something that is, or may be, on disk: also when
 // it fails, of those before.
 void put_many(const SpaceHandle& self, nb::handle keys_object, nb::handle values_object, nb::list replaced_list, u64 ttl_ms,
@@ -762,6 +766,12 @@ std::shared_ptr<StoreHandle> open_without_gil(Open&& open) {
 
 }  // namespace
 
+std::optional<Identity> identity_of(nb::handle object) {
+    const PinHandle& handle = nb::cast<PinHandle&>(object);
+    if (!handle.pin) return std::nullopt;
+    return handle.store->identify(handle.pin);
+}
+
 void bind_store(nb::module_& m) {
     below_marker = new nb::object(nb::module_::import_("builtins").attr("object")());
     m.attr("BELOW") = *below_marker;
@@ -832,6 +842,8 @@ void bind_store(nb::module_& m) {
         .def("contains_prefix", &contains_prefix, nb::arg("keys").none())
         .def("put", &put, nb::arg("key").none(), nb::arg("value").none(), nb::arg("ttl_ms") = 0, nb::arg("jitter") = 0.0f,
              nb::arg("cost") = 1.0f, nb::arg("tags").none() = nb::none())
+        .def("put_pinned", &put_pinned, nb::arg("key").none(), nb::arg("value").none(), nb::arg("ttl_ms") = 0,
+             nb::arg("jitter") = 0.0f, nb::arg("cost") = 1.0f, nb::arg("tags").none() = nb::none())
         .def("put_many", &put_many, nb::arg("keys").none(), nb::arg("values").none(), nb::arg("replaced"),
              nb::arg("ttl_ms") = 0, nb::arg("jitter") = 0.0f, nb::arg("cost") = 1.0f, nb::arg("tags").none() = nb::none())
         .def("reserve", &reserve, nb::arg("key").none(), nb::arg("nbytes"), nb::arg("ttl_ms") = 0, nb::arg("jitter") = 0.0f,

@@ -14,7 +14,7 @@ from kvstrata import _core
 
 PACKAGE = Path(kvstrata.__file__).parent
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-HEAVY = {"accelerate", "gguf", "torch", "transformers"}
+HEAVY = {"accelerate", "cachebox", "gguf", "torch", "transformers"}
 
 
 def public(names: object) -> set[str]:

@@ -30,5 +30,5 @@ def test_the_verbs_of_a_namespace_are_those_of_the_manual() -> None:
     public = {name for name in vars(kvstrata.Namespace) if not name.startswith("_")}
     assert public == {
         "clear", "contains_prefix", "delete", "delete_many", "delete_prefix", "delete_tag", "get", "get_many", "keys",
-        "name", "pin", "pin_many", "put", "put_many", "reserve", "version",
+        "memoize", "name", "objects", "pin", "pin_many", "put", "put_many", "reserve", "version",
     }  # fmt: skip

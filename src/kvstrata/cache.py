@@ -7,11 +7,11 @@ import operator
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, TypeVar, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar, overload
 
 from kvstrata import _core
 from kvstrata.config import CacheOptions, parse_duration, parse_jitter, parse_size
@@ -22,11 +22,16 @@ from kvstrata.tiers.base import Arrived, Key, Tier
 from kvstrata.tiers.disk import DiskTier
 from kvstrata.tiers.memory import MemoryTier
 
+if TYPE_CHECKING:
+    from kvstrata.memoize import Memoized
+    from kvstrata.objects import ObjectCache, Serializer
+
 __all__ = ["Cache", "Namespace", "open"]
 
 _HIGHEST_COST = 3e38  # it is kept in single precision
 _LOADED_AT_ONCE = 256  # records that get_many keeps pinned until it has copied them
 
+P = ParamSpec("P")
 T = TypeVar("T")
 Value = Any  # bytes-like, an array, or any exporter of the buffer or DLPack protocol
 
@@ -198,12 +203,14 @@ class Namespace:
         The value stays where it is until the block ends and no view of it is left, whatever else happens to the key.
         Raises KeyError when absent.
         """
-        pin: _core.Pin | None = self._space.pin(key)
-        if pin is _core.BELOW:
-            pin = self._load([key])[0]
+        pin = self._pin_or_none(key)
         if pin is None:
             raise KeyError(key)
         return pin
+
+    def _pin_or_none(self, key: Key) -> _core.Pin | None:
+        pin: _core.Pin | None = self._space.pin(key)
+        return self._load([key])[0] if pin is _core.BELOW else pin
 
     def pin_many(self, keys: Sequence[Key]) -> list[_core.Pin | None]:
         """Return a pin for each key, None where absent; a pin exports its value as a buffer, too."""
@@ -281,6 +288,67 @@ class Namespace:
         """Remove everything in this namespace, in all tiers and for everybody, in constant time."""
         epoch = self._space.clear()
         self._cache.persist_epoch(self._space.id, epoch)
+
+    # ---- Objects
+
+    def objects(self, maxsize: int = 1024, *, serializer: str | Serializer = "pickle") -> ObjectCache:
+        """Return an in-process cache of Python objects over this namespace, true in all processes.
+
+        It keeps at most `maxsize` objects; bytes of the others stay in the namespace. `serializer` is "pickle",
+        "msgpack", or a pair of functions: dumps (object to bytes-like) and loads (read-only memoryview to object).
+        Read in `ObjectCache` what pickle means for safety, and that objects are shared. All processes must use the
+        same serializer; give objects a namespace of their own. Raises MissingExtra without `kvstrata[objects]`.
+        """
+        from kvstrata.objects import ObjectCache
+
+        return ObjectCache(self, maxsize, serializer)
+
+    def memoize(
+        self,
+        *,
+        name: str | None = None,
+        version: int = 1,
+        key: Callable[..., Any] | None = None,
+        ttl: float | None = None,
+        cost: float | None = None,
+        maxsize: int = 1024,
+        serializer: str | Serializer = "pickle",
+    ) -> Callable[[Callable[P, T]], Memoized[P, T]]:
+        """Return a decorator that remembers a function's results here, for every process; `async def` works too.
+
+        A result's key is made of the function's module and qualified name (or `name`), `version`, which you raise
+        when the function's meaning changes, and the arguments, however they are passed. None, bools, ints, floats,
+        complex, str, bytes, numpy arrays and scalars, and tuples, lists, dicts and sets of these have a canonical form;
+        1, 1.0 and True differ. For other arguments, InvalidKey is raised, unless `key` makes something of that
+        kind of them. A lambda or closure needs a `name`, or ConfigError is raised.
+
+        Within a process, calls for the same key at the same time compute once; between processes, each may. An
+        exception goes to all who waited for that call, and isn't remembered; None is. A result that can't be stored is
+        returned all the same. Results are shared objects that must not be changed: see `objects`, also for `maxsize`,
+        `serializer` and MissingExtra. The decorated function has `cache_info()`, `cache_clear()`, `forget(*args)` and
+        `__wrapped__`.
+        """
+        from kvstrata.memoize import memoized
+
+        def decorate(function: Callable[P, T]) -> Memoized[P, T]:
+            objects = self.objects(maxsize, serializer=serializer)
+            return memoized(function, self, objects, name=name, version=version, key=key, ttl=ttl, cost=cost)
+
+        return decorate
+
+    def _native(self) -> _core.Space:
+        """Return the native part itself, in a forked child after that has one of its own."""
+        _ = self._space.id
+        return self._space
+
+    def _put_pinned(
+        self, key: Key, value: Value, ttl: float | None, cost: float | None, tags: Sequence[Key] | None
+    ) -> _core.Pin | None:
+        """Put a value; returns a pin of its record, None where an immutable namespace had the key already."""
+        seq, pin = self._space.put_pinned(key, value, self._ttl(ttl), self._jitter, _number(cost), tags)
+        if seq:
+            self._cache.forget_older(self._space.id, [(key, seq)])
+        return pin
 
 
 def _prefix_bytes(prefix: Key) -> bytes:
