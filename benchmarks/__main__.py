@@ -22,6 +22,8 @@ from benchmarks.table import Row, machine, show, write_markdown
 PARTS = {
     "memory": "benchmarks.own.memory",
     "policies": "benchmarks.own.policies",
+    "objects": "benchmarks.own.objects",
+    "scaling": "benchmarks.own.scaling",
     "peers": "benchmarks.own.peers",
     "disk": "benchmarks.own.disk",
     "ttft": "benchmarks.own.ttft",

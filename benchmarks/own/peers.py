@@ -16,7 +16,7 @@ from benchmarks.table import Row
 KIB, MIB = 1 << 10, 1 << 20
 BATCH = 64
 REMARKS = [
-    "cachebox and cachetools live in one process and hand out a reference to the object that was put; "
+    "cachebox, cachetools and theine live in one process and hand out a reference to the object that was put; "
     "kvstrata, LMDB, Redis and diskcache are shared by processes and hand out a copy.",
 ]
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 __all__ = ["NAMES", "Peer", "Unavailable", "open_peers"]
 
-NAMES = ("cachebox", "cachetools", "lmdb", "redis", "diskcache")
+NAMES = ("cachebox", "cachetools", "theine", "lmdb", "redis", "diskcache")
 
 
 class Unavailable(Exception):
