@@ -125,7 +125,7 @@ PyObject* find(Layer* self, PyObject* key) {
             ++self->hits;
             if (store->fades(self->handle->space, slot->stamp)) {
                 try {
-                    slot->stamp = store->refresh(slot->identity);
+                    slot->stamp = store->refresh(self->handle->space, slot->identity);
                 } catch (const std::exception&) {
                     // A lock that can't be had: this use doesn't count.
                 }

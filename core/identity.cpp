@@ -32,16 +32,16 @@ bool Store::fades(Space wanted, u32 stamp) const {
 }
 
 // The clock stands still meanwhile: copies that only refresh each other's records must not make each other fade.
-u32 Store::refresh(const Identity& identity) {
+u32 Store::refresh(Space wanted, const Identity& identity) {
     const u32 now = tick();
-    const RobustLock held = index_.lock(index_.shard_holding(identity.entry));
-    const Entry& entry = index_.entry(identity.entry);
-    if (!index_.holds(identity.entry, identity.seq) || !entry.memory) return now;
-    const OrderTried order(*this, Space{entry.ns, 0});
-    if (order.result_ == RobustMutex::Result::locked) {
+    Namespace& ns = space(wanted.id);
+    const RobustMutex::Result result = ns.mutex.try_lock_for_a_moment();
+    if (result == RobustMutex::Result::busy) return now;
+    if (result == RobustMutex::Result::locked && in_order(wanted.id, {identity.entry, identity.seq})) {
         index_.nodes()[identity.entry].stamp = now;
-        policy_of(order.ns_).hit(order_of(order.ns_), identity.entry);
+        policy_of(ns).hit(order_of(ns), identity.entry);
     }
+    ns.mutex.unlock();
     return now;
 }
 

@@ -247,7 +247,7 @@ public:
     bool fades(Space space, u32 stamp) const;
     u32 tick() const { return header_.tick.load(std::memory_order_relaxed); }
     // Counts an access to the record, if it is still there; returns the stamp of now.
-    u32 refresh(const Identity& identity);
+    u32 refresh(Space space, const Identity& identity);
 
     // ---- Writing
     // With may_wait false it returns nothing where it would have to wait for the tier below, or to fail.

@@ -14,7 +14,7 @@ namespace {
 
 Identity identity_of(Store& store, Space space, const std::string& key) {
     Pin pin;
-    if (store.acquire(space, bytes_of(key), pin) != Lookup::hit) return {};
+    if (store.acquire(space, bytes_of(key), pin, nullptr, nullptr) != Lookup::hit) return {};
     return store.identify(pin);
 }
 
@@ -78,7 +78,7 @@ TEST(a_record_that_is_refreshed_outlives_those_put_after_it) {
     CHECK(!store->fades(space, stamp));
     for (int i = 0; i < 200; ++i) {
         put(*store, space, "other " + std::to_string(i), value);
-        if (store->fades(space, stamp)) stamp = store->refresh(kept);
+        if (store->fades(space, stamp)) stamp = store->refresh(space, kept);
     }
     CHECK(store->holds(space, kept) && !store->holds(space, left));
 }
@@ -107,12 +107,12 @@ TEST(checks_beside_writers_never_hold_what_was_overwritten_before) {
                 if (mine->holds(space, copy.identity)) {
                     held.fetch_add(1);
                     if (copy.number < least) wrong.fetch_add(1);
-                    if (mine->fades(space, 0)) mine->refresh(copy.identity);
+                    if (mine->fades(space, 0)) mine->refresh(space, copy.identity);
                     continue;
                 }
                 if (copy.number) gone.fetch_add(1);
                 Pin pin;
-                if (mine->acquire(space, bytes_of(std::to_string(key)), pin) != Lookup::hit) continue;
+                if (mine->acquire(space, bytes_of(std::to_string(key)), pin, nullptr, nullptr) != Lookup::hit) continue;
                 copy.identity = mine->identify(pin);
                 copy.number = static_cast<u32>(std::stoul(std::string(reinterpret_cast<const char*>(pin.value()), pin.size())));
             }
