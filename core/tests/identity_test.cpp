@@ -118,14 +118,13 @@ TEST(checks_beside_writers_never_hold_what_was_overwritten_before) {
             }
         });
     std::mt19937 random(7);
-    for (u32 number = 1; number < 4000; ++number) {
+    for (u32 number = 1; number < 4000 || !held || !gone; ++number) {
         const u32 key = random() % kKeys;
         if (number % 3 == 0) store->remove(space, bytes_of(std::to_string(key)));
         put(*store, space, std::to_string(key), std::to_string(number));
         put_so_far[key] = number;
         if (number % 256 == 0) store->clear(space);
     }
-    while (!held || !gone) std::this_thread::yield();
     stop = true;
     for (auto& checker : checkers) checker.join();
     CHECK(wrong == 0);
