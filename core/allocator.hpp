@@ -43,6 +43,11 @@ public:
     struct Usage {
         u64 total, used, free, largest_free, faults;  // bytes; free includes room in slabs
         u32 free_runs;
+
+        // The part of the free memory that isn't in one piece; 0 when none is free.
+        double fragmentation() const {
+            return free ? 1 - static_cast<double>(largest_free) / static_cast<double>(free) : 0;
+        }
     };
     Usage usage();
 

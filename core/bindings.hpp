@@ -66,6 +66,7 @@ struct SpaceHandle {
 // Which record a kvstrata._core.Pin holds; nothing when it is released, or of a value in private memory.
 std::optional<Identity> identity_of(nb::handle pin);
 
+void bind_bloom(nb::module_& m);
 void bind_objects(nb::module_& m);
 void bind_store(nb::module_& m);
 void bind_simulator(nb::module_& m);

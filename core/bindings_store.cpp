@@ -740,7 +740,13 @@ nb::dict stats(StoreHandle& self) {
     add("reservations", s.reservations);
     add("clients", s.clients);
     add("index_bytes", s.index_bytes);
+    d["debt_keys"] = s.debts.keys;
+    d["debt_fill"] = s.debts.fill;
+    d["debt_fp_rate"] = s.debts.fp_rate;
     add("memory_bytes", s.memory.total);
+    add("memory_record_bytes", s.record_bytes);
+    d["memory_utilisation"] = s.utilisation();
+    d["memory_fragmentation"] = s.memory.fragmentation();
     add("memory_used_bytes", s.memory.used);
     add("memory_free_bytes", s.memory.free);
     add("memory_largest_free_bytes", s.memory.largest_free);

@@ -1,5 +1,6 @@
 #include "index.hpp"
 
+#include <algorithm>
 #include <cstring>
 
 #include "clock.hpp"
@@ -25,7 +26,7 @@ Index::Index(Region& region, Allocator& allocator, Clients& clients)
       buckets_(reinterpret_cast<u32*>(region.at(header_.buckets_at))),
       entries_(reinterpret_cast<Entry*>(region.at(header_.entries_at))),
       owners_(region.at(header_.owners_at)),
-      debts_(reinterpret_cast<std::atomic<u32>*>(region.at(header_.debts_at))) {}
+      debts_(reinterpret_cast<CountingBloom::Byte*>(region.at(header_.debts_at)), header_.debts) {}
 
 void Index::init() {
     for (u32 number = 0; number < kShards; ++number) {
@@ -181,13 +182,6 @@ void Index::set_seq(u32 at, u64 seq) {
     std::atomic_ref<u64>(entries_[at].seq).store(seq, std::memory_order_relaxed);
 }
 
-void Index::pay(u32 hash) {
-    std::atomic<u32>& debt = debts_[hash % kDebts];
-    u32 now = debt.load();
-    while (now && !debt.compare_exchange_weak(now, now - 1)) {
-    }
-}
-
 // Splits the next bucket in two.
 void Index::grow(u32 number) {
     Shard& shard = shards_[number];
@@ -218,6 +212,17 @@ void Index::grow(u32 number) {
         bucket = chain;
         chain = next;
     }
+}
+
+u32 Index::longest_chain(u32 number) const {
+    const Shard& shard = shards_[number];
+    u32 longest = 0;
+    for (u32 bucket = 0; bucket < (1u << shard.level) + shard.split; ++bucket) {
+        u32 length = 0;
+        for (u32 at = buckets(number)[bucket]; at; at = entries_[at].chain) ++length;
+        longest = std::max(longest, length);
+    }
+    return longest;
 }
 
 bool Index::refers_to(const Entry& entry, u32 block) const {

@@ -48,9 +48,12 @@ public:
     // Needs no lock: whether the record that was published there under this number is still the entry's, and live.
     bool holds(u32 number, u64 seq) const;
 
-    bool owes(u32 hash) const { return debts_[hash % kDebts].load() != 0; }
-    void borrow(u32 hash) { debts_[hash % kDebts].fetch_add(1); }
-    void pay(u32 hash);                                // needs no lock
+    u32 longest_chain(u32 shard) const;                // looks at every bucket
+
+    bool owes(u32 hash) const { return debts_.contains(spread(hash)); }
+    void borrow(u32 hash) { debts_.add(spread(hash)); }
+    void pay(u32 hash) { debts_.remove(spread(hash)); }  // needs no lock
+    const CountingBloom& debts() const { return debts_; }
 
     // Calls visit(number, entry) for each entry that belongs to the shard, whatever its state.
     template <class Visit>
@@ -73,7 +76,7 @@ private:
     u32* buckets_;
     Entry* entries_;
     u8* owners_;
-    std::atomic<u32>* debts_;
+    CountingBloom debts_;
 };
 
 // The state first. Whoever asks knows the number of a record that was published before, and numbers never return: if the

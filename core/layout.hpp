@@ -10,6 +10,7 @@
 #include <atomic>
 #include <type_traits>
 
+#include "bloom.hpp"
 #include "policy/policy.hpp"
 #include "robust.hpp"
 #include "timers.hpp"
@@ -102,9 +103,9 @@ struct alignas(64) Shard {
 };
 
 // Who takes out of the index what the tier below may have, owes the deletion of its row there, and pays once that is
-// durable. Debts are counted by the hash of the key. Where there are some, absence from the index says nothing of the
-// tier below, and the next who puts or removes such a key deletes its row, too. The dead never pay.
-inline constexpr u32 kDebts = 16384;
+// durable. Debts are counted by the hash of the key, in a Bloom filter. Where there are some, absence from the index
+// says nothing of the tier below, and the next who puts or removes such a key deletes its row, too. The dead never pay.
+inline constexpr double kDebtsForNothing = 0.001;  // of the keys that owe nothing, so many delete a row all the same
 
 // ---- Tags ---------------------------------------------------------------------------------------
 
@@ -218,6 +219,7 @@ struct alignas(64) Header {
     u32 max_entries;
     u32 max_buckets;            // per shard
     u32 spare;
+    BloomShape debts;
     u64 clients_at, namespaces_at, shards_at, owners_at, debts_at, holders_at, tags_at, buckets_at, entries_at, scratch_at, pages_at, data_at, end;
     std::atomic<u64> seq;
     std::atomic<u32> tick;      // accesses, for recency

@@ -113,6 +113,8 @@ StoreStats Store::stats() {
         stats.misses += clients_[slot].misses.load();
         stats.dirty_bytes += clients_[slot].dirty_bytes.load();
     }
+    for (u32 id = 1; id < header_.namespaces.load(); ++id) stats.record_bytes += namespaces_[id].bytes.load();
+    stats.debts = index_.debts().figures();
     stats.memory = allocator_.usage();
     return stats;
 }

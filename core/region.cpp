@@ -42,7 +42,9 @@ void lay_out(Header& header, const StoreOptions& options) {
     header.namespaces_at = place(sizeof(Namespace) * kMaxNamespaces);
     header.shards_at = place(sizeof(Shard) * kShards);
     header.owners_at = place(header.max_entries / kChunk);
-    header.debts_at = place(kDebts * sizeof(std::atomic<u32>));
+    // Room for one forgotten record to 64 that are in the index. Without a disk nobody owes anything.
+    header.debts = BloomShape::of(options.disk ? std::max<u64>(16384, header.max_entries / 64) : 64, kDebtsForNothing);
+    header.debts_at = place(header.debts.bytes());
     header.holders_at = place(kHolders * sizeof(Holder));
     header.tags_at = place(kTagSlots * sizeof(u64));  // memory comes as tags are used
     header.buckets_at = place(u64{header.max_buckets} * kShards * sizeof(u32));
@@ -153,6 +155,7 @@ std::unique_ptr<Region> Region::create(int descriptor, const StoreOptions& optio
     header.namespaces_at = plan.namespaces_at;
     header.shards_at = plan.shards_at;
     header.owners_at = plan.owners_at;
+    header.debts = plan.debts;
     header.debts_at = plan.debts_at;
     header.holders_at = plan.holders_at;
     header.tags_at = plan.tags_at;

@@ -192,7 +192,11 @@ struct StoreStats {
         rebuilt_allocators = 0;
     u64 pins = 0, reservations = 0, clients = 0;  // pins and reservations of this process
     u64 index_bytes = 0;
+    u64 record_bytes = 0;  // of the records in memory
+    CountingBloom::Figures debts{};
     Allocator::Usage memory{};
+
+    double utilisation() const { return static_cast<double>(record_bytes) / static_cast<double>(memory.total); }
 };
 
 // Which record it was that somebody made a copy of, to ask later whether it is still what the key has.

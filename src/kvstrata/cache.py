@@ -541,7 +541,15 @@ class Cache(Namespace):
         return self._memory.store.demote_all()
 
     def stats(self) -> dict[str, Any]:
-        """Return counters and sizes: those of the memory tier and index, of the disk tier, and per namespace."""
+        """Return counters and sizes: those of the memory tier and index, of the disk tier, and per namespace.
+
+        Under "memory", sizes are in bytes and parts from 0 to 1: "memory_utilisation" is the part of "memory_bytes"
+        that holds records ("memory_record_bytes"); what "memory_used_bytes" is more than these is lost to rounding,
+        or is keys and records that only a pin keeps. "memory_fragmentation" is the part of the free memory that lies
+        outside the largest free piece. "debt_keys" is about how many keys may have a row on disk that the index
+        doesn't know, "debt_fill" how full the filter is that counts them, and "debt_fp_rate" the part of other keys
+        for which a put or delete pays a transaction for nothing.
+        """
         self._check_open()
         namespaces = {}
         for namespace in list(self._opened):

@@ -1,0 +1,116 @@
+// The Bloom filter as kvstrata.bloom sees it.
+#include "bindings.hpp"
+
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "bloom.hpp"
+#include "siphash.hpp"
+
+namespace kvstrata {
+namespace {
+
+using Digests = nb::ndarray<const u8, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Answers = nb::ndarray<bool, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+constexpr u64 kMostBytes = u64{1} << 36;
+
+// A filter in memory of its own. Hashes are keyed, so that nobody can choose keys that fill it, or that it takes for its own.
+class Filter {
+public:
+    Filter(u64 capacity, double fp_rate)
+        : shape_(checked(capacity, fp_rate)),
+          bytes_(new CountingBloom::Byte[shape_.bytes()]()),
+          bloom_(bytes_.get(), shape_) {
+        std::random_device random;
+        for (u64& word : secret_) word = u64{random()} << 32 | random();
+    }
+    CountingBloom& bloom() { return bloom_; }
+    u64 hash(Key key) const { return siphash13(secret_[0], secret_[1], key.data(), key.size()); }
+    std::vector<u64> hashes(const Digests& digests) const {
+        std::vector<u64> all(digests.shape(0));
+        const size_t width = digests.shape(1);
+        const nb::gil_scoped_release free;
+        for (size_t i = 0; i < all.size(); ++i) all[i] = hash({digests.data() + i * width, width});
+        return all;
+    }
+    std::vector<u64> hashes(nb::handle keys) const {
+        const nb::object tuple = nb::steal(PySequence_Tuple(keys.ptr()));
+        if (!tuple.is_valid()) throw nb::python_error();
+        std::vector<u64> all(static_cast<size_t>(PyTuple_GET_SIZE(tuple.ptr())));
+        for (size_t i = 0; i < all.size(); ++i)
+            all[i] = hash(key_of(nb::handle(PyTuple_GET_ITEM(tuple.ptr(), static_cast<Py_ssize_t>(i)))));
+        return all;
+    }
+
+private:
+    static BloomShape checked(u64 capacity, double fp_rate) {
+        const BloomShape shape = BloomShape::of(capacity, fp_rate);
+        if (shape.bytes() > kMostBytes) throw InvalidValue("a filter takes at most 64 GiB");
+        return shape;
+    }
+    u64 secret_[2];
+    BloomShape shape_;
+    std::unique_ptr<CountingBloom::Byte[]> bytes_;
+    CountingBloom bloom_;
+};
+
+template <class Each>
+void each(Filter& self, const std::vector<u64>& hashes, Each&& call) {
+    constexpr size_t kAhead = 16;
+    const nb::gil_scoped_release free;
+    for (size_t i = 0; i < hashes.size(); ++i) {
+        if (i + kAhead < hashes.size()) self.bloom().prefetch(hashes[i + kAhead]);
+        call(hashes[i], i);
+    }
+}
+
+template <class Keys>
+void add_many(Filter& self, const Keys& keys) {
+    each(self, self.hashes(keys), [&](u64 hash, size_t) { self.bloom().add(hash); });
+}
+
+template <class Keys>
+u64 remove_many(Filter& self, const Keys& keys) {
+    u64 removed = 0;
+    each(self, self.hashes(keys), [&](u64 hash, size_t) {
+        if (!self.bloom().contains(hash)) return;
+        self.bloom().remove(hash);
+        ++removed;
+    });
+    return removed;
+}
+
+template <class Keys>
+void contains_many(Filter& self, const Keys& keys, Answers out) {
+    const std::vector<u64> hashes = self.hashes(keys);
+    if (hashes.size() != out.size()) throw InvalidValue("out has to be as long as keys");
+    bool* const to = out.data();
+    each(self, hashes, [&](u64 hash, size_t i) { to[i] = self.bloom().contains(hash); });
+}
+
+}  // namespace
+
+void bind_bloom(nb::module_& m) {
+    nb::class_<Filter>(m, "BloomFilter")
+        .def(nb::init<u64, double>(), nb::arg("capacity"), nb::arg("fp_rate"))
+        .def("add_many", &add_many<Digests>, nb::arg("keys").noconvert())
+        .def("add_many", &add_many<nb::handle>, nb::arg("keys"))
+        .def("remove_many", &remove_many<Digests>, nb::arg("keys").noconvert())
+        .def("remove_many", &remove_many<nb::handle>, nb::arg("keys"))
+        .def("contains_many", &contains_many<Digests>, nb::arg("keys").noconvert(), nb::arg("out"))
+        .def("contains_many", &contains_many<nb::handle>, nb::arg("keys"), nb::arg("out"))
+        .def("add", [](Filter& self, nb::handle key) { self.bloom().add(self.hash(key_of(key))); }, nb::arg("key").none())
+        .def("contains", [](Filter& self, nb::handle key) { return self.bloom().contains(self.hash(key_of(key))); },
+             nb::arg("key").none())
+        .def("clear", [](Filter& self) { self.bloom().clear(); })
+        .def("figures", [](Filter& self) {
+            const auto figures = self.bloom().figures();
+            return nb::make_tuple(figures.fill, figures.fp_rate, figures.keys, figures.stuck);
+        })
+        .def_prop_ro("nbytes", [](Filter& self) { return self.bloom().shape().bytes(); })
+        .def_prop_ro("hashes", [](Filter& self) { return self.bloom().shape().hashes; });
+}
+
+}  // namespace kvstrata
