@@ -1,6 +1,7 @@
 #include "allocator.hpp"
 
 #include <bit>
+#include <cstdio>
 #include <cstring>
 
 #include "failpoints.hpp"
@@ -21,6 +22,9 @@ Bin bin_of(u32 length) {
     const u32 row = static_cast<u32>(std::bit_width(length)) - 1;
     return {row, static_cast<u32>((u64{length} << 3 >> row) & 7)};
 }
+
+// What a block of `units` takes.
+u32 extent(u32 units) { return units + kCanaryUnits; }
 
 u32 pages_for(u32 units) { return (units + kUnitsPerPage - 1) / kUnitsPerPage; }
 
@@ -49,6 +53,7 @@ void Allocator::init() {
     pages_[0].kind = PageKind::run;  // never handed out
     pages_[0].length = 1;
     bin_run(1, state_.free_pages);
+    if constexpr (kDebug) mark_free(kUnitsPerPage, state_.free_pages * kUnitsPerPage);
 }
 
 RobustLock Allocator::lock() {
@@ -162,6 +167,7 @@ void Allocator::take_pages(u32 first, u32 length, PageKind kind, u8 size_class) 
     if (kind == PageKind::slab) {
         std::memset(&pages_[first + 1], 0, (kSlabPages - 2) * sizeof(PageDescriptor));
         for (u32 i = 0; i < kSlabPages; ++i) back_[first + i] = static_cast<u8>(i);
+        if constexpr (kDebug) allow_access(region_.data() + u64{first} * kPage, u64{first_block(size_class)} * kUnit);
     }
     KVSTRATA_COMMIT("allocator.take");
     __atomic_store_n(&page(first).next, kNone, __ATOMIC_RELAXED);
@@ -238,8 +244,9 @@ void Allocator::begin(u32 operation, u32 client, u32 slot) {
 bool Allocator::allocate(u32 units, u32 client, u32 slot) {
     const RobustLock held = lock();
     InFlight& flight = in_flight(client, slot);
-    const bool small = units <= kSmallUnits;
-    const u32 block = small ? find_block(class_of(units)) : find_run(pages_for(units)) * kUnitsPerPage;
+    const u32 whole = extent(units);
+    const bool small = whole <= kSmallUnits;
+    const u32 block = small ? find_block(class_of(whole)) : find_run(pages_for(whole)) * kUnitsPerPage;
     if (!block) return false;
     begin(kAllocating, client, slot);
     KVSTRATA_COMMIT("allocator.begin");
@@ -253,14 +260,16 @@ bool Allocator::allocate(u32 units, u32 client, u32 slot) {
         bitmap(slab)[index / 64] |= u64{1} << (index % 64);
         if (++page(slab).used == blocks_of(page(slab).size_class)) unlink_slab(slab);
     } else {
-        take_pages(block / kUnitsPerPage, pages_for(units), PageKind::run, 0);
+        take_pages(block / kUnitsPerPage, pages_for(whole), PageKind::run, 0);
     }
+    if constexpr (kDebug) hand_out(block, units, true);
     KVSTRATA_COMMIT("allocator.done");
     state_.operation = kNothing;
     return true;
 }
 
-bool Allocator::is_allocated(u32 block, u32 units) const {
+bool Allocator::is_allocated(u32 block, u32 asked) const {
+    const u32 units = extent(asked);
     const u32 number = block / kUnitsPerPage;
     if (!number || number >= state_.pages) return false;
     if (units > kSmallUnits)
@@ -275,12 +284,14 @@ bool Allocator::is_allocated(u32 block, u32 units) const {
 
 void Allocator::free_block(u32 block, u32 units) {
     const u32 number = block / kUnitsPerPage;
-    if (units > kSmallUnits) return free_pages(number);
+    if constexpr (kDebug) take_back(block, units);
+    if (extent(units) > kSmallUnits) return free_pages(number);
     const u32 slab = slab_of(block), index = index_in(slab, block);
     if (page(slab).used == blocks_of(page(slab).size_class)) link_slab(slab);
     bitmap(slab)[index / 64] &= ~(u64{1} << (index % 64));
     KVSTRATA_COMMIT("allocator.freed");
     if (--page(slab).used == 0) {
+        if constexpr (kDebug) mark_free(slab * kUnitsPerPage, kSlabUnits);
         unlink_slab(slab);
         free_pages(slab);
     }
@@ -304,7 +315,7 @@ void Allocator::release(u32 client, u32 slot) {
 
 void Allocator::set_owner(u32 block, u32 units, u32 entry) {
     u32* at = &page(block / kUnitsPerPage).next;
-    if (units <= kSmallUnits) {
+    if (extent(units) <= kSmallUnits) {
         const u32 slab = slab_of(block);
         at = &owners(slab)[index_in(slab, block)];
     }
@@ -324,14 +335,18 @@ Allocator::Neighbour Allocator::describe(u32 first) const {
     return run;
 }
 
+u32 Allocator::pages_wanted(u32 units) {
+    return extent(units) <= kSmallUnits ? kSlabPages : pages_for(extent(units));
+}
+
 std::vector<Allocator::Neighbour> Allocator::neighbours(u32 block, u32 block_units, u32 units) {
     const RobustLock held = lock();
     std::vector<Neighbour> runs;
     if (!is_allocated(block, block_units)) return runs;
-    const bool small = units <= kSmallUnits;
-    if (small && block_units <= kSmallUnits && class_of(units) == class_of(block_units)) return runs;
-    const u32 wanted = small ? kSlabPages : pages_for(units);
-    const u32 first = block_units <= kSmallUnits ? slab_of(block) : block / kUnitsPerPage;
+    const u32 whole = extent(units), block_whole = extent(block_units);
+    if (whole <= kSmallUnits && block_whole <= kSmallUnits && class_of(whole) == class_of(block_whole)) return runs;
+    const u32 wanted = pages_wanted(units);
+    const u32 first = block_whole <= kSmallUnits ? slab_of(block) : block / kUnitsPerPage;
     u32 start = first;
     for (u32 reach = page(first).length; start > 1 && reach < wanted;) {
         const u32 length = page(start - 1).length;
@@ -342,6 +357,40 @@ std::vector<Allocator::Neighbour> Allocator::neighbours(u32 block, u32 block_uni
     for (u32 at = start; at < stop; at += page(at).length) runs.push_back(describe(at));
     return runs;
 }
+
+// ---- Debug builds -------------------------------------------------------------------------------
+
+// Shuts free memory off, and leaves the pattern in it that tells of late writes.
+void Allocator::mark_free(u32 block, u32 units) {
+    u8* const bytes = region_.data() + u64{block} * kUnit;
+    allow_access(bytes, u64{units} * kUnit);
+    std::memset(bytes, kFreed, u64{units} * kUnit);
+    if (!region_.exclusive()) return;
+    forbid_access(bytes, u64{units} * kUnit);
+    forbid_access(region_.view() + u64{block} * kUnit, u64{units} * kUnit);
+}
+
+void Allocator::hand_out(u32 block, u32 units, bool was_free) {
+    u8* const bytes = region_.data() + u64{block} * kUnit;
+    const u64 length = u64{units} * kUnit;
+    allow_access(bytes, u64{extent(units)} * kUnit);
+    allow_access(region_.view() + u64{block} * kUnit, length);
+    if (was_free && !all_are(bytes, u64{extent(units)} * kUnit, kFreed)) {
+        ++state_.late_writes;
+        std::fprintf(stderr, "kvstrata: block %u of %u units was written to after it had been freed\n", block, units);
+    }
+    std::memset(bytes + length, kCanary, u64{kCanaryUnits} * kUnit);
+}
+
+void Allocator::take_back(u32 block, u32 units) {
+    if (!all_are(region_.data() + u64{block + units} * kUnit, u64{kCanaryUnits} * kUnit, kCanary)) {
+        ++state_.overruns;
+        std::fprintf(stderr, "kvstrata: block %u was written to beyond its end, which is after %u units\n", block, units);
+    }
+    mark_free(block, extent(units));
+}
+
+// ---- Repair -------------------------------------------------------------------------------------
 
 // After a death inside: rebuilds all lists from a walk over the page table, then finishes or undoes the operation.
 void Allocator::repair() {
@@ -371,7 +420,10 @@ void Allocator::repair() {
             head.used = 0;
             for (u32 word = 0; word * 64 < blocks_of(head.size_class); ++word)
                 head.used = static_cast<u16>(head.used + std::popcount(bitmap(number)[word]));
-            if (head.used == 0) head.kind = PageKind::free;
+            if (head.used == 0) {
+                if constexpr (kDebug) mark_free(number * kUnitsPerPage, kSlabUnits);
+                head.kind = PageKind::free;
+            }
         }
         if (head.kind == PageKind::free) {
             if (!run) run = number;
@@ -392,7 +444,8 @@ void Allocator::repair() {
         InFlight& flight = in_flight(state_.client, state_.slot);
         // A page table entry inside a free run may still look like the run that it once headed.
         const bool allocated = flight.block && is_allocated(flight.block, flight.units) &&
-                               (flight.units <= kSmallUnits || pending_run_seen);
+                               (extent(flight.units) <= kSmallUnits || pending_run_seen);
+        if (kDebug && state_.operation == kAllocating && allocated) hand_out(flight.block, flight.units, false);
         if (state_.operation == kFreeing && allocated) free_block(flight.block, flight.units);
         if (state_.operation == kFreeing || !allocated) flight.block = kNone;
         state_.operation = kNothing;
@@ -429,6 +482,8 @@ Allocator::Usage Allocator::usage() {
     usage.total = u64{state_.pages - 1} * kPage;
     usage.free = u64{state_.free_pages} * kPage;
     usage.faults = state_.faults;
+    usage.overruns = state_.overruns;
+    usage.late_writes = state_.late_writes;
     for (u32 number = 1; number < state_.pages; number += page(number).length) {
         const PageDescriptor& head = page(number);
         if (head.kind == PageKind::free) {

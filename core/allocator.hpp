@@ -33,6 +33,8 @@ public:
         u32 first, length;
         std::vector<Resident> residents;
     };
+    // How many pages in one piece have to be free before a block of `units` fits for sure.
+    static u32 pages_wanted(u32 units);
     // The runs around `block`, in order of address, as far as a block of `units` that needs its place could reach.
     // Empty when the block is in a slab that takes blocks of this size: its own place will do.
     std::vector<Neighbour> neighbours(u32 block, u32 block_units, u32 units);
@@ -41,7 +43,9 @@ public:
     u32 take_chunk(u32 shard);
 
     struct Usage {
-        u64 total, used, free, largest_free, faults;  // bytes; free includes room in slabs
+        u64 total, used, free, largest_free;  // bytes; free includes room in slabs
+        u64 faults;                           // double frees that were refused
+        u64 overruns, late_writes;            // blocks that were written to beyond their end, or when free (debug builds)
         u32 free_runs;
 
         // The part of the free memory that isn't in one piece; 0 when none is free.
@@ -78,6 +82,9 @@ private:
     void link_slab(u32 slab);
     void unlink_slab(u32 slab);
     bool is_allocated(u32 block, u32 units) const;
+    void hand_out(u32 block, u32 units, bool was_free);
+    void take_back(u32 block, u32 units);
+    void mark_free(u32 block, u32 units);
     void free_block(u32 block, u32 units);
     void repair();
 

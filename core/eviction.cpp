@@ -105,7 +105,7 @@ bool Store::clear_window(u32 victim, u32 units, bool guaranteed_too) {
     }
     const auto runs = allocator_.neighbours(block, block_units, units);
     if (runs.empty()) return vacate({victim, block});
-    const u32 wanted = units <= kSmallUnits ? kSlabPages : static_cast<u32>(align_up(u64{units} * kUnit, kPage) / kPage);
+    const u32 wanted = Allocator::pages_wanted(units);
     std::vector<double> costs;  // pages, counted up to kHot times when used lately; infinite when someone won't go
     size_t own = 0;
     for (size_t i = 0; i < runs.size(); ++i) {

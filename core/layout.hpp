@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "bloom.hpp"
+#include "canaries.hpp"
 #include "policy/policy.hpp"
 #include "robust.hpp"
 #include "timers.hpp"
@@ -19,7 +20,7 @@
 namespace kvstrata {
 
 inline constexpr char kMagic[8] = {'K', 'V', 'S', 'A', 'R', 'E', 'N', 'A'};
-inline constexpr u32 kFormat = 1;
+inline constexpr u32 kFormat = 1 | (kDebug ? 1u << 31 : 0);  // a debug build can't share memory with another
 inline constexpr u32 kShards = 64;
 inline constexpr u32 kMaxClients = 128;
 inline constexpr u32 kMaxNamespaces = 1024;
@@ -205,6 +206,7 @@ struct AllocatorState {
     u32 bins[32][8];            // free runs of 2^f * (1 + s/8) pages and more
     u32 slabs[kClasses];        // slabs with room
     u64 faults;                 // double frees and other misuse that was refused
+    u64 overruns, late_writes;  // seen by debug builds only
 };
 
 // ---- Header -------------------------------------------------------------------------------------

@@ -173,7 +173,9 @@ std::unique_ptr<Region> Region::create(int descriptor, const StoreOptions& optio
 std::unique_ptr<Region> Region::create_private(const StoreOptions& options) {
     const int descriptor = memfd_create("kvstrata", MFD_CLOEXEC);
     if (descriptor < 0) fail("can't create the cache's memory");
-    return create(descriptor, options);
+    auto region = create(descriptor, options);
+    region->exclusive_ = true;
+    return region;
 }
 
 std::unique_ptr<Region> Region::create_shared(const std::string& file, const StoreOptions& options) {
@@ -224,7 +226,13 @@ int open_again(int descriptor) {
 }
 }  // namespace
 
-std::unique_ptr<Region> Region::reopen() const { return attach(open_again(descriptor_), "this"); }
+std::unique_ptr<Region> Region::reopen() const {
+    if (exclusive_.exchange(false)) {
+        allow_access(data_, data_bytes_);
+        allow_access(view_, data_bytes_);
+    }
+    return attach(open_again(descriptor_), "this");
+}
 
 Region::Region(int descriptor) : descriptor_(descriptor) {
     try {
@@ -257,6 +265,10 @@ std::unique_ptr<Region> Region::attach(int descriptor, const std::string& file) 
 }
 
 Region::~Region() {
+    if (exclusive_) {  // whatever comes to lie there next
+        allow_access(data_, data_bytes_);
+        allow_access(view_, data_bytes_);
+    }
     if (base_) munmap(base_, reserved_);
     if (view_) munmap(view_ - kGuard, view_reserved_);
     if (locks_ >= 0 && locks_ != descriptor_) close(locks_);

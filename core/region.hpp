@@ -27,6 +27,8 @@ public:
     static std::unique_ptr<Region> create_private(const StoreOptions& options);
     static std::unique_ptr<Region> create_shared(const std::string& file, const StoreOptions& options);
     static std::unique_ptr<Region> attach_shared(const std::string& file);
+    // Whether nobody else can have it attached: it is private, and was never opened again. Asked by debug builds.
+    bool exclusive() const { return exclusive_; }
     // Another attachment to the same memory, with locks of its own.
     std::unique_ptr<Region> reopen() const;
     static RegionProbe probe(const std::string& file);
@@ -64,6 +66,7 @@ private:
     u8* view_ = nullptr;
     u64 reserved_ = 0, view_reserved_ = 0;  // bytes of address space
     u64 data_bytes_ = 0;
+    mutable std::atomic<bool> exclusive_{false};
 };
 
 }  // namespace kvstrata
