@@ -899,6 +899,11 @@ void bind_store(nb::module_& m) {
             if (self.store) self.store->leave_to_parent();
         })
         .def("attach_again", [](StoreHandle& self) { self.store = self.live()->attach_again(); })
+        .def("use_huge_pages", [](StoreHandle& self) {
+            const std::shared_ptr<Store> store = self.live();
+            const nb::gil_scoped_release free;
+            store->use_huge_pages();
+        })
         .def("close", [](StoreHandle& self) { self.store.reset(); })
         .def_prop_ro("closed", [](const StoreHandle& self) { return !self.store; })
         .def("open_namespace", [](const std::shared_ptr<StoreHandle>& self, u32 id, const std::string& name, u32 version,

@@ -18,7 +18,8 @@ namespace {
 
 constexpr u64 kGuard = 64 * 1024;
 constexpr u64 kPiece = 64 << 20;  // allocated at once
-constexpr int kPopulateRead = 22, kPopulateWrite = 23;  // MADV_POPULATE_*, newer than some headers
+constexpr u64 kHuge = 2 << 20;    // bytes of a huge page
+constexpr int kPopulateRead = 22, kPopulateWrite = 23, kCollapse = 25;  // MADV_*, newer than some headers
 
 [[noreturn]] void fail(const std::string& what, int code = errno) {
     throw OsError(what + ": " + std::strerror(code), code);
@@ -118,17 +119,34 @@ bool anybody_holds(int descriptor, u32 slot, u32 count) {
 
 }  // namespace
 
+// Maps the data after a guard, at an address that a huge page of the file can have, too.
+u8* Region::map_data(u8* reserved, int protection, u64 metadata, u64 data) const {
+    const u64 first = reinterpret_cast<u64>(reserved) + kGuard;
+    u8* const at = reserved + kGuard + (metadata - first) % kHuge;
+    map_over(at, data, protection, descriptor_, metadata);
+    return at;
+}
+
 void Region::map(u64 metadata, u64 data) {
     data_bytes_ = data;
-    reserved_ = metadata + kGuard + data + kGuard;
+    view_reserved_ = kGuard + kHuge + data + kGuard;
+    reserved_ = metadata + view_reserved_;
     base_ = reserve_addresses(reserved_);
     map_over(base_, metadata, PROT_READ | PROT_WRITE, descriptor_, 0);
-    data_ = base_ + metadata + kGuard;
-    map_over(data_, data, PROT_READ | PROT_WRITE, descriptor_, metadata);
-    view_reserved_ = kGuard + data + kGuard;
-    u8* const around = reserve_addresses(view_reserved_);
-    view_ = around + kGuard;
-    map_over(view_, data, PROT_READ, descriptor_, metadata);
+    data_ = map_data(base_ + metadata, PROT_READ | PROT_WRITE, metadata, data);
+    view_around_ = reserve_addresses(view_reserved_);
+    view_ = map_data(view_around_, PROT_READ, metadata, data);
+}
+
+// The memory is there already, in small pages: allocated ones are collapsed, whatever shmem_enabled says short of "deny".
+void Region::use_huge_pages() const {
+    for (u8* const start : {data_, view_}) {
+        const u64 first = reinterpret_cast<u64>(start), from = align_up(first, kHuge);
+        const u64 to = (first + data_bytes_) / kHuge * kHuge;
+        if (from >= to) throw OsError("the memory is smaller than a huge page", EINVAL);
+        u8* const at = start + (from - first);
+        if (madvise(at, to - from, MADV_HUGEPAGE) != 0 || madvise(at, to - from, kCollapse) != 0) fail("no huge pages");
+    }
 }
 
 std::unique_ptr<Region> Region::create(int descriptor, const StoreOptions& options) {
@@ -270,7 +288,7 @@ Region::~Region() {
         allow_access(view_, data_bytes_);
     }
     if (base_) munmap(base_, reserved_);
-    if (view_) munmap(view_ - kGuard, view_reserved_);
+    if (view_around_) munmap(view_around_, view_reserved_);
     if (locks_ >= 0 && locks_ != descriptor_) close(locks_);
     close(descriptor_);
 }

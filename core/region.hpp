@@ -42,6 +42,9 @@ public:
     u8* data() const { return data_; }              // writable: for the core only
     const u8* view() const { return view_; }        // the same bytes, mapped read-only: what readers are given
 
+    // Puts the data into pages of 2 MiB, here and in the read-only mapping, but for its first and last part of one.
+    // Throws OsError when the kernel won't. Whoever attaches later has them as well.
+    void use_huge_pages() const;
     // Allocates the memory behind [offset, offset + bytes): afterwards a touch can't fail. Throws OsError(ENOSPC).
     void back(u64 offset, u64 bytes) const;
     void give_back(u64 offset, u64 bytes) const;    // the memory behind whole pages; a hint
@@ -57,6 +60,7 @@ private:
     static std::unique_ptr<Region> attach(int descriptor, const std::string& name);
     static std::unique_ptr<Region> create(int descriptor, const StoreOptions& options);
     void map(u64 metadata, u64 data);
+    u8* map_data(u8* reserved, int protection, u64 metadata, u64 data) const;
 
     int descriptor_;
     // Opened apart from what is mapped: a child that is forked keeps the mapping, and would keep the locks with it.
@@ -64,6 +68,7 @@ private:
     u8* base_ = nullptr;
     u8* data_ = nullptr;
     u8* view_ = nullptr;
+    u8* view_around_ = nullptr;
     u64 reserved_ = 0, view_reserved_ = 0;  // bytes of address space
     u64 data_bytes_ = 0;
     mutable std::atomic<bool> exclusive_{false};

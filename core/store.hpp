@@ -312,6 +312,7 @@ public:
     void leave_to_parent();
     bool left_to_parent() const { return clients_.self() == ~0u; }
     std::shared_ptr<Store> attach_again() const;  // another attachment to the same mapping
+    void use_huge_pages() const { region_->use_huge_pages(); }
     bool alone() const;  // no other process is attached
     StoreStats stats();
     StoreOptions options() const { return {header_.memory, header_.disk}; }

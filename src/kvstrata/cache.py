@@ -380,13 +380,14 @@ def _copied(pin: _core.Pin | None, out: Any) -> Any:
 class Cache(Namespace):
     """What `kvstrata.open` returns. Used directly, it is its namespace "default"."""
 
-    def __init__(self, path: Path | None, options: CacheOptions, shared: bool) -> None:
+    def __init__(self, path: Path | None, options: CacheOptions, shared: bool, huge_pages: bool) -> None:
         self.path = path
         self.options = options
         self._opened: weakref.WeakSet[Namespace] = weakref.WeakSet()
         self._lock = threading.RLock()
         self._pid = os.getpid()
         self._closed = False
+        self._huge_pages = huge_pages
         self._below: Tier | None = None
         self._writer: WriteBehind | None = None
         try:
@@ -395,6 +396,8 @@ class Cache(Namespace):
             self._close_below()
             raise
         try:
+            if huge_pages:
+                self._memory.use_huge_pages()
             self._open_below()
             super().__init__(self, _SpaceOptions("default"), 0, 0.0)
         except BaseException:
@@ -620,6 +623,8 @@ class Cache(Namespace):
                 return
             self._below = None
             self._memory.attach_again(self._restore)
+            if self._huge_pages:
+                self._memory.use_huge_pages()
             self._open_below()
             self._pid = os.getpid()
 
@@ -661,13 +666,17 @@ def open(
     memory: int | str = "1GiB",
     disk: int | str | None = None,
     shared: bool = True,
+    huge_pages: bool = False,
 ) -> Cache:
     """Open the cache at a directory, making it if need be; None makes a private one that leaves nothing behind.
 
     Every process that opens the same path shares one memory tier of `memory` bytes and one disk tier of at most
     `disk` bytes (None: 8 GiB; 0: no disk tier). Sizes are ints or strings such as "512MiB". The options of all that
     have it open must agree, or ConfigMismatch says how they differ. `shared=False` opens it for this process alone.
+
+    `huge_pages=True` puts the memory tier into pages of 2 MiB, for this process and whoever attaches; it takes a while at
+    opening, in which the memory is copied once. Raises ConfigError, saying what to do, when the kernel refuses.
     """
     options = CacheOptions.parse(memory=memory, disk=disk, has_path=path is not None)
     where = None if path is None else Path(path).absolute()
-    return Cache(where, options, shared)
+    return Cache(where, options, shared, huge_pages)

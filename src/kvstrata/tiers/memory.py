@@ -23,6 +23,7 @@ from kvstrata.tiers.segment_format import stored_seed
 __all__ = ["MemoryTier"]
 
 _FORMAT = 1
+_HUGE_PAGE = 2 << 20
 _SETUP_PATIENCE_S = 30.0
 _LEAVING_PATIENCE_S = 2.0
 
@@ -89,6 +90,13 @@ class MemoryTier:
             except BaseException:
                 os.close(users)
                 raise
+
+    def use_huge_pages(self) -> None:
+        """Put the memory into huge pages; raises ConfigError, with what to do about it, when the kernel refuses."""
+        try:
+            self.store.use_huge_pages()
+        except OSError as error:
+            raise ConfigError(f"huge_pages=True was refused: {_why_no_huge_pages(self._options, error)}") from error
 
     # ---- Forking and closing
 
@@ -276,6 +284,25 @@ def _explained(options: CacheOptions) -> Iterator[None]:
         filesystem = os.statvfs(place)
         free = filesystem.f_bavail * filesystem.f_frsize
         raise TierFull(f"memory ({place})", options.memory, free) from error
+
+
+def _why_no_huge_pages(options: CacheOptions, error: OSError) -> str:
+    """Say what is in the way of huge pages, and what to do about it."""
+    if options.memory < 2 * _HUGE_PAGE:
+        return f"memory={options.memory:,} bytes is too little for pages of 2 MiB; the least is {2 * _HUGE_PAGE:,}"
+    if error.errno not in (errno.EINVAL, errno.EPERM, errno.ENOSYS):
+        return (
+            "the kernel found no free pieces of 2 MiB; 'echo 1 > /proc/sys/vm/compact_memory' (as root) may make some, "
+            "else open with less memory or without huge_pages"
+        )
+    if re.search(r"THP_enabled:\s+0", Path("/proc/self/status").read_text()):
+        return "they are switched off for this process, by prctl(PR_SET_THP_DISABLE); start it without"
+    setting = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+    if not setting.exists():
+        return "this kernel has none for shared memory (CONFIG_TRANSPARENT_HUGEPAGE); open without huge_pages"
+    if "[deny]" in setting.read_text():
+        return f"{setting} says 'deny'; 'echo advise > {setting}' (as root) allows them"
+    return f"it takes Linux 6.1 or newer, and this is {os.uname().release}; open without huge_pages"
 
 
 def _available_memory() -> int:
