@@ -674,8 +674,9 @@ def open(
     `disk` bytes (None: 8 GiB; 0: no disk tier). Sizes are ints or strings such as "512MiB". The options of all that
     have it open must agree, or ConfigMismatch says how they differ. `shared=False` opens it for this process alone.
 
-    `huge_pages=True` puts the memory tier into pages of 2 MiB, for this process and whoever attaches; it takes a while at
-    opening, in which the memory is copied once. Raises ConfigError, saying what to do, when the kernel refuses.
+    `huge_pages=True` puts the memory tier into pages of 2 MiB, for this process and whoever attaches; it takes a
+    while at opening, in which the memory is copied once. Raises ConfigError, saying what to do, when the kernel
+    refuses.
     """
     options = CacheOptions.parse(memory=memory, disk=disk, has_path=path is not None)
     where = None if path is None else Path(path).absolute()
