@@ -322,29 +322,33 @@ void Allocator::set_owner(u32 block, u32 units, u32 entry) {
     __atomic_store_n(at, entry, __ATOMIC_RELAXED);
 }
 
-Allocator::Neighbour Allocator::describe(u32 first) const {
+void Allocator::describe(u32 first, Neighbourhood& found) const {
     const PageDescriptor& head = page(first);
-    Neighbour run{first, head.length, {}};
-    auto add = [&](u32 entry, u32 block) { run.residents.push_back(entry ? Resident{entry, block} : Resident{kNone, kNone}); };
+    Neighbour run{first, head.length, static_cast<u32>(found.residents.size()), 0};
+    auto add = [&](u32 entry, u32 block) {
+        found.residents.push_back(entry ? Resident{entry, block} : Resident{kNone, kNone});
+    };
     if (head.kind == PageKind::run) add(__atomic_load_n(&head.next, __ATOMIC_RELAXED), first * kUnitsPerPage);
     if (head.kind == PageKind::slab)
         for (u32 index = 0; index < blocks_of(head.size_class); ++index)
             if (bitmap(first)[index / 64] >> (index % 64) & 1)
                 add(__atomic_load_n(&owners(first)[index], __ATOMIC_RELAXED),
                     first * kUnitsPerPage + first_block(head.size_class) + index * class_units(head.size_class));
-    return run;
+    run.to = static_cast<u32>(found.residents.size());
+    found.runs.push_back(run);
 }
 
 u32 Allocator::pages_wanted(u32 units) {
     return extent(units) <= kSmallUnits ? kSlabPages : pages_for(extent(units));
 }
 
-std::vector<Allocator::Neighbour> Allocator::neighbours(u32 block, u32 block_units, u32 units) {
+void Allocator::find_neighbours(u32 block, u32 block_units, u32 units, Neighbourhood& found) {
+    found.runs.clear();
+    found.residents.clear();
     const RobustLock held = lock();
-    std::vector<Neighbour> runs;
-    if (!is_allocated(block, block_units)) return runs;
+    if (!is_allocated(block, block_units)) return;
     const u32 whole = extent(units), block_whole = extent(block_units);
-    if (whole <= kSmallUnits && block_whole <= kSmallUnits && class_of(whole) == class_of(block_whole)) return runs;
+    if (whole <= kSmallUnits && block_whole <= kSmallUnits && class_of(whole) == class_of(block_whole)) return;
     const u32 wanted = pages_wanted(units);
     const u32 first = block_whole <= kSmallUnits ? slab_of(block) : block / kUnitsPerPage;
     u32 start = first;
@@ -354,8 +358,7 @@ std::vector<Allocator::Neighbour> Allocator::neighbours(u32 block, u32 block_uni
         reach += length;
     }
     const u32 stop = std::min(state_.pages, first + std::max(wanted, page(first).length));
-    for (u32 at = start; at < stop; at += page(at).length) runs.push_back(describe(at));
-    return runs;
+    for (u32 at = start; at < stop; at += page(at).length) describe(at, found);
 }
 
 // ---- Debug builds -------------------------------------------------------------------------------

@@ -31,13 +31,17 @@ public:
     // A run of pages near a block, with what lives in it; free when there are no residents.
     struct Neighbour {
         u32 first, length;
+        u32 from, to;  // of the residents
+    };
+    struct Neighbourhood {
+        std::vector<Neighbour> runs;  // in order of address
         std::vector<Resident> residents;
     };
     // How many pages in one piece have to be free before a block of `units` fits for sure.
     static u32 pages_wanted(u32 units);
-    // The runs around `block`, in order of address, as far as a block of `units` that needs its place could reach.
-    // Empty when the block is in a slab that takes blocks of this size: its own place will do.
-    std::vector<Neighbour> neighbours(u32 block, u32 block_units, u32 units);
+    // The runs around `block`, as far as a block of `units` that needs its place could reach.
+    // None when the block is in a slab that takes blocks of this size: its own place will do.
+    void find_neighbours(u32 block, u32 block_units, u32 units, Neighbourhood& found);
 
     // Takes the next chunk of entries for `shard`; kNone when all are taken or memory is short.
     u32 take_chunk(u32 shard);
@@ -71,7 +75,7 @@ private:
     u32* owners(u32 slab) const;
     u32 slab_of(u32 block) const;
     u32 index_in(u32 slab, u32 block) const;
-    Neighbour describe(u32 first) const;
+    void describe(u32 first, Neighbourhood& found) const;
 
     u32 find_run(u32 length) const;
     void bin_run(u32 first, u32 length);

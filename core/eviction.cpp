@@ -11,7 +11,6 @@ namespace {
 constexpr u32 kTriesALock = 64;          // records looked at before the policy's lock is let go
 constexpr double kPatience = 5;          // seconds a put waits for the tier below
 constexpr double kHot = 5;               // how much worse it is to lose what was used just now than what is due to go
-constexpr double kImmovable = 1e18;
 constexpr int kMostEvictions = 1 << 20;  // a bound on the loop that makes room for one block
 }  // namespace
 
@@ -41,12 +40,7 @@ void Store::leave_memory(u32 at) {
 // Asks whoever lives in that block to leave; false when it doesn't.
 bool Store::vacate(Allocator::Resident resident) {
     const u32 shard = index_.shard_holding(resident.entry);
-    u32 id;
-    {
-        const RobustLock held = index_.lock(shard);
-        if (index_.entry(resident.entry).state != EntryState::live) return false;
-        id = index_.entry(resident.entry).ns;
-    }
+    const u32 id = index_.glimpse(resident.entry).ns;  // as a guess: which lock to take
     const RobustLock policy_held = lock_policy(id);
     const RobustLock held = index_.lock(shard);
     Entry& entry = index_.entry(resident.entry);
@@ -103,53 +97,59 @@ bool Store::clear_window(u32 victim, u32 units, bool guaranteed_too) {
         block_units = entry.units;
         oldest = std::max(1u, now - entry.node.stamp);
     }
-    const auto runs = allocator_.neighbours(block, block_units, units);
+    thread_local Allocator::Neighbourhood around;  // kept, so that making room takes no memory itself
+    thread_local std::vector<double> costs;        // of the runs up to each: pages, up to kHot times when used lately
+    thread_local std::vector<u32> stayers;         // residents of these runs that won't go
+    allocator_.find_neighbours(block, block_units, units, around);
+    const auto& runs = around.runs;
     if (runs.empty()) return vacate({victim, block});
     const u32 wanted = Allocator::pages_wanted(units);
-    std::vector<double> costs;  // pages, counted up to kHot times when used lately; infinite when someone won't go
+    costs.assign(1, 0);
+    stayers.assign(1, 0);
     size_t own = 0;
     for (size_t i = 0; i < runs.size(); ++i) {
         const auto& run = runs[i];
         if (u64{run.first} * kPage <= u64{block} * kUnit) own = i;
         double cost = 0;
-        for (const auto& resident : run.residents) {
-            double share = static_cast<double>(run.length) / static_cast<double>(run.residents.size());
+        u32 staying = 0;
+        const double share = static_cast<double>(run.length) / std::max(1u, run.to - run.from);
+        for (u32 n = run.from; n < run.to; ++n) {
+            const auto& resident = around.residents[n];
             if (!resident.entry) {
-                share = kImmovable;
-            } else {
-                const RobustLock held = index_.lock(index_.shard_holding(resident.entry));
-                const Entry& entry = index_.entry(resident.entry);
-                if (entry.state == EntryState::zombie ||
-                    (entry.state == EntryState::live &&
-                     (!may_leave(entry) || (entry.memory != resident.block && may_be_on_disk(entry))))) {
-                    share = kImmovable;
-                } else if (entry.state == EntryState::live && current(entry, space(entry.ns))) {
-                    const double age = std::min(now - entry.node.stamp, oldest);
-                    share *= kHot - (kHot - 1) * age / oldest;
-                    const Namespace& its = space(entry.ns);
-                    if (!guaranteed_too && its.bytes.load() <= its.guarantee.load()) share = kImmovable;
-                }
+                ++staying;
+                continue;
             }
-            cost += share;
+            // Without its lock: a guess that is wrong is found out when it is asked to leave.
+            const Entry entry = index_.glimpse(resident.entry);
+            if (entry.state == EntryState::free) {
+                cost += share;
+            } else if (entry.state == EntryState::zombie || !may_leave(entry) ||
+                       (entry.memory != resident.block && may_be_on_disk(entry))) {
+                ++staying;
+            } else if (current(entry, space(entry.ns))) {
+                const double age = std::min(now - entry.node.stamp, oldest);
+                cost += share * (kHot - (kHot - 1) * age / oldest);
+                const Namespace& its = space(entry.ns);
+                staying += !guaranteed_too && its.bytes.load() <= its.guarantee.load();
+            } else {
+                cost += share;
+            }
         }
-        costs.push_back(cost);
+        costs.push_back(costs.back() + cost);
+        stayers.push_back(stayers.back() + staying);
     }
-    size_t best_from = 0, best_to = 0;
-    double best = kImmovable;
-    for (size_t from = 0; from <= own; ++from) {
-        double cost = 0;
-        u64 pages = 0;
-        for (size_t to = from; to < runs.size() && cost < best; ++to) {
-            cost += costs[to];
-            pages += runs[to].length;
-            if (to < own || pages < wanted) continue;
-            if (cost < best) best = cost, best_from = from, best_to = to + 1;
-            break;
-        }
+    size_t best_from = 0, best_to = 0, to = own + 1;  // a window is [from, to)
+    u64 pages = 0;
+    for (size_t i = 0; i < to; ++i) pages += runs[i].length;
+    for (size_t from = 0; from <= own; pages -= runs[from++].length) {
+        for (; pages < wanted && to < runs.size(); ++to) pages += runs[to].length;
+        if (pages < wanted) break;
+        if (stayers[to] != stayers[from]) continue;
+        if (!best_to || costs[to] - costs[from] < costs[best_to] - costs[best_from]) best_from = from, best_to = to;
     }
-    if (best >= kImmovable) return false;
+    if (!best_to) return false;
     for (size_t i = best_from; i < best_to; ++i)
-        for (const auto& resident : runs[i].residents) vacate(resident);
+        for (u32 n = runs[i].from; n < runs[i].to; ++n) vacate(around.residents[n]);
     return true;
 }
 

@@ -29,6 +29,8 @@ public:
     Entry& entry(u32 number) const { return entries_[number]; }
     Nodes nodes() const { return {entries_, sizeof(Entry)}; }
     Key key(const Entry& entry) const;
+    // What decides whether an entry may leave memory, without a lock: it may be changing right now, or be another's already.
+    Entry glimpse(u32 number) const;
 
     // All below: with the shard of the hash, or of the entry, locked.
     u32 find(u32 hash, u32 ns, Key key) const;         // kNone if it isn't there
