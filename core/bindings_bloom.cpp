@@ -16,7 +16,7 @@ using Answers = nb::ndarray<bool, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 constexpr u64 kMostBytes = u64{1} << 36;
 
-// A filter in memory of its own. Hashes are keyed, so that nobody can choose keys that fill it, or that it takes for its own.
+// A filter in memory of its own. Hashes are keyed, so that nobody can choose keys that it takes for its own.
 class Filter {
 public:
     Filter(u64 capacity, double fp_rate)
@@ -101,7 +101,8 @@ void bind_bloom(nb::module_& m) {
         .def("remove_many", &remove_many<nb::handle>, nb::arg("keys"))
         .def("contains_many", &contains_many<Digests>, nb::arg("keys").noconvert(), nb::arg("out"))
         .def("contains_many", &contains_many<nb::handle>, nb::arg("keys"), nb::arg("out"))
-        .def("add", [](Filter& self, nb::handle key) { self.bloom().add(self.hash(key_of(key))); }, nb::arg("key").none())
+        .def("add", [](Filter& self, nb::handle key) { self.bloom().add(self.hash(key_of(key))); },
+             nb::arg("key").none())
         .def("contains", [](Filter& self, nb::handle key) { return self.bloom().contains(self.hash(key_of(key))); },
              nb::arg("key").none())
         .def("clear", [](Filter& self) { self.bloom().clear(); })

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ REMARKS = [
 
 def rows(settings: Settings) -> list[Row]:
     """Measure all of it."""
-    return [*_copies(settings), *_pins(settings), *_prefixes(settings), *_index(settings)]
+    return [*_copies(settings), *_pins(settings), *_allocations(settings), *_prefixes(settings), *_index(settings)]
 
 
 def _key(number: int) -> bytes:
@@ -105,6 +106,31 @@ def _pins(settings: Settings) -> list[Row]:
         (ours,) = interleaved(Work(pin_many, 100 * len(keys)), repeats=settings.repeats(24))
         found.append(Row("Memory", "pin_many of 64, release, each", ours, at_most=0.3e-6))
     return found
+
+
+# ---- Blocks of memory ----------------------------------------------------------------------------
+
+
+def _allocations(settings: Settings) -> list[Row]:
+    """Take blocks of 256 B to 8 MiB, drawn log-uniformly, from a full memory: others have to leave for each."""
+    count = settings.size(1_000_000)
+    sizes = np.exp(np.random.default_rng(0).uniform(np.log(256), np.log(8 * MIB), count)).astype(int).tolist()
+    took = np.empty(count, np.int64)
+    with kvstrata.open(settings.directory / "blocks", memory="512MiB", disk=0) as cache:
+        reserve = cache._space.reserve
+        for i, size in enumerate(sizes):
+            start = time.perf_counter_ns()
+            write = reserve(_key(i % 200_000), size)
+            took[i] = time.perf_counter_ns() - start
+            write.publish()
+        if cache.stats()["memory"]["memory_utilisation"] < 0.95:
+            raise AssertionError("less than 95 % of the memory hold records")
+    what = f"take a block of 256 B to 8 MiB, 95 % of memory full, {count:,} times"
+    steady = took[count // 4 :] * 1e-9
+    return [
+        Row("Memory", f"{what}: median", Sample.of(float(np.percentile(steady, 50)))),
+        Row("Memory", f"{what}: 99th percentile", Sample.of(float(np.percentile(steady, 99))), at_most=5e-6),
+    ]
 
 
 # ---- Prefixes ------------------------------------------------------------------------------------

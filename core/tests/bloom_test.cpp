@@ -39,19 +39,22 @@ TEST(what_was_added_is_found_and_the_false_positives_are_as_many_as_theory_says)
         for (const double wanted : {0.2, 0.03, 0.01, 0.001}) {
             Filter filter(capacity, wanted);
             CHECK(filter.shape.fp_rate(static_cast<double>(capacity)) <= wanted);
-            CHECK(filter.shape.fp_rate(static_cast<double>(capacity) * 1.1) > wanted || capacity == 100);  // no larger than need be
+            // And no larger than need be, but for rounding.
+            CHECK(filter.shape.fp_rate(static_cast<double>(capacity) * 1.1) > wanted || capacity == 100);
             for (u64 i = 1; i <= capacity; ++i) filter.bloom.add(spread(i));
             CHECK(found(filter.bloom, 1, capacity) == 1);
             const double expected = filter.shape.fp_rate(static_cast<double>(capacity));
             const u64 tries = 200000;
             // Four standard deviations of the drawing, and of how full a filter of this size happens to be.
             const double drawn = std::sqrt(expected / static_cast<double>(tries));
-            const double filled = expected * filter.shape.hashes / std::sqrt(static_cast<double>(filter.shape.counters));
+            const double counters = static_cast<double>(filter.shape.counters);
+            const double filled = expected * filter.shape.hashes / std::sqrt(counters);
             const double measured = found(filter.bloom, kElsewhere, tries);
             CHECK(std::abs(measured - expected) < 4 * (drawn + filled));
             const auto figures = filter.bloom.figures();
             CHECK(std::abs(figures.fp_rate - measured) < 4 * drawn);
-            CHECK(std::abs(figures.keys / static_cast<double>(capacity) - 1) < 4 / std::sqrt(static_cast<double>(capacity)));
+            const double keys = static_cast<double>(capacity);
+            CHECK(std::abs(figures.keys / keys - 1) < 4 / std::sqrt(keys));
         }
 }
 

@@ -1,5 +1,6 @@
-// The memory at steady state: how much of it holds records under sizes from 256 B to 8 MiB, drawn log-uniformly, while each
-// put makes others leave. KVSTRATA_SOAK=1 makes it ten million operations, and prints how long taking a block took.
+// The memory at steady state: how much of it holds records under sizes from 256 B to 8 MiB, drawn log-uniformly, while
+// each put makes others leave. Prints how long taking a block took, with what had to leave for it; that figure counts in
+// a build without failpoints only. KVSTRATA_SOAK=1 makes it ten million operations.
 #include <chrono>
 #include <cmath>
 #include <cstdlib>
@@ -28,7 +29,8 @@ public:
     double percentile(double part) const {  // us
         u64 seen = 0;
         for (size_t i = 0; i < std::size(counts_); ++i)
-            if ((seen += counts_[i]) >= static_cast<u64>(part * static_cast<double>(count_))) return std::exp2((static_cast<double>(i) + 0.5) / 16) / 1000;
+            if (static_cast<double>(seen += counts_[i]) >= part * static_cast<double>(count_))
+                return std::exp2((static_cast<double>(i) + 0.5) / 16) / 1000;
         return 0;
     }
 
@@ -64,9 +66,10 @@ TEST(at_least_95_percent_of_the_memory_hold_records_at_steady_state) {
             ++samples;
         }
     }
-    std::printf("utilisation: mean %.4f, least %.4f; to reserve took p50 %.2f us, p99 %.2f us, p99.9 %.2f us\n", sum / static_cast<double>(samples),
+    const double mean = sum / static_cast<double>(samples);
+    std::printf("utilisation: mean %.4f, least %.4f; to reserve took p50 %.2f us, p99 %.2f us, p99.9 %.2f us\n", mean,
                 least, durations.percentile(0.5), durations.percentile(0.99), durations.percentile(0.999));
-    CHECK(sum / static_cast<double>(samples) >= 0.95);
+    CHECK(mean >= 0.95);
     CHECK(least >= 0.93);
     CHECK(store->stats().memory.faults == 0);
 }
