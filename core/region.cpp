@@ -191,9 +191,7 @@ std::unique_ptr<Region> Region::create(int descriptor, const StoreOptions& optio
 std::unique_ptr<Region> Region::create_private(const StoreOptions& options) {
     const int descriptor = memfd_create("kvstrata", MFD_CLOEXEC);
     if (descriptor < 0) fail("can't create the cache's memory");
-    auto region = create(descriptor, options);
-    region->exclusive_ = true;
-    return region;
+    return create(descriptor, options);
 }
 
 std::unique_ptr<Region> Region::create_shared(const std::string& file, const StoreOptions& options) {

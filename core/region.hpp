@@ -27,7 +27,8 @@ public:
     static std::unique_ptr<Region> create_private(const StoreOptions& options);
     static std::unique_ptr<Region> create_shared(const std::string& file, const StoreOptions& options);
     static std::unique_ptr<Region> attach_shared(const std::string& file);
-    // Whether nobody else can have it attached: it is private, and was never opened again. Asked by debug builds.
+    // Promises that no other process will use it, not even a child: so debug builds may put what is free out of bounds.
+    void assume_exclusive() const { exclusive_ = true; }
     bool exclusive() const { return exclusive_; }
     // Another attachment to the same memory, with locks of its own.
     std::unique_ptr<Region> reopen() const;

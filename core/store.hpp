@@ -312,6 +312,7 @@ public:
     void leave_to_parent();
     bool left_to_parent() const { return clients_.self() == ~0u; }
     std::shared_ptr<Store> attach_again() const;  // another attachment to the same mapping
+    void assume_exclusive() const { region_->assume_exclusive(); }  // for tests: see Region
     void use_huge_pages() const { region_->use_huge_pages(); }
     bool alone() const;  // no other process is attached
     StoreStats stats();

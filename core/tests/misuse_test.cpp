@@ -39,6 +39,7 @@ struct Pool {
     std::unique_ptr<Region> region = Region::create_private({4 << 20, 0});
     Allocator allocator{*region};
     Pool() {
+        region->assume_exclusive();  // its children only touch what they are not to touch
         Clients::init(*region);
         region->back(region->header().clients_at, align_up(sizeof(Client), kPage));
         allocator.init();

@@ -14,7 +14,11 @@ using namespace kvstrata;
 using namespace kvstrata::testing;
 
 namespace {
-std::shared_ptr<Store> fresh(u64 memory = 4 << 20, u64 disk = 0) { return Store::open_private({memory, disk}); }
+std::shared_ptr<Store> fresh(u64 memory = 4 << 20, u64 disk = 0) {
+    auto store = Store::open_private({memory, disk});
+    store->assume_exclusive();
+    return store;
+}
 }  // namespace
 
 TEST(what_is_put_can_be_got_until_it_is_removed) {
