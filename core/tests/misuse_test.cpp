@@ -57,7 +57,7 @@ TEST(a_reader_cannot_write_and_reads_what_is_written) {
     const Space space = store->open_namespace(0, "default", 1, {});
     put(*store, space, "key", "value");
     Pin pin;
-    CHECK(store->acquire(space, bytes_of("key"), pin) == Lookup::hit);
+    CHECK(store->acquire(space, bytes_of("key"), pin, nullptr, nullptr) == Lookup::hit);
     CHECK(!dies_of([&] { touch(pin.value()); }));
     CHECK(dies_of([&] { write_to(pin.value()); }));
     CHECK(std::memcmp(pin.value(), "value", 5) == 0);

@@ -31,7 +31,10 @@ void use(Store& store, Space space, const std::string& value, u32 rounds) {
         store.publish(*reservation);
         Pin pin;
         Small small{out, sizeof out};
-        store.acquire(space, key, pin, &small);
+        {
+            Uses uses(store, space);
+            store.acquire(space, key, pin, &small, &uses);
+        }
         if (round % 5 == 0) store.remove(space, key);
     }
 }
