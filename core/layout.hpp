@@ -1,6 +1,6 @@
 // What lies in the mapping, byte for byte. Offsets and numbers only, never pointers: every process maps it elsewhere.
 //
-//   Header | clients | namespaces | shards | owners of entry chunks | debts | holders | tags | buckets
+//   Header | clients | namespaces | shards | owners of entry chunks | debts | seen keys | holders | tags | buckets
 //   | entries | scratch memory of policies | page table | guard | data | guard
 //
 // Order of locks: admin, then a namespace's policy, then a shard, then the allocator. A thread holds at most one of each.
@@ -48,6 +48,7 @@ enum EntryFlags : u8 {
     kImmutable = 1,
     kDirty = 2,    // the tier below does not have it yet, so it must not leave memory
     kWriting = 4,  // and is being given it right now
+    kUnproven = 8, // nobody has used it since it came: the tier below doesn't get it before somebody does
 };
 
 // One version of one key. Written under the lock of its shard; `node` under the lock of its namespace's policy;
@@ -140,6 +141,7 @@ struct alignas(64) Namespace {
     u64 scratch_at, scratch_bytes;  // offset in the mapping; changed under the admin lock, too
     u32 configured;             // policy, quota and immutable hold for everybody (someone has it open)
     u32 immutable;
+    u32 proven_only;            // only what is used again goes to the tier below
     u64 quota;                  // bytes in memory, 0 = no limit
     std::atomic<u64> guarantee; // bytes in memory that no other namespace takes from it
     std::atomic<u64> bytes;     // of records in memory
@@ -222,7 +224,10 @@ struct alignas(64) Header {
     u32 max_buckets;            // per shard
     u32 spare;
     BloomShape debts;
-    u64 clients_at, namespaces_at, shards_at, owners_at, debts_at, holders_at, tags_at, buckets_at, entries_at, scratch_at, pages_at, data_at, end;
+    BloomShape seen;            // of each of two generations
+    std::atomic<u32> seen_now;  // which of them is the younger one
+    std::atomic<u64> seen_keys; // in that
+    u64 clients_at, namespaces_at, shards_at, owners_at, debts_at, seen_at, holders_at, tags_at, buckets_at, entries_at, scratch_at, pages_at, data_at, end;
     std::atomic<u64> seq;
     std::atomic<u32> tick;      // accesses, for recency
     std::atomic<u32> chunks;    // entry chunks handed out (under the allocator's lock)

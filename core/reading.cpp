@@ -87,7 +87,10 @@ Lookup Store::acquire(Space wanted, Key key, Pin& pin, Small* small, Uses* uses)
                 done = true;
             }
             if (done) {
-                if (uses) uses->add({at, index_.entry(at).seq});
+                if (uses) {
+                    uses->add({at, index_.entry(at).seq});
+                    if (index_.entry(at).flags & kUnproven) prove(at);
+                }
                 return Lookup::hit;
             }
         }

@@ -46,6 +46,9 @@ void lay_out(Header& header, const StoreOptions& options) {
     // Room for one forgotten record to 64 that are in the index. Without a disk nobody owes anything.
     header.debts = BloomShape::of(options.disk ? std::max<u64>(16384, header.max_entries / 64) : 64, kDebtsForNothing);
     header.debts_at = place(header.debts.bytes());
+    // As many keys as the tier below would have records of 64 KiB. What wasn't seen is seldom taken for seen.
+    header.seen = BloomShape::of(options.disk ? std::clamp<u64>(options.disk / 65536, 4096, 1 << 20) : 64, 0.01);
+    header.seen_at = place(2 * header.seen.bytes());
     header.holders_at = place(kHolders * sizeof(Holder));
     header.tags_at = place(kTagSlots * sizeof(u64));  // memory comes as tags are used
     header.buckets_at = place(u64{header.max_buckets} * kShards * sizeof(u32));
@@ -175,6 +178,8 @@ std::unique_ptr<Region> Region::create(int descriptor, const StoreOptions& optio
     header.owners_at = plan.owners_at;
     header.debts = plan.debts;
     header.debts_at = plan.debts_at;
+    header.seen = plan.seen;
+    header.seen_at = plan.seen_at;
     header.holders_at = plan.holders_at;
     header.tags_at = plan.tags_at;
     header.buckets_at = plan.buckets_at;

@@ -128,6 +128,7 @@ Space Store::open_namespace(u32 id, const std::string& name, u32 version, const 
         ns.guarantee.store(options.guarantee);
         ns.quota = options.quota;
         ns.immutable = options.immutable;
+        ns.proven_only = options.proven_only;
         ns.configured = 1;
         ns.defined.store(1);
         if (reorder) change_policy(chosen);
@@ -137,6 +138,8 @@ Space Store::open_namespace(u32 id, const std::string& name, u32 version, const 
         else if (ns.quota != options.quota) differs = "quota " + std::to_string(ns.quota);
         else if (ns.guarantee.load() != options.guarantee) differs = "guarantee " + std::to_string(ns.guarantee.load());
         else if (ns.immutable != u32{options.immutable}) differs = ns.immutable ? "immutable=True" : "immutable=False";
+        else if (ns.proven_only != u32{options.proven_only})
+            differs = ns.proven_only ? "admission='reused'" : "admission='all'";
         if (!differs.empty())
             throw ConfigMismatch("namespace '" + name + "' is already open with " + differs + "; use the same");
     }
@@ -245,6 +248,7 @@ Published Store::publish(Reservation& reservation, Pin* keep) {
     write_frame(reservation.block.bytes(), header, key.data(), key.size(), header_.seed);
     const u64 length = u64{reservation.block.units()} * kUnit;
     if (ns.hungry.load(std::memory_order_relaxed)) feed_policy(wanted.id);
+    const bool writes = header_.disk && (!ns.proven_only || seen_before(hash));
     Published result = Published::stored;
     u32 at = kNone;
     for (int tries = 0;; ++tries) {
@@ -280,7 +284,7 @@ Published Store::publish(Reservation& reservation, Pin* keep) {
                 entry.epoch = header.epoch;
                 entry.ns = static_cast<u16>(wanted.id);
                 entry.key_len = static_cast<u16>(key.size());
-                entry.flags = static_cast<u8>((ns.immutable ? kImmutable : 0) | (header_.disk ? kDirty : 0));
+                entry.flags = static_cast<u8>((ns.immutable ? kImmutable : 0) | (writes ? kDirty : header_.disk ? kUnproven : 0));
                 entry.owner = static_cast<u8>(clients_.self());
                 entry.holder = 0;
                 std::memcpy(entry.tags, reservation.options.tags, sizeof entry.tags);
@@ -317,7 +321,7 @@ Published Store::publish(Reservation& reservation, Pin* keep) {
         block->store_ = nullptr;
     }
     remove_expired();
-    if (header_.disk) {
+    if (writes) {
         clients_.mine().dirty_bytes.fetch_add(length);
         enqueue_dirty({at, static_cast<u32>(length / kUnit), header.seq});
     }

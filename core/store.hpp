@@ -29,6 +29,7 @@ struct NamespaceOptions {
     u64 quota = 0;          // bytes in memory, 0 = no limit
     u64 guarantee = 0;      // bytes in memory that others leave to it
     bool immutable = false;
+    bool proven_only = false;  // to the tier below goes only what is used again (admission.cpp)
 };
 
 // What a put says of its record.
@@ -376,6 +377,8 @@ private:
         u32 entry, units;
         u64 seq;
     };
+    bool seen_before(u32 hash);
+    void prove(u32 at);
     void enqueue_dirty(const Waiting& waiting);
     void settled(u64 bytes);
     void count_namespace(u32 id);

@@ -163,7 +163,15 @@ class Store:
     @property
     def seed(self) -> int: ...
     def open_namespace(
-        self, id: int, name: str, version: int, policy: str, quota: int, guarantee: int, immutable: bool
+        self,
+        id: int,
+        name: str,
+        version: int,
+        policy: str,
+        quota: int,
+        guarantee: int,
+        immutable: bool,
+        proven_only: bool = False,
     ) -> Space: ...
     def undurable_epoch(self, ns: int) -> int: ...
     def epoch_is_durable(self, ns: int, epoch: int) -> None: ...

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, ParamSpec, TypeVar, overload
 
 from kvstrata import _core
 from kvstrata.config import CacheOptions, parse_duration, parse_jitter, parse_size
@@ -45,6 +45,7 @@ class _SpaceOptions(NamedTuple):
     quota: int = 0
     guarantee: int = 0
     immutable: bool = False
+    proven_only: bool = False
 
 
 class Namespace:
@@ -436,6 +437,7 @@ class Cache(Namespace):
         ttl: float | None = None,
         ttl_jitter: float = 0.0,
         immutable: bool = False,
+        admission: Literal["all", "reused"] = "all",
     ) -> Namespace:
         """Open a partition of the cache's keys.
 
@@ -445,8 +447,10 @@ class Cache(Namespace):
         enough, but only in pieces too small.) `ttl` is the time to live of its records in seconds; with `ttl_jitter`,
         0 to 1, each lives up to that part shorter, so that what was stored together doesn't expire together.
         `immutable` promises that a key implies its value, as content digests do: such records are stored once and can
-        be recovered from the disk even when the index is lost. Who has it open already must have the same policy,
-        quota, guarantee and immutable, or ConfigMismatch is raised.
+        be recovered from the disk even when the index is lost. With `admission="reused"` only what is used again, or
+        put again after it had gone, is written to the disk: what is wanted once costs no writes there, and what was
+        used by nobody is gone with the last process. Who has it open already must have the same policy,
+        quota, guarantee, immutable and admission, or ConfigMismatch is raised.
         """
         if not isinstance(name, str) or not 1 <= len(name.encode()) <= 128:
             raise ConfigError(f"a namespace's name is a str of 1 to 128 bytes, not {name!r}")
@@ -456,6 +460,8 @@ class Cache(Namespace):
             raise ConfigError("the namespace 'default', which is the cache itself, has no versions; use another name")
         if policy not in _core.policy_names():
             raise UnknownOption("policy", policy, _core.policy_names())
+        if admission not in ("all", "reused"):
+            raise UnknownOption("admission", admission, ["all", "reused"])
         quota_bytes = 0 if quota is None else parse_size(quota, option="quota")
         if quota is not None and quota_bytes == 0:
             raise ConfigError("quota must be more than 0 bytes; None means no limit")
@@ -464,7 +470,7 @@ class Cache(Namespace):
             raise ConfigError(f"guarantee={guarantee!r} is more than 3/4 of the memory, {self.options.memory:,} bytes")
         if quota_bytes and guaranteed > quota_bytes:
             raise ConfigError(f"guarantee={guarantee!r} is more than the quota, {quota!r}")
-        options = _SpaceOptions(name, version, policy, quota_bytes, guaranteed, bool(immutable))
+        options = _SpaceOptions(name, version, policy, quota_bytes, guaranteed, bool(immutable), admission == "reused")
         ttl_ms, jitter = parse_duration(ttl), parse_jitter(ttl_jitter)
         with self._lock:
             return Namespace(self, options, ttl_ms, jitter)
