@@ -1,6 +1,7 @@
 """kvstrata: the embedded, tiered KV-cache for model inference."""
 
-from kvstrata.cache import Cache, Namespace, open
+from kvstrata.cache import Cache, open
+from kvstrata.namespace import Namespace
 from kvstrata.prefix import KVLayout, Match, PrefixCache
 
 __version__ = "0.1.0"

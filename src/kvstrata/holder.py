@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kvstrata._core import Store
-    from kvstrata.cache import Namespace
+    from kvstrata.namespace import Namespace
     from kvstrata.tiers.base import Key
 
 __all__ = ["Holder"]

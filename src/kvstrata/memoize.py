@@ -21,7 +21,7 @@ from kvstrata.errors import ConfigError, InvalidKey, TierError, VersionConflict
 from kvstrata.objects import ObjectCache
 
 if TYPE_CHECKING:
-    from kvstrata.cache import Namespace
+    from kvstrata.namespace import Namespace
 
 __all__ = ["MemoInfo", "Memoized", "memoized"]
 

@@ -20,7 +20,7 @@ from kvstrata.errors import ConfigError, InvalidValue, MissingExtra, UnknownOpti
 from kvstrata.tiers.base import Key
 
 if TYPE_CHECKING:
-    from kvstrata.cache import Namespace
+    from kvstrata.namespace import Namespace
 
 __all__ = ["ObjectCache", "ObjectInfo", "Serializer"]
 

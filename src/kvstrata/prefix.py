@@ -18,7 +18,8 @@ from kvstrata.keys import KVLayout, prefix_keys
 
 if TYPE_CHECKING:
     from kvstrata._core import Pin
-    from kvstrata.cache import Cache, Namespace
+    from kvstrata.cache import Cache
+    from kvstrata.namespace import Namespace
 
 __all__ = ["KVLayout", "LoadedKV", "Match", "PrefixCache"]
 

@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from kvstrata.cache import Cache, Namespace
+from kvstrata.cache import Cache
 from kvstrata.config import parse_size
 from kvstrata.errors import ConfigError, KVStrataError, MissingExtra, UnsupportedModel
 from kvstrata.keys import DEFAULT_BLOCK_TOKENS, KVLayout
+from kvstrata.namespace import Namespace
 from kvstrata.prefix import LoadedKV, PrefixCache
 
 try:

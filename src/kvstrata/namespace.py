@@ -1,0 +1,369 @@
+"""Namespaces: partitions of a cache's keys, and the verbs on them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar, overload
+
+from kvstrata import _core
+from kvstrata.config import parse_duration
+from kvstrata.errors import InvalidKey, InvalidValue
+from kvstrata.tiers.base import Arrived, Key
+
+if TYPE_CHECKING:
+    from kvstrata.cache import Cache
+    from kvstrata.memoize import Memoized
+    from kvstrata.objects import ObjectCache, Serializer
+
+__all__ = ["Namespace", "SpaceOptions"]
+
+_HIGHEST_COST = 3e38  # it is kept in single precision
+_LOADED_AT_ONCE = 256  # records that get_many keeps pinned until it has copied them
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Value = Any  # bytes-like, an array, or any exporter of the buffer or DLPack protocol
+
+
+class SpaceOptions(NamedTuple):
+    """What everybody who has a namespace open agrees on; quota and guarantee in bytes, 0 = none."""
+
+    name: str
+    version: int = 1
+    policy: str = "lru"
+    quota: int = 0
+    guarantee: int = 0
+    immutable: bool = False
+    proven_only: bool = False
+
+
+class Namespace:
+    """A partition of a cache's keys, with a version, a policy, a quota and a time to live of its own.
+
+    Keys are str (their UTF-8) or bytes, 1 to 1,024 of them. All methods may be called from any thread. They raise
+    errors of `kvstrata.errors`: InvalidKey, InvalidValue, TierFull, VersionConflict once the namespace has moved on
+    to a newer version, and CacheClosed.
+    """
+
+    def __init__(self, cache: Cache, options: SpaceOptions, ttl_ms: int, jitter: float) -> None:
+        self._cache = cache
+        self._options = options
+        self._space = cache._open_space(options)
+        self._ttl_ms = ttl_ms
+        self._jitter = jitter
+        cache._opened.add(self)
+
+    @property
+    def name(self) -> str:
+        """The name that it was opened with."""
+        return self._options.name
+
+    def __repr__(self) -> str:
+        return f"<kvstrata namespace {self.name!r} of {self._cache.path or 'a private cache'}>"
+
+    @property
+    def version(self) -> int:
+        """The version that this namespace was opened with."""
+        return self._options.version
+
+    # ---- Writing
+
+    def put(
+        self,
+        key: Key,
+        value: Value,
+        *,
+        ttl: float | None = None,
+        cost: float | None = None,
+        tags: Sequence[Key] | None = None,
+    ) -> None:
+        """Store a value: bytes-like, an array or a tensor on the CPU; its bytes are copied once.
+
+        `ttl` is in seconds and overrides the namespace's; `cost` says how much it takes to compute the value again,
+        in any unit. `tags`, four at most, are for `delete_tag`. In an immutable namespace a key that is there already
+        stays as it is. Raises TierFull when the value can't be stored.
+        """
+        seq = self._space.put(key, value, self._ttl(ttl), self._jitter, _number(cost), tags)
+        if seq:
+            self._cache.forget_older(self._space.id, [(key, seq)])
+
+    def put_many(
+        self,
+        items: Mapping[Key, Value],
+        *,
+        ttl: float | None = None,
+        cost: float | None = None,
+        tags: Sequence[Key] | None = None,
+    ) -> None:
+        """Store values in the order given. When one fails the ones before it are stored."""
+        keys = list(items)
+        replaced: list[tuple[int, int]] = []
+        try:
+            self._space.put_many(
+                keys, list(items.values()), replaced, self._ttl(ttl), self._jitter, _number(cost), tags
+            )
+        finally:
+            if replaced:
+                self._cache.forget_older(self._space.id, [(keys[i], seq) for i, seq in replaced])
+
+    @contextmanager
+    def reserve(
+        self,
+        key: Key,
+        nbytes: int,
+        *,
+        ttl: float | None = None,
+        cost: float | None = None,
+        tags: Sequence[Key] | None = None,
+    ) -> Iterator[memoryview]:
+        """Give `nbytes` of the cache's own memory to fill; stored at the end of the block, dropped on an exception.
+
+        A put without a copy. Don't write through the view, or an array over it, after the block.
+        """
+        try:
+            size = operator.index(nbytes)
+        except TypeError:
+            size = -1
+        if not 0 <= size < 1 << 63:
+            raise InvalidValue(f"nbytes must be an int from 0 on, not {nbytes!r}")
+        with self._reserve(key, size, ttl=ttl, cost=cost, tags=tags) as view:
+            yield view
+
+    @contextmanager
+    def _reserve(
+        self,
+        key: Key,
+        size: int,
+        *,
+        ttl: float | None = None,
+        cost: float | None = None,
+        tags: Sequence[Key] | None = None,
+        depth: int = 0,
+    ) -> Iterator[memoryview]:
+        """As `reserve`, for the value at that place in a prefix, from 1 on; 0: in none."""
+        write = self._space.reserve(key, size, self._ttl(ttl), self._jitter, _number(cost), tags, depth)
+        try:
+            yield write.view()
+        except BaseException:
+            write.abort()
+            raise
+        seq = write.publish()
+        if seq:
+            self._cache.forget_older(self._space.id, [(key, seq)])
+
+    def _ttl(self, ttl: float | None) -> int:
+        return self._ttl_ms if ttl is None else parse_duration(ttl)
+
+    # ---- Reading
+
+    @overload
+    def get(self, key: Key, default: None = None, *, out: None = None) -> bytes | None: ...
+    @overload
+    def get(self, key: Key, default: T, *, out: None = None) -> bytes | T: ...
+    @overload
+    def get(self, key: Key, default: T, *, out: Any) -> memoryview | T: ...
+    @overload
+    def get(self, key: Key, default: None = None, *, out: Any) -> memoryview | None: ...
+    def get(self, key: Key, default: Any = None, *, out: Any = None) -> Any:
+        """Return the value as bytes, or `default`; with `out`, a writable buffer, a memoryview of its filled part."""
+        value = self._space.get(key) if out is None else self._space.get_into(key, out)
+        if value is _core.BELOW:
+            value = _copied(self._load([key])[0], out)
+        return default if value is None else value
+
+    def get_many(self, keys: Sequence[Key], *, out: Sequence[Any] | None = None) -> list[Any]:
+        """Return the values in the order of the keys, None where absent; `out`: one writable buffer per key."""
+        values, below = self._space.get_many(keys, out)
+        for start in range(0, len(below), _LOADED_AT_ONCE):
+            wanted = below[start : start + _LOADED_AT_ONCE]
+
+            def copy(
+                n: int, value: _core.Pin | memoryview, wanted: list[int] = wanted
+            ) -> None:  # while others are read
+                values[wanted[n]] = _copied(_pinned(value), None if out is None else out[wanted[n]])
+
+            for n, pin in enumerate(self._load([keys[i] for i in wanted], copy)):
+                if pin is not None and values[wanted[n]] is None:
+                    copy(n, pin)
+        return values
+
+    def pin(self, key: Key) -> _core.Pin:
+        """Return a context manager that gives the value as a read-only memoryview, without a copy.
+
+        The value stays where it is until the block ends and no view of it is left, whatever else happens to the key.
+        Raises KeyError when absent.
+        """
+        pin = self._pin_or_none(key)
+        if pin is None:
+            raise KeyError(key)
+        return pin
+
+    def _pin_or_none(self, key: Key) -> _core.Pin | None:
+        pin: _core.Pin | None = self._space.pin(key)
+        return self._load([key])[0] if pin is _core.BELOW else pin
+
+    def pin_many(self, keys: Sequence[Key]) -> list[_core.Pin | None]:
+        """Return a pin for each key, None where absent; a pin exports its value as a buffer, too."""
+        pins: list[_core.Pin | None]
+        pins, below = self._space.pin_many(keys)
+        if below:
+            for i, pin in zip(below, self._load([keys[i] for i in below]), strict=True):
+                pins[i] = pin
+        return pins
+
+    def _load(self, keys: list[Key], arrived: Arrived | None = None) -> list[_core.Pin | None]:
+        pins = self._load_once(keys, arrived)
+        for i, pin in enumerate(pins):
+            if pin is None:  # somebody else may have brought it up meanwhile
+                found = self._space.pin(keys[i])
+                pins[i] = self._load_once([keys[i]])[0] if found is _core.BELOW else found
+        return pins
+
+    def _load_once(self, keys: list[Key], arrived: Arrived | None = None) -> list[_core.Pin | None]:
+        loaded = self._cache.load(self._space.id, keys, arrived)
+        return [None if value is None else _pinned(value) for value in loaded]
+
+    def contains_prefix(self, keys: Sequence[Key]) -> int:
+        """Return how many keys from the first on are present, in whichever tier, without loading anything."""
+        return self._space.contains_prefix(keys)
+
+    def __contains__(self, key: Key) -> bool:
+        return self._space.contains(key)
+
+    def keys(self, prefix: Key = b"") -> Iterator[bytes]:
+        """Iterate over the keys that start with `prefix`, in whichever tier they are and in no order.
+
+        It looks through the whole index of the cache, a part at a time: what is stored meanwhile may be among them.
+        """
+        start = _prefix_bytes(prefix)
+        for shard in range(self._cache._shards()):
+            yield from self._space.keys_of(shard, start)
+
+    # ---- Removing
+
+    def delete(self, key: Key) -> bool:
+        """Remove a key from all tiers; returns whether it was there. It does not come back after a restart."""
+        present, on_disk = self._space.remove(key)
+        if on_disk:
+            self._cache.forget_older(self._space.id, [(key, None)])
+        return present
+
+    def delete_many(self, keys: Sequence[Key]) -> int:
+        """Remove keys from all tiers; returns how many were there. They do not come back after a restart."""
+        keys = list(keys)
+        present, on_disk = self._space.remove_many(keys)
+        if on_disk:
+            self._cache.forget_older(self._space.id, [(keys[i], None) for i in on_disk])
+        return present
+
+    def delete_prefix(self, prefix: Key) -> int:
+        """Remove all keys that start with `prefix` from all tiers; returns how many were there.
+
+        It takes time in proportion to what the whole cache holds; `delete_tag` and `clear` don't.
+        """
+        start = _prefix_bytes(prefix)
+        if not start:
+            raise InvalidKey("a prefix has a byte at least; clear() removes everything")
+        return self._cache.forget_prefix(self._space, start)
+
+    def delete_tag(self, tag: Key) -> None:
+        """Remove everything that was put with this tag, in all tiers and for everybody, in constant time.
+
+        A tag is kept as one of 65,535 numbers, by its hash: another tag's records may go with it, at that chance.
+        """
+        slot, seq = self._space.remove_tag(tag)
+        self._cache.persist_tag(slot, seq)
+
+    def clear(self) -> None:
+        """Remove everything in this namespace, in all tiers and for everybody, in constant time."""
+        epoch = self._space.clear()
+        self._cache.persist_epoch(self._space.id, epoch)
+
+    # ---- Objects
+
+    def objects(self, maxsize: int = 1024, *, serializer: str | Serializer = "pickle") -> ObjectCache:
+        """Return an in-process cache of Python objects over this namespace, true in all processes.
+
+        It keeps at most `maxsize` objects; bytes of the others stay in the namespace. `serializer` is "pickle",
+        "msgpack", or a pair of functions: dumps (object to bytes-like) and loads (read-only memoryview to object).
+        Read in `ObjectCache` what pickle means for safety, and that objects are shared. All processes must use the
+        same serializer; give objects a namespace of their own. Raises MissingExtra without `kvstrata[objects]`.
+        """
+        from kvstrata.objects import ObjectCache
+
+        return ObjectCache(self, maxsize, serializer)
+
+    def memoize(
+        self,
+        *,
+        name: str | None = None,
+        version: int = 1,
+        key: Callable[..., Any] | None = None,
+        ttl: float | None = None,
+        cost: float | None = None,
+        maxsize: int = 1024,
+        serializer: str | Serializer = "pickle",
+    ) -> Callable[[Callable[P, T]], Memoized[P, T]]:
+        """Return a decorator that remembers a function's results here, for every process; `async def` works too.
+
+        A result's key is made of the function's module and qualified name (or `name`), `version`, which you raise
+        when the function's meaning changes, and the arguments, however they are passed. None, bools, ints, floats,
+        complex, str, bytes, numpy arrays and scalars, and tuples, lists, dicts and sets of these have a canonical form;
+        1, 1.0 and True differ. For other arguments, InvalidKey is raised, unless `key` makes something of that
+        kind of them. A lambda or closure needs a `name`, or ConfigError is raised.
+
+        Within a process, calls for the same key at the same time compute once; between processes, each may. An
+        exception goes to all who waited for that call, and isn't remembered; None is. A result that can't be stored is
+        returned all the same. Results are shared objects that must not be changed: see `objects`, also for `maxsize`,
+        `serializer` and MissingExtra. The decorated function has `cache_info()`, `cache_clear()`, `forget(*args)` and
+        `__wrapped__`.
+        """
+        from kvstrata.memoize import memoized
+
+        def decorate(function: Callable[P, T]) -> Memoized[P, T]:
+            objects = self.objects(maxsize, serializer=serializer)
+            return memoized(function, self, objects, name=name, version=version, key=key, ttl=ttl, cost=cost)
+
+        return decorate
+
+    def _native(self) -> _core.Space:
+        """Return the native part itself, in a forked child after that has one of its own."""
+        _ = self._space.id
+        return self._space
+
+    def _put_pinned(
+        self, key: Key, value: Value, ttl: float | None, cost: float | None, tags: Sequence[Key] | None
+    ) -> _core.Pin | None:
+        """Put a value; returns a pin of its record, None where an immutable namespace had the key already."""
+        seq, pin = self._space.put_pinned(key, value, self._ttl(ttl), self._jitter, _number(cost), tags)
+        if seq:
+            self._cache.forget_older(self._space.id, [(key, seq)])
+        return pin
+
+
+def _prefix_bytes(prefix: Key) -> bytes:
+    if not isinstance(prefix, (str, bytes)):
+        raise InvalidKey(f"a prefix of keys is str or bytes, not {type(prefix).__name__}")
+    return prefix.encode() if isinstance(prefix, str) else prefix
+
+
+def _number(cost: Any) -> float:
+    if cost is None:
+        return 1.0
+    if not hasattr(cost, "__float__"):
+        raise InvalidValue(f"cost must be a number or None, not {cost!r}")
+    return max(-_HIGHEST_COST, min(float(cost), _HIGHEST_COST))
+
+
+def _pinned(value: _core.Pin | memoryview) -> _core.Pin:
+    return _core.local_pin(value) if isinstance(value, memoryview) else value
+
+
+def _copied(pin: _core.Pin | None, out: Any) -> Any:
+    """Return what a pin holds as bytes, or in `out`."""
+    if pin is None:
+        return None
+    with pin as view:
+        return bytes(view) if out is None else _core.copy_into(view, out)
