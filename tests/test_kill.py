@@ -14,7 +14,7 @@ CONFIGURATIONS = {
 
 CHURN = """
 from support.churn import Boss
-with Boss(directory, options, writers=2, readers=1, seed=seed) as boss:
+with Boss(directory, options, writers=4, readers=1, seed=seed) as boss:
     boss.kill_some(kills)
     if end == "killed":
         boss.kill_all()
@@ -28,7 +28,7 @@ cache = kvstrata.open(directory / "cache", **options)
 cache.flush()  # what the dead had yet to write is written by us
 stats = cache.stats()["memory"]
 assert (stats["clients"], stats["pins"], stats["reservations"], stats["allocator_faults"]) == (1, 0, 0, 0), stats
-for writer in range(2):
+for writer in range(4):
     cache.namespace(f"of writer {writer}").clear()
 for size in (1000, 3000, 30_000, 150_000):
     cache.clear()

@@ -126,9 +126,11 @@ class Worker:
         self.journal.start(self.number, key, number)
         try:
             if key is None:
-                ns.clear()
+                self.random.choice([ns.clear, lambda: ns.delete_tag("all")])()
             elif deletes:
-                ns.delete(key_name(self.number, key))
+                name = key_name(self.number, key)
+                # A prefix takes other keys, too, and absence is always allowed.
+                self.random.choice([ns.delete, lambda name: ns.delete_many([name]), ns.delete_prefix])(name)
             else:
                 self.put(ns, key_name(self.number, key), chosen)
         except TierFull:
@@ -137,13 +139,14 @@ class Worker:
 
     def put(self, ns: kvstrata.Namespace, key: bytes, chosen: float) -> None:
         value = make_value(key, self.count, self.random.choice(SIZES))
+        ttl = self.random.choice([None, None, None, 0.05, 5])
         if chosen < 0.5:
-            with ns.reserve(key, len(value)) as view:
+            with ns.reserve(key, len(value), ttl=ttl, tags=["all"]) as view:
                 view[:] = value
         elif chosen < 0.75:
-            ns.put_many({key: value})
+            ns.put_many({key: value}, ttl=ttl, tags=["all"])
         else:
-            ns.put(key, value)
+            ns.put(key, value, ttl=ttl, tags=["all"])
 
     def read(self) -> None:
         writer = self.random.randrange(self.writers)
