@@ -18,6 +18,7 @@
 namespace kvstrata {
 namespace {
 
+constexpr size_t kAhead = 16;         // puts whose memory is fetched ahead
 constexpr size_t kSmallValue = 4096;  // bytes; up to here a copy costs less than a pin
 
 nb::object* below_marker = nullptr;  // what lookups return for a record that lies below only
@@ -404,8 +405,11 @@ std::pair<std::vector<Pin>, nb::list> acquire_all(Store& store, Space space, con
         const nb::gil_scoped_release free;
         for (size_t first = 0; first < keys.size(); first += Uses::kMost) {
             Uses counted(store, space);
-            for (size_t i = first; i < std::min(keys.size(), first + Uses::kMost); ++i)
-                if (store.acquire(space, keys[i], pins[i], nullptr, uses ? &counted : nullptr) == Lookup::below) below.push_back(i);
+            const size_t count = std::min<size_t>(keys.size() - first, Uses::kMost);
+            u32 hashes[Uses::kMost];
+            store.look_ahead(space, count, [&](size_t i) { return keys[first + i]; }, hashes);
+            for (size_t i = first; i < first + count; ++i)
+                if (store.acquire(space, keys[i], hashes[i - first], pins[i], nullptr, uses ? &counted : nullptr) == Lookup::below) below.push_back(i);
         }
     }
     nb::list listed;
@@ -440,9 +444,12 @@ nb::tuple get_many(const SpaceHandle& self, nb::handle keys_object, nb::handle o
             size_t used = 0;
             for (size_t first = 0; first < count; first += Uses::kMost) {
                 Uses uses(*store, self.space);
-                for (size_t i = first; i < std::min(count, first + Uses::kMost); ++i) {
+                const size_t ahead = std::min<size_t>(count - first, Uses::kMost);
+                u32 hashes[Uses::kMost];
+                store->look_ahead(self.space, ahead, [&](size_t i) { return keys[start + first + i]; }, hashes);
+                for (size_t i = first; i < first + ahead; ++i) {
                     Small target{room.get() + used, std::min(kSmallValue, room_size - used)};
-                    found[i] = store->acquire(self.space, keys[start + i], pins[i], &target, &uses);
+                    found[i] = store->acquire(self.space, keys[start + i], hashes[i - first], pins[i], &target, &uses);
                     small[i] = {used, target.size};
                     used += target.size;
                 }
@@ -566,7 +573,10 @@ void put_many(const SpaceHandle& self, nb::handle keys_object, nb::handle values
     {
         const nb::gil_scoped_release free;
         try {
+            u32 hashes[kAhead];
             for (size_t i = 0; i < keys.size(); ++i) {
+                if (i % kAhead == 0)
+                    store->look_ahead(self.space, std::min(kAhead, keys.size() - i), [&](size_t n) { return keys[i + n]; }, hashes);
                 if (store->present_immutable(self.space, keys[i])) continue;
                 options.expires = ttl.expires();
                 auto reservation = store->reserve(self.space, keys[i], contents[i]->size(), options, true);

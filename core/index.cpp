@@ -85,15 +85,26 @@ void Index::prefetch(u32 hash) const {
 }
 
 // What it reads may be changing at this moment: then it asks for the wrong memory, and nothing else comes of it.
-[[gnu::no_sanitize("thread")]] void Index::prefetch_entry(u32 hash) const {
+[[gnu::no_sanitize("thread")]] u32 Index::first_in_bucket(u32 hash) const {
     const Shard& shard = shards_[shard_of(hash)];
     const u32 bits = hash / kShards, level = shard.level;
     u32 bucket = bits & ((2u << level) - 1);
     if (bucket >= (1u << level) + shard.split) bucket = bits & ((1u << level) - 1);
-    if (bucket >= shard.backed) return;  // there is no memory behind it
-    const char* const entry = reinterpret_cast<const char*>(&entries_[buckets(shard_of(hash))[bucket]]);
+    return bucket < shard.backed ? buckets(shard_of(hash))[bucket] : kNone;  // or there is no memory behind it
+}
+
+void Index::prefetch_entry(u32 hash) const {
+    const char* const entry = reinterpret_cast<const char*>(&entries_[first_in_bucket(hash)]);
     __builtin_prefetch(entry);
     __builtin_prefetch(entry + 64);
+}
+
+[[gnu::no_sanitize("thread")]] void Index::prefetch_record(u32 hash) const {
+    const u32 at = first_in_bucket(hash);
+    if (!at) return;
+    const u8* const record = region_.data() + u64{entries_[at].memory} * kUnit;
+    __builtin_prefetch(record);
+    __builtin_prefetch(record + kUnit);
 }
 
 u32 Index::find(u32 hash, u32 ns, Key wanted) const {

@@ -37,6 +37,7 @@ public:
     // Need no lock: they only ask for memory that a lookup will touch, first the bucket, then its first entry.
     void prefetch(u32 hash) const;
     void prefetch_entry(u32 hash) const;
+    void prefetch_record(u32 hash) const;              // its header, of the bucket's first entry
     u32 take_entry(u32 shard);                         // a free one, kNone if there's no more memory for entries
     void link(u32 number);                             // makes it live; `hash` is set
     void unlink(u32 number, EntryState becomes);       // live before
@@ -64,6 +65,7 @@ public:
 private:
     u32 bucket_of(const Shard& shard, u32 hash) const;
     u32* buckets(u32 shard) const { return buckets_ + u64{shard} * header_.max_buckets; }
+    u32 first_in_bucket(u32 hash) const;  // needs no lock, and may be wrong
     void grow(u32 shard);
     bool add_chunk(u32 shard);
     void repair(u32 shard);

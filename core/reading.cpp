@@ -35,6 +35,11 @@ void Store::tell(Uses& uses) {
     const RobustMutex::Result result = ns.mutex.try_lock_for_a_moment();
     if (result == RobustMutex::Result::busy) return;
     if (result == RobustMutex::Result::locked) {  // else who waits for it next repairs it
+        for (u32 i = 0; count > 1 && i < count; ++i) {  // what it takes to move them in a list
+            const PolicyNode& node = index_.nodes()[uses.hits_[i].entry];
+            __builtin_prefetch(&index_.nodes()[node.prev]);
+            __builtin_prefetch(&index_.nodes()[node.next]);
+        }
         const u32 tick = header_.tick.fetch_add(count, std::memory_order_relaxed);
         for (u32 i = 0; i < count; ++i) {
             const Uses::Hit& hit = uses.hits_[i];
@@ -59,9 +64,8 @@ void Store::claim(u32 at, Lease& lease, Pin& pin) {
     pin.entry_ = at;
 }
 
-Lookup Store::acquire(Space wanted, Key key, Pin& pin, Small* small, Uses* uses) {
+Lookup Store::acquire(Space wanted, Key key, u32 hash, Pin& pin, Small* small, Uses* uses) {
     Namespace& ns = space(wanted.id);
-    const u32 hash = index_.hash(wanted.id, key);
     std::optional<Lease> waited;  // for a slot, when all were taken
     for (;;) {
         {

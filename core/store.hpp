@@ -233,7 +233,13 @@ public:
     // ---- Reading. `pin` is empty before, and after unless it was a hit.
     // With `small`, a value for which it has room is copied there instead, under the lock: for so little, that is cheaper
     // than a pin. Without `uses`, it counts for nothing.
-    Lookup acquire(Space space, Key key, Pin& pin, Small* small, Uses* uses);
+    Lookup acquire(Space space, Key key, Pin& pin, Small* small, Uses* uses) {
+        return acquire(space, key, index_.hash(space.id, key), pin, small, uses);
+    }
+    Lookup acquire(Space space, Key key, u32 hash, Pin& pin, Small* small, Uses* uses);
+    // The hashes of keys that are looked up next. What the lookups will touch is fetched meanwhile, for all at once.
+    template <class NextKey>  // NextKey: (size_t) -> Key
+    void look_ahead(Space space, size_t count, NextKey&& key, u32* hashes) const;
     bool contains(Space space, Key key);
     template <class NextKey>  // NextKey: (size_t) -> Key
     size_t contains_prefix(Space space, size_t count, NextKey&& key);
@@ -403,6 +409,13 @@ private:
     u64 settled_ = 0;            // how many
     bool woken_ = false;
 };
+
+template <class NextKey>
+void Store::look_ahead(Space wanted, size_t count, NextKey&& key, u32* hashes) const {
+    for (size_t i = 0; i < count; ++i) index_.prefetch(hashes[i] = index_.hash(wanted.id, key(i)));
+    for (size_t i = 0; i < count; ++i) index_.prefetch_entry(hashes[i]);
+    for (size_t i = 0; i < count; ++i) index_.prefetch_record(hashes[i]);
+}
 
 template <class NextKey>
 size_t Store::contains_prefix(Space wanted, size_t count, NextKey&& key) {
