@@ -596,6 +596,7 @@ void put_many(const SpaceHandle& self, nb::handle keys_object, nb::handle values
 nb::tuple remove_many(const SpaceHandle& self, nb::handle keys_object) {
     const std::shared_ptr<Store> store = self.owner->live();
     const Keys keys(keys_object);
+    store->require_current(self.space);
     size_t present = 0;
     std::vector<size_t> on_disk;
     {
@@ -874,7 +875,7 @@ void bind_store(nb::module_& m) {
         .def("remove_many", &remove_many, nb::arg("keys"))
         .def("remove_tag", [](const SpaceHandle& s, nb::handle tag) {
             const std::shared_ptr<Store> store = s.owner->live();
-            const TagState state = store->remove_tag(store->tag_slot(s.space.id, key_of(tag)));
+            const TagState state = store->remove_tag(s.space, key_of(tag));
             return nb::make_tuple(state.slot, state.seq);
         }, nb::arg("tag").none())
         .def("keys_of", &keys_of, nb::arg("shard"), nb::arg("prefix"))

@@ -12,11 +12,16 @@ constexpr u64 kLookEvery = Timers::kTickMs;  // ms
 constexpr size_t kAtOnce = 64;               // of each shard
 }  // namespace
 
+void Store::require_current(Space wanted) const {
+    if (wanted.version != space(wanted.id).version.load())
+        throw VersionConflict("this namespace has moved on to a newer version");
+}
+
 Store::Removed Store::remove(Space wanted, Key key) {
     Namespace& ns = space(wanted.id);
     const u32 hash = index_.hash(wanted.id, key);
     const RobustLock policy_held = lock_policy(wanted.id);
-    if (wanted.version != ns.version.load()) throw VersionConflict("this namespace has moved on to a newer version");
+    require_current(wanted);
     const RobustLock held = index_.lock(Index::shard_of(hash));
     const u32 at = index_.find(hash, wanted.id, key);
     const bool on_disk = (at && may_be_on_disk(index_.entry(at))) || index_.owes(hash) || undurable_epoch(wanted.id);
@@ -34,7 +39,7 @@ Store::Removed Store::remove(Space wanted, Key key) {
 u32 Store::clear(Space wanted) {
     const RobustLock held = lock_policy(wanted.id);
     Namespace& ns = space(wanted.id);
-    if (wanted.version != ns.version.load()) throw VersionConflict("this namespace has moved on to a newer version");
+    require_current(wanted);
     return ns.epoch.fetch_add(1) + 1;
 }
 
@@ -70,7 +75,9 @@ void Store::raise_tag(const TagState& state) {
     }
 }
 
-TagState Store::remove_tag(u16 slot) {
+TagState Store::remove_tag(Space wanted, Key tag) {
+    require_current(wanted);
+    const u16 slot = tag_slot(wanted.id, tag);
     const TagState state{slot, next_seq()};
     raise_tag(state);
     return state;

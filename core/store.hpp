@@ -273,11 +273,12 @@ public:
     struct Removed {
         bool present, on_disk;  // on_disk: the caller has to delete its row, and then to pay()
     };
+    void require_current(Space space) const;  // else throws VersionConflict
     Removed remove(Space space, Key key);
     u32 clear(Space space);               // returns the new epoch
     u16 tag_slot(u32 ns, Key tag) const;  // never 0
     // From now on what was put with the tag isn't there. The caller has to make it durable.
-    TagState remove_tag(u16 slot);
+    TagState remove_tag(Space space, Key tag);
     void restore_tag(const TagState& tag);
     u32 shards() const { return kShards; }
     std::vector<std::vector<u8>> keys_of(Space space, u32 shard, Key prefix);  // of what is there now

@@ -412,7 +412,14 @@ class NamespaceContract:
         assert new.get("key") is None
         assert old.get("key") is None
         assert old.contains_prefix(["key"]) == 0
-        for write in (lambda: old.put("key", b"late"), lambda: old.delete("key"), old.clear):
+        for write in (
+            lambda: old.put("key", b"late"),
+            lambda: old.delete("key"),
+            lambda: old.delete_many([]),
+            lambda: old.delete_prefix("k"),
+            lambda: old.delete_tag("tag"),
+            old.clear,
+        ):
             with pytest.raises(VersionConflict):
                 write()
         new.put("key", b"new")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import OpenCache
 from support.processes import Process
+from test_sharing import in_a_fork
 
 from kvstrata import Cache, Namespace
 from kvstrata.errors import CacheClosed, ConfigError, ConfigMismatch, TierFull
@@ -172,3 +173,18 @@ def test_a_holder_outlives_the_process_that_made_it(open_cache: OpenCache, shm: 
     cache.holder("holder", limit="1MiB").close()
     fill(cache)
     assert cache.get("key") is None
+
+
+def test_a_holder_can_be_used_in_a_forked_child(open_cache: OpenCache) -> None:
+    cache = open_cache(memory=MEMORY)
+    cache.put_many({"a": b"1", "b": b"1"})
+    holder = cache.holder("holder", limit="1MiB")
+    holder.hold(cache, ["a"])
+
+    def child() -> bool:
+        before = holder.held_bytes
+        return holder.hold(cache, ["b"]) == 1 and holder.held_bytes == 2 * before
+
+    assert in_a_fork(child)
+    fill(cache)
+    assert cache.get_many(["a", "b"]) == [b"1", b"1"]

@@ -22,6 +22,8 @@ PREFIX_KEYS = 8192
 REMARKS = [
     "The memory tier is the shared one, in /dev/shm, not the private one.",
     "Prefixes are looked up with the processor's own caches full of something else, as after a forward pass.",
+    "Blocks are taken through Python, and between two of them the checksum of up to 8 MiB is computed, which leaves "
+    "the processor's caches cold. What the core takes without both, core/tests/churn_test.cpp prints.",
     "copyto moves the same bytes over a working set of the same size, in turns with the calls beside it.",
 ]
 

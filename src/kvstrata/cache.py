@@ -130,8 +130,7 @@ class Cache(Namespace):
         """
         if not isinstance(name, str) or not 1 <= len(name.encode()) <= 128:
             raise ConfigError(f"a holder's name is a str of 1 to 128 bytes, not {name!r}")
-        self._check_open()
-        return Holder(self._memory.store, name, parse_size(limit, option="limit"))
+        return Holder(self, name, parse_size(limit, option="limit"))
 
     def _open_space(self, options: SpaceOptions) -> _core.Space:
         self._check_open()
@@ -219,6 +218,11 @@ class Cache(Namespace):
                 name: {"limit": limit, "held_bytes": held} for name, limit, held in self._memory.store.holders()
             },
         }
+
+    def live_store(self) -> _core.Store:
+        """Return the native store, attached to; raises CacheClosed."""
+        self._check_open()
+        return self._memory.store
 
     def _check_open(self) -> None:
         if self._closed:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kvstrata._core import Store
+    from kvstrata.cache import Cache
     from kvstrata.namespace import Namespace
     from kvstrata.tiers.base import Key
 
@@ -22,11 +23,15 @@ class Holder:
     or with `release` and `close`; a process may end meanwhile. `Cache.holder` makes one.
     """
 
-    def __init__(self, store: Store, name: str, limit: int) -> None:
+    def __init__(self, cache: Cache, name: str, limit: int) -> None:
         self.name = name
         self.limit = limit
-        self._store = store
-        self._number = store.open_holder(name, limit)
+        self._cache = cache
+        self._number = self._store.open_holder(name, limit)
+
+    @property
+    def _store(self) -> Store:
+        return self._cache.live_store()
 
     def __repr__(self) -> str:
         return f"<kvstrata holder {self.name!r}, {self.held_bytes:,} of {self.limit:,} bytes>"
