@@ -75,14 +75,16 @@ def test_the_death_of_a_parent_is_seen_while_its_child_lives(shm: Path, tmp_path
     with Process() as parent, Process() as other:
         parent.run(OPEN + "; cache.put('key', b'value'); pin = cache.pin('key')", directory=tmp_path / "c", disk=0)
         other.run(OPEN, directory=tmp_path / "c", disk=0)
-        parent.run("there = os.pipe()")
+        parent.run("there = os.pipe(); back = os.pipe()")
         parent.run(
             "child = os.fork()\n"
             "if child == 0:\n"
             "    os.close(there[1])\n"
             "    os.closerange(0, 3)\n"
+            "    os.write(back[1], b'.')\n"  # by now it has given up its parent's place
             "    os.read(there[0], 1)\n"  # until the parent's end of the pipe is closed, by its death
             "    os.kill(os.getpid(), signal.SIGSTOP)\n"
+            "os.read(back[0], 1)\n"
         )
         child = parent.eval("child")
         parent.kill()
