@@ -268,10 +268,6 @@ u64 Store::drop_segment(u32 segment) {
 
 void Store::pay(u32 ns, Key key) { index_.pay(index_.hash(ns, key)); }
 
-void Store::raise_seq(u64 above) {
-    u64 now = header_.seq.load();
-    while (now <= above && !header_.seq.compare_exchange_weak(now, above + 1)) {
-    }
-}
+void Store::raise_seq(u64 above) { raise_to(header_.seq, above + 1); }
 
 }  // namespace kvstrata

@@ -324,8 +324,9 @@ struct TimeToLive {
 
     u64 expires() const {
         if (!ms) return 0;
+        if (jitter <= 0) return now_ms() + ms;
         thread_local std::minstd_rand random{std::random_device{}()};
-        const double part = jitter > 0 ? std::uniform_real_distribution<double>(0, double{jitter})(random) : 0;
+        const double part = std::uniform_real_distribution<double>(0, double{jitter})(random);
         return now_ms() + std::max<u64>(1, ms - static_cast<u64>(static_cast<double>(ms) * part));
     }
 };
@@ -407,7 +408,7 @@ std::pair<std::vector<Pin>, nb::list> acquire_all(Store& store, Space space, con
             Uses counted(store, space);
             const size_t count = std::min<size_t>(keys.size() - first, Uses::kMost);
             u32 hashes[Uses::kMost];
-            store.look_ahead(space, count, [&](size_t i) { return keys[first + i]; }, hashes);
+            store.look_ahead(space, count, [&](size_t i) { return keys[first + i]; }, hashes, true);
             for (size_t i = first; i < first + count; ++i)
                 if (store.acquire(space, keys[i], hashes[i - first], pins[i], nullptr, uses ? &counted : nullptr) == Lookup::below) below.push_back(i);
         }
@@ -446,7 +447,7 @@ nb::tuple get_many(const SpaceHandle& self, nb::handle keys_object, nb::handle o
                 Uses uses(*store, self.space);
                 const size_t ahead = std::min<size_t>(count - first, Uses::kMost);
                 u32 hashes[Uses::kMost];
-                store->look_ahead(self.space, ahead, [&](size_t i) { return keys[start + first + i]; }, hashes);
+                store->look_ahead(self.space, ahead, [&](size_t i) { return keys[start + first + i]; }, hashes, true);
                 for (size_t i = first; i < first + ahead; ++i) {
                     Small target{room.get() + used, std::min(kSmallValue, room_size - used)};
                     found[i] = store->acquire(self.space, keys[start + i], hashes[i - first], pins[i], &target, &uses);
@@ -524,35 +525,30 @@ Reservation reserve_or_wait(Store& store, Space space, Key key, u64 size, const 
     return std::move(*reservation);
 }
 
-u64 put(const SpaceHandle& self, nb::handle key_object, nb::handle value_object, u64 ttl_ms, float jitter, float cost,
-        nb::handle tags) {
-    const std::shared_ptr<Store> store = self.owner->live();  // kept: others may run, and close the cache
+// A value from Python; with `keep`, its record is pinned as it is published. Returns what a put returns. Where an immutable
+// namespace has the key already, nothing is stored or pinned.
+u64 put_value(const std::shared_ptr<Store>& store, Space space, nb::handle key_object, nb::handle value_object,
+              const TimeToLive& ttl, float cost, nb::handle tags, Pin* keep) {
     const Key key = key_of(key_object);
     const Value value(value_object);
-    if (store->present_immutable(self.space, key)) return 0;
-    const PutOptions options = put_options(*store, self.space, {ttl_ms, jitter}, cost, tags);
-    Reservation reservation = reserve_or_wait(*store, self.space, key, value.size(), options);
+    if (store->present_immutable(space, key)) return 0;
+    Reservation reservation = reserve_or_wait(*store, space, key, value.size(), put_options(*store, space, ttl, cost, tags));
     const WithoutGil free(value.size());
     reservation.header.payload_crc = copy_crc32c(reservation.payload(), value.data(), value.size(), 0);
-    return replaced(store->publish(reservation), reservation);
+    return replaced(store->publish(reservation, keep), reservation);
 }
 
-// As put, for who keeps a copy: returns (what a put returns, a pin of the record), and no pin where an immutable
-// namespace had the key already.
-nb::tuple put_pinned(const SpaceHandle& self, nb::handle key_object, nb::handle value_object, u64 ttl_ms, float jitter,
-                     float cost, nb::handle tags) {
+u64 put(const SpaceHandle& self, nb::handle key, nb::handle value, u64 ttl_ms, float jitter, float cost, nb::handle tags) {
+    const std::shared_ptr<Store> store = self.owner->live();  // kept: others may run, and close the cache
+    return put_value(store, self.space, key, value, {ttl_ms, jitter}, cost, tags, nullptr);
+}
+
+// As put, for who keeps a copy: returns (what a put returns, a pin of the record if it was stored).
+nb::tuple put_pinned(const SpaceHandle& self, nb::handle key, nb::handle value, u64 ttl_ms, float jitter, float cost,
+                     nb::handle tags) {
     const std::shared_ptr<Store> store = self.owner->live();
-    const Key key = key_of(key_object);
-    const Value value(value_object);
-    if (store->present_immutable(self.space, key)) return nb::make_tuple(0, nb::none());
-    const PutOptions options = put_options(*store, self.space, {ttl_ms, jitter}, cost, tags);
-    Reservation reservation = reserve_or_wait(*store, self.space, key, value.size(), options);
     Pin pin;
-    {
-        const WithoutGil free(value.size());
-        reservation.header.payload_crc = copy_crc32c(reservation.payload(), value.data(), value.size(), 0);
-    }
-    const u64 older = replaced(store->publish(reservation, &pin), reservation);
+    const u64 older = put_value(store, self.space, key, value, {ttl_ms, jitter}, cost, tags, &pin);
     return nb::make_tuple(older, pin ? pin_object(store, std::move(pin)) : nb::none());
 }
 
@@ -576,7 +572,7 @@ void put_many(const SpaceHandle& self, nb::handle keys_object, nb::handle values
             u32 hashes[kAhead];
             for (size_t i = 0; i < keys.size(); ++i) {
                 if (i % kAhead == 0)
-                    store->look_ahead(self.space, std::min(kAhead, keys.size() - i), [&](size_t n) { return keys[i + n]; }, hashes);
+                    store->look_ahead(self.space, std::min(kAhead, keys.size() - i), [&](size_t n) { return keys[i + n]; }, hashes, false);
                 if (store->present_immutable(self.space, keys[i])) continue;
                 options.expires = ttl.expires();
                 auto reservation = store->reserve(self.space, keys[i], contents[i]->size(), options, true);

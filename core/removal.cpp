@@ -69,10 +69,7 @@ void Store::raise_tag(const TagState& state) {
         }
         pages.fetch_or(u64{1} << page % 64);
     }
-    std::atomic<u64>& value = tag(state.slot);
-    u64 now = value.load();
-    while (now < state.seq && !value.compare_exchange_weak(now, state.seq)) {
-    }
+    raise_to(tag(state.slot), state.seq);
 }
 
 TagState Store::remove_tag(Space wanted, Key tag) {

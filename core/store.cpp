@@ -180,10 +180,7 @@ u32 Store::undurable_epoch(u32 id) const {
 }
 
 void Store::epoch_is_durable(u32 id, u32 epoch) {
-    std::atomic<u32>& durable = space(id).durable_epoch;
-    u32 now = durable.load();
-    while (now < epoch && !durable.compare_exchange_weak(now, epoch)) {
-    }
+    raise_to(space(id).durable_epoch, epoch);
 }
 
 u32 Store::epoch(Space wanted) const { return space(wanted.id).epoch.load(); }
@@ -320,7 +317,6 @@ Published Store::publish(Reservation& reservation, Pin* keep) {
         clients_.arrivals.give_back(block->slot_);
         block->store_ = nullptr;
     }
-    remove_expired();
     if (writes) {
         clients_.mine().dirty_bytes.fetch_add(length);
         enqueue_dirty({at, static_cast<u32>(length / kUnit), header.seq});

@@ -237,9 +237,10 @@ public:
         return acquire(space, key, index_.hash(space.id, key), pin, small, uses);
     }
     Lookup acquire(Space space, Key key, u32 hash, Pin& pin, Small* small, Uses* uses);
-    // The hashes of keys that are looked up next. What the lookups will touch is fetched meanwhile, for all at once.
+    // The hashes of keys that are looked up next. What the lookups will touch is fetched meanwhile, for all at once: with
+    // `records`, also the start of each record.
     template <class NextKey>  // NextKey: (size_t) -> Key
-    void look_ahead(Space space, size_t count, NextKey&& key, u32* hashes) const;
+    void look_ahead(Space space, size_t count, NextKey&& key, u32* hashes, bool records) const;
     bool contains(Space space, Key key);
     template <class NextKey>  // NextKey: (size_t) -> Key
     size_t contains_prefix(Space space, size_t count, NextKey&& key);
@@ -412,10 +413,10 @@ private:
 };
 
 template <class NextKey>
-void Store::look_ahead(Space wanted, size_t count, NextKey&& key, u32* hashes) const {
+void Store::look_ahead(Space wanted, size_t count, NextKey&& key, u32* hashes, bool records) const {
     for (size_t i = 0; i < count; ++i) index_.prefetch(hashes[i] = index_.hash(wanted.id, key(i)));
     for (size_t i = 0; i < count; ++i) index_.prefetch_entry(hashes[i]);
-    for (size_t i = 0; i < count; ++i) index_.prefetch_record(hashes[i]);
+    for (size_t i = 0; records && i < count; ++i) index_.prefetch_record(hashes[i]);
 }
 
 template <class NextKey>
@@ -426,8 +427,7 @@ size_t Store::contains_prefix(Space wanted, size_t count, NextKey&& key) {
     u32 hashes[kAhead];
     for (size_t start = 0; start < count; start += kAhead) {
         const size_t n = std::min(kAhead, count - start);
-        for (size_t i = 0; i < n; ++i) index_.prefetch(hashes[i] = index_.hash(wanted.id, key(start + i)));
-        for (size_t i = 0; i < n; ++i) index_.prefetch_entry(hashes[i]);
+        look_ahead(wanted, n, [&](size_t i) { return key(start + i); }, hashes, false);
         for (size_t i = 0; i < n; ++i) {
             const RobustLock held = index_.lock(Index::shard_of(hashes[i]));
             const u32 at = index_.find(hashes[i], wanted.id, key(start + i));

@@ -1,6 +1,7 @@
 // Short names for fixed-width integers, and the units that offsets are counted in.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 
@@ -16,5 +17,13 @@ inline constexpr u64 kPage = 4096;       // large records are placed at multiple
 inline constexpr u32 kMaxKey = 1024;     // bytes
 
 inline constexpr u64 align_up(u64 value, u64 to) { return (value + to - 1) / to * to; }
+
+// Raises a number that others may be raising, too; it never falls.
+template <class T>
+void raise_to(std::atomic<T>& number, T least) {
+    T now = number.load();
+    while (now < least && !number.compare_exchange_weak(now, least)) {
+    }
+}
 
 }  // namespace kvstrata

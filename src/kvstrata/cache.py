@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from kvstrata import _core
-from kvstrata.config import CacheOptions, parse_duration, parse_jitter, parse_size
+from kvstrata.config import CacheOptions, check_name, parse_duration, parse_jitter, parse_size
 from kvstrata.errors import CacheClosed, ConfigError, TierUnavailable, UnknownOption
 from kvstrata.holder import Holder
 from kvstrata.movement.write_behind import WriteBehind
@@ -99,8 +99,7 @@ class Cache(Namespace):
         used by nobody is gone with the last process. Who has it open already must have the same policy,
         quota, guarantee, immutable and admission, or ConfigMismatch is raised.
         """
-        if not isinstance(name, str) or not 1 <= len(name.encode()) <= 128:
-            raise ConfigError(f"a namespace's name is a str of 1 to 128 bytes, not {name!r}")
+        check_name(name, "namespace")
         if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version < 2**32:
             raise ConfigError(f"version must be an int from 1 on, not {version!r}")
         if name == "default" and version != 1:
@@ -128,8 +127,7 @@ class Cache(Namespace):
         All holders together can keep half of the memory. Who opens one that is there already must have the same limit,
         or ConfigMismatch is raised.
         """
-        if not isinstance(name, str) or not 1 <= len(name.encode()) <= 128:
-            raise ConfigError(f"a holder's name is a str of 1 to 128 bytes, not {name!r}")
+        check_name(name, "holder")
         return Holder(self, name, parse_size(limit, option="limit"))
 
     def _open_space(self, options: SpaceOptions) -> _core.Space:
@@ -178,9 +176,6 @@ class Cache(Namespace):
         """Make a delete_tag() outlast a restart."""
         if self._below:
             self._below.remove_tag(slot, seq)
-
-    def _shards(self) -> int:
-        return self._memory.store.shards
 
     # ---- Life
 

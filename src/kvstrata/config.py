@@ -8,7 +8,7 @@ import msgspec
 
 from kvstrata.errors import ConfigError
 
-__all__ = ["CacheOptions", "parse_duration", "parse_jitter", "parse_size"]
+__all__ = ["CacheOptions", "check_name", "parse_duration", "parse_jitter", "parse_size"]
 
 _UNITS = {
     "": 1, "b": 1,
@@ -37,6 +37,12 @@ def parse_size(value: int | str, *, option: str = "size") -> int:
     if not 0 <= value <= MAX_SIZE:
         raise ConfigError(f"{option}={value!r} is out of range (0 to {MAX_SIZE:,} bytes)")
     return value
+
+
+def check_name(name: str, of: str) -> None:
+    """Raise ConfigError unless this can be the name of a namespace or holder."""
+    if not isinstance(name, str) or not 1 <= len(name.encode()) <= 128:
+        raise ConfigError(f"a {of}'s name is a str of 1 to 128 bytes, not {name!r}")
 
 
 def parse_duration(seconds: float | None, *, option: str = "ttl") -> int:

@@ -238,7 +238,7 @@ class Namespace:
         It looks through the whole index of the cache, a part at a time: what is stored meanwhile may be among them.
         """
         start = _prefix_bytes(prefix)
-        for shard in range(self._cache._shards()):
+        for shard in range(self._cache.live_store().shards):
             yield from self._space.keys_of(shard, start)
 
     # ---- Removing
