@@ -50,9 +50,7 @@ protected:
     }
     void on_remove(const Order& order, u32 record, bool) const override { unlink(order, record); }
     u32 choose(const Order& order) const override;
-    void put_back(const Order& order, u32 record) const override {
-        order.push_back(mind_of(order).classes[class_of(order.nodes[record].mark)].list, record);
-    }
+    void put_back(const Order& order, u32 record) const override;
     void on_reset(const Order& order) const override {
         mind_of(order) = {};
         mind_of(order).reuse.reset();
@@ -78,6 +76,13 @@ private:
     static u16 place_for(u32 depth) {
         if (depth <= 1) return static_cast<u16>(depth << kPlaceShift);
         return static_cast<u16>((2 + (depth - 2) % (kPlaces - 1)) << kPlaceShift);
+    }
+    // Whether it is further from the head of their prefix; as far as one can tell, since places come over and over.
+    static bool deeper(u16 place, u16 other) {
+        const u32 a = place >> kPlaceShift, b = other >> kPlaceShift;
+        if (a <= 1 || b <= 1) return a > b;
+        const u32 ahead = (a + (kPlaces - 1) - b) % (kPlaces - 1);
+        return ahead && ahead < kPlaces / 2;
     }
     static bool follows(u16 place, u16 other) {
         const u32 before = other >> kPlaceShift;
@@ -233,6 +238,19 @@ inline void Auto::unlink(const Order& order, u32 record) {
     if (its.newest == record) its.newest = node.prev;
     if (mind.last == record) mind.last = 0;
     order.unlink(its.list, record);
+}
+
+// Of one run, what is deeper in the prefix leaves first, as if it were older.
+inline void Auto::put_back(const Order& order, u32 record) const {
+    Mind& mind = mind_of(order);
+    const PolicyNode& node = order.nodes[record];
+    Class& its = mind.classes[class_of(node.mark)];
+    order.push_in_place(its.list, record, [&](u32 a, u32 b) {
+        if (order.nodes[a].stamp != order.nodes[b].stamp) return order.stamped_before(a, b);
+        return deeper(order.nodes[a].mark & kPlace, order.nodes[b].mark & kPlace);
+    });
+    const bool of_this_run = its.newest_run == mind.run && node.stamp == mind.run_stamp;
+    if (of_this_run && (!its.newest || node.prev == its.newest)) its.newest = record;
 }
 
 // ---- Choice -------------------------------------------------------------------------------------

@@ -15,6 +15,9 @@ protected:
         order.unlink(queue(order), record);
         order.push_front(queue(order), record);
     }
+    void put_back(const Order& order, u32 record) const override {
+        order.push_in_place(queue(order), record, [&](u32 a, u32 b) { return order.stamped_before(a, b); });
+    }
 };
 
 }  // namespace kvstrata

@@ -82,8 +82,25 @@ struct Order {
     void push_front(NodeList& list, u32 record) const;
     void push_back(NodeList& list, u32 record) const;
     void push_after(NodeList& list, u32 other, u32 record) const;  // on the older side of `other`
+    // To its place in a list whose older records are nearer to the tail, looked for from both ends.
+    template <class Older>  // Older: (u32, u32) -> bool, whether the first is older than the second
+    void push_in_place(NodeList& list, u32 record, Older&& older) const;
     void unlink(NodeList& list, u32 record) const;
+    bool stamped_before(u32 record, u32 other) const {
+        return static_cast<std::int32_t>(nodes[record].stamp - nodes[other].stamp) < 0;
+    }
 };
+
+template <class Older>
+void Order::push_in_place(NodeList& list, u32 record, Older&& older) const {
+    for (u32 young = list.head, old = list.tail; young && old; young = nodes[young].next, old = nodes[old].prev) {
+        if (!older(old, record)) return push_after(list, old, record);
+        if (!older(young, record)) continue;
+        if (const u32 before = nodes[young].prev) return push_after(list, before, record);
+        break;
+    }
+    push_front(list, record);
+}
 
 class Policy {
 public:

@@ -192,6 +192,45 @@ TEST(records_that_come_bring_spared_ones_back_to_be_named_again) {
     });
 }
 
+// What is left of the first `count` records when all have been evicted that came later, in the order in which they leave.
+std::vector<u32> leaving(Owner& owner, u32 count) {
+    std::vector<u32> left;
+    while (!owner.inside.empty()) {
+        const u32 at = owner.victim();
+        owner.remove(at, true);
+        if (at <= count) left.push_back(at);
+    }
+    return left;
+}
+
+TEST(spared_records_come_back_to_their_places_where_age_decides) {
+    for (const char* name : {"lru", "auto"}) {
+        for (const u32 spared : {1u, 3u, 9u}) {
+            std::vector<u32> orders[2];
+            for (const bool sparing : {false, true}) {
+                Owner owner(policy_by_number(policy_number(name)));
+                for (u32 at = 1; at <= 20; ++at) owner.insert(at, 1 + (at - 1) % 5);  // four prefixes
+                for (u32 i = 0; sparing && i < spared; ++i) owner.spare(owner.victim());
+                for (u32 at = 21; at <= 40; ++at) owner.insert(at, 1 + (at - 1) % 5);
+                orders[sparing] = leaving(owner, 20);
+            }
+            if (!CHECK(orders[0] == orders[1])) std::fprintf(stderr, "  %u spared under %s\n", spared, name);
+        }
+    }
+}
+
+TEST(a_prefix_that_comes_in_while_its_blocks_are_spared_still_leaves_from_its_tail) {
+    Owner owner(policy_by_number(policy_number("auto")));
+    for (u32 at = 1; at <= 4; ++at) {
+        owner.insert(at, at);
+        owner.spare(at);  // the writer still has it pinned
+    }
+    owner.insert(5, 5);
+    owner.insert(6, 6);
+    for (u32 at = 11; at <= 20; ++at) owner.insert(at, at - 10);
+    CHECK(leaving(owner, 6) == (std::vector<u32>{6, 5, 4, 3, 2, 1}));
+}
+
 TEST(more_scratch_memory_loses_nobody) {
     with_each_policy([](Owner& owner) {
         fill(owner, 1, 60);
