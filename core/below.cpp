@@ -173,7 +173,7 @@ Pin Store::commit_load(Loading& loading) {
         }
     }
     if (loaded) {
-        clients_.arrivals.give_back(loading.block.slot_);
+        clients_.end_arrival(loading.block.slot_);
         loading.block.store_ = nullptr;
         header_.loads.fetch_add(1);
         header_.load_bytes.fetch_add(length);
@@ -232,7 +232,7 @@ bool Store::insert_disk(const DiskRow& row) {
         KVSTRATA_COMMIT("store.row");
         index_.link(at);
         flight.block = kNone;
-        clients_.arrivals.give_back(key_block.slot_);
+        clients_.end_arrival(key_block.slot_);
         key_block.store_ = nullptr;
     } else {
         std::memcpy(entry.key, row.key.data(), row.key.size());

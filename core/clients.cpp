@@ -1,44 +1,54 @@
 #include "clients.hpp"
 
+#include <bit>
 #include <chrono>
 #include <unistd.h>
 
 namespace kvstrata {
 
-SlotPool::SlotPool(u32 first, u32 count, const char* what) : count_(count), what_(what) {
-    free_.reserve(count);
-    for (u32 i = count; i > 0; --i) free_.push_back(first + i - 1);
+SlotPool::SlotPool(u32 first, u32 count, const char* what) : free_((count + 63) / 64), first_(first), count_(count), what_(what) {
+    for (u32 i = 0; i < count; ++i) free_[i / 64].fetch_or(u64{1} << i % 64, std::memory_order_relaxed);
 }
 
 std::optional<u32> SlotPool::try_take() {
-    const std::lock_guard lock(mutex_);
-    if (free_.empty()) return std::nullopt;
-    const u32 slot = free_.back();
-    free_.pop_back();
-    return slot;
+    const u32 words = static_cast<u32>(free_.size()), start = next_.load(std::memory_order_relaxed);
+    for (u32 i = 0; i < words; ++i) {
+        const u32 word = (start + i) % words;
+        u64 free = free_[word].load();
+        while (free) {
+            const u64 lowest = free & (~free + 1);
+            if (!free_[word].compare_exchange_weak(free, free & ~lowest, std::memory_order_acquire, std::memory_order_relaxed)) continue;
+            if (i) next_.store(word, std::memory_order_relaxed);
+            return first_ + word * 64 + static_cast<u32>(std::countr_zero(lowest));
+        }
+    }
+    return std::nullopt;
 }
 
 u32 SlotPool::take() {
+    if (const auto slot = try_take()) return *slot;
     std::unique_lock lock(mutex_);
-    if (free_.empty() && !returned_.wait_for(lock, std::chrono::seconds(1), [this] { return !free_.empty(); }))
+    std::optional<u32> slot;
+    waiting_.fetch_add(1);  // before it looks again: who gives one back after that, wakes it
+    const bool got = returned_.wait_for(lock, std::chrono::seconds(1), [&] { return (slot = try_take()).has_value(); });
+    waiting_.fetch_sub(1);
+    if (!got)
         throw TierUnavailable("this process holds " + std::to_string(count_) + " " + what_ +
                               " of the cache at once, which is the limit; release some");
-    const u32 slot = free_.back();
-    free_.pop_back();
-    return slot;
+    return *slot;
 }
 
 void SlotPool::give_back(u32 slot) {
-    {
-        const std::lock_guard lock(mutex_);
-        free_.push_back(slot);
-    }
+    free_[(slot - first_) / 64].fetch_or(u64{1} << (slot - first_) % 64);
+    if (!waiting_.load()) return;
+    { const std::lock_guard lock(mutex_); }  // not between its look and its sleep
     returned_.notify_one();
 }
 
 u32 SlotPool::in_use() const {
-    const std::lock_guard lock(mutex_);
-    return count_ - static_cast<u32>(free_.size());
+    u32 free = 0;
+    for (const auto& word : free_) free += static_cast<u32>(std::popcount(word.load()));
+    return count_ - free;
 }
 
 Clients::Clients(Region& region) : region_(region) {}
@@ -71,6 +81,12 @@ void Clients::claim(u32 slot) {
     client.pid = static_cast<u32>(getpid());
     client.dirty_bytes.store(0);
     client.used.store(1);
+}
+
+void Clients::end_arrival(u32 slot) {
+    if (slot < kInFlight - kDepartures) return arrivals.give_back(slot);
+    departures.give_back(slot);
+    spares.returned();
 }
 
 void Clients::settle_counts(Client& client) {

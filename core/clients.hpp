@@ -9,10 +9,11 @@
 #include <vector>
 
 #include "region.hpp"
+#include "spares.hpp"
 
 namespace kvstrata {
 
-// Numbers 0..n-1 to be handed out, within this process.
+// Numbers from `first` on to be handed out, within this process.
 class SlotPool {
 public:
     SlotPool(u32 first, u32 count, const char* what);
@@ -22,11 +23,13 @@ public:
     u32 in_use() const;
 
 private:
-    mutable std::mutex mutex_;
+    std::vector<std::atomic<u64>> free_;  // a bit each
+    const u32 first_, count_;
+    const char* const what_;
+    std::atomic<u32> next_{0};  // the word in which one may be free
+    std::atomic<u32> waiting_{0};
+    std::mutex mutex_;
     std::condition_variable returned_;
-    std::vector<u32> free_;
-    u32 count_;
-    const char* what_;
 };
 
 // A slot that goes back to its pool unless it is kept.
@@ -68,8 +71,13 @@ public:
     SlotPool pins{0, kPins, "pins"};
     // For blocks on their way in: taken before any lock.
     SlotPool arrivals{0, kInFlight - kDepartures, "values being written"};
-    // For blocks on their way out: taken under locks, and given back without waiting for one that is held outside.
+    // For blocks on their way out: taken under locks, and given back without waiting for one that is held outside. Some of
+    // them may stay, as spare blocks, and then come in again.
     SlotPool departures{kInFlight - kDepartures, kDepartures, "values being freed"};
+    Spares spares;
+    // A slot whose block, on its way in, has arrived or is gone.
+    void end_arrival(u32 slot);
+    u32 blocks_arriving() const { return arrivals.in_use() + spares.lent(); }
 
 private:
     static constexpr u32 kDepartures = 64;

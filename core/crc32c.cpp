@@ -271,6 +271,13 @@ u32 copy_crc32c(void* dst, const void* src, size_t n, u32 crc) {
     constexpr size_t kPiece = 8192;  // source and copy of it fit into the smallest first-level cache
     u8* to = static_cast<u8*>(dst);
     const u8* from = static_cast<const u8*>(src);
+    if (n <= kPiece / 2) {  // by way of what is in the cache, so as not to wait for memory that is only written
+        u8 copied[kPiece / 2];
+        std::memcpy(copied, from, n);
+        crc = crc32c(crc, copied, n);
+        std::memcpy(to, copied, n);
+        return crc;
+    }
     while (n != 0) {
         const size_t piece = std::min(n, kPiece);
         std::memcpy(to, from, piece);

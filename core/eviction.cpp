@@ -287,16 +287,26 @@ Block Store::take_block(u32 units, Space wanted, bool may_wait) {
         if (!may_wait) return {};
         if (!wait()) break;
     }
+    const auto over_quota = [&] { return ns.quota && ns.bytes.load() + bytes > ns.quota; };
+    remove_expired();
+    if (!over_quota())
+        if (const auto spare = clients_.spares.take(units)) return Block(*this, *spare);
     const std::optional<u32> free_slot = may_wait ? clients_.arrivals.take() : clients_.arrivals.try_take();
     if (!free_slot) return {};
     const u32 slot = *free_slot;
     try {
         bool reaped = false;
-        remove_expired();
         for (int evictions = 0;; ++evictions) {
-            const bool over_quota = ns.quota && ns.bytes.load() + bytes > ns.quota;
-            if (!over_quota && allocator_.allocate(units, clients_.self(), slot)) break;
-            if (evictions < kMostEvictions && (over_quota ? evict_from(wanted.id, 0, false) : evict_one(units, wanted.id))) continue;
+            const bool full = over_quota();
+            if (!full) {
+                if (allocator_.allocate(units, clients_.self(), slot)) break;
+                if (const auto spare = clients_.spares.take(units)) {  // that of whoever has just left
+                    clients_.arrivals.give_back(slot);
+                    return Block(*this, *spare);
+                }
+                if (give_back_spares()) continue;
+            }
+            if (evictions < kMostEvictions && (full ? evict_from(wanted.id, 0, false) : evict_one(units, wanted.id))) continue;
             if (!reaped) {  // dead processes may hold what we need
                 reaped = true;
                 if (reap()) continue;
@@ -306,18 +316,26 @@ Block Store::take_block(u32 units, Space wanted, bool may_wait) {
                 return {};
             }
             if (anything_dirty() && wait()) continue;
-            if (!over_quota && evict_keys()) continue;
-            if (over_quota) throw TierFull("memory (quota of the namespace)", bytes, ns.quota - std::min(ns.quota, ns.bytes.load()));
+            if (!full && evict_keys()) continue;
+            if (full) throw TierFull("memory (quota of the namespace)", bytes, ns.quota - std::min(ns.quota, ns.bytes.load()));
             throw TierFull("memory", bytes, allocator_.usage().free);
         }
     } catch (...) {
         clients_.arrivals.give_back(slot);
         throw;
     }
-    Block block;
-    block.store_ = this;
-    block.slot_ = slot;
-    return block;
+    return Block(*this, slot);
+}
+
+// So that all that is free is the allocator's. False when nothing was spare.
+bool Store::give_back_spares() {
+    for (u32 i = 0; i < Spares::kMost; ++i) {  // other threads may keep more meanwhile
+        const auto slot = clients_.spares.take_any();
+        if (!slot) return i > 0;
+        allocator_.release(clients_.self(), *slot);
+        clients_.end_arrival(*slot);
+    }
+    return true;
 }
 
 }  // namespace kvstrata

@@ -111,6 +111,7 @@ u32 Index::find(u32 hash, u32 ns, Key wanted) const {
     const u32 number = shard_of(hash);
     for (u32 at = buckets(number)[bucket_of(shards_[number], hash)]; at; at = entries_[at].chain) {
         const Entry& entry = entries_[at];
+        __builtin_prefetch(&entry.key);  // in the other cache line
         if (entry.hash != hash || entry.ns != ns || entry.key_len != wanted.size()) continue;
         if (std::memcmp(key(entry).data(), wanted.data(), wanted.size()) == 0) return at;
     }

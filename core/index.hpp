@@ -4,15 +4,12 @@
 // chains stay short. Entries never move; their numbers are references.
 #pragma once
 
-#include <span>
 #include <vector>
 
 #include "allocator.hpp"
 #include "clients.hpp"
 
 namespace kvstrata {
-
-using Key = std::span<const u8>;
 
 class Index {
 public:

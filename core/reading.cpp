@@ -6,6 +6,9 @@
 #include "store.hpp"
 
 namespace kvstrata {
+namespace {
+constexpr u32 kFetched = 24;  // cache lines of a record that are asked for at once, before the first has come
+}
 
 bool Store::current(const Entry& entry, const Namespace& ns) const {
     return entry.epoch == ns.epoch.load(std::memory_order_relaxed) && (!entry.expires || now_ms() < entry.expires) &&
@@ -77,6 +80,8 @@ Lookup Store::acquire(Space wanted, Key key, u32 hash, Pin& pin, Small* small, U
             }
             if (!index_.entry(at).memory) return Lookup::below;
             const u8* const record = region_->data() + u64{index_.entry(at).memory} * kUnit;
+            if (small)  // where it is large, one line too many
+                for (u32 line = 0; line < std::min(index_.entry(at).units, kFetched); ++line) __builtin_prefetch(record + line * kUnit);
             const auto& header = *reinterpret_cast<const RecordHeader*>(record);
             bool done = small && header.stored_len <= small->room;
             if (done) {

@@ -80,6 +80,7 @@ u32 Store::reap_dead() {
 }
 
 StoreStats Store::stats() {
+    give_back_spares();
     StoreStats stats;
     for (u32 number = 0; number < kShards; ++number) {
         const RobustLock held = index_.lock(number);
@@ -103,7 +104,7 @@ StoreStats Store::stats() {
     stats.rebuilt_policies = header_.rebuilt_policies.load();
     stats.rebuilt_allocators = header_.rebuilt_allocators.load();
     stats.pins = clients_.pins.in_use();
-    stats.reservations = clients_.arrivals.in_use();
+    stats.reservations = clients_.blocks_arriving();
     stats.hits = header_.past_hits.load();
     stats.misses = header_.past_misses.load();
     for (u32 slot = 0; slot < kMaxClients; ++slot) {

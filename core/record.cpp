@@ -18,17 +18,22 @@ u32 header_sum(const RecordHeader& header, const u8* key, u32 seed) {
 void seal(RecordHeader& header, const u8* key, u32 seed) { header.header_crc = header_sum(header, key, seed); }
 
 void write_frame(u8* record, RecordHeader& header, const u8* key, size_t key_len, u32 seed) {
+    begin_frame(record, header, {key, key_len}, header.stored_len);
+    seal(header, key, seed);
+    std::memcpy(record, &header, sizeof header);
+}
+
+void begin_frame(u8* record, RecordHeader& header, Key key, u64 stored_len) {
     std::memcpy(header.magic, kRecordMagic, sizeof kRecordMagic);
     header.format = kRecordFormat;
-    header.key_len = static_cast<u16>(key_len);
-    header.payload_offset = static_cast<u16>(payload_offset_for(key_len, header.stored_len));
-    seal(header, key, seed);
-    const u64 key_end = sizeof header + key_len;
-    const u64 payload_end = header.payload_offset + header.stored_len;
-    std::memcpy(record, &header, sizeof header);
-    std::memcpy(record + sizeof header, key, key_len);
+    header.key_len = static_cast<u16>(key.size());
+    header.stored_len = stored_len;
+    header.payload_offset = static_cast<u16>(payload_offset_for(key.size(), stored_len));
+    const u64 key_end = sizeof header + key.size();
+    const u64 payload_end = header.payload_offset + stored_len;
+    std::memcpy(record + sizeof header, key.data(), key.size());
     std::memset(record + key_end, 0, header.payload_offset - key_end);
-    std::memset(record + payload_end, 0, record_bytes(key_len, header.stored_len) - payload_end);
+    std::memset(record + payload_end, 0, record_bytes(key.size(), stored_len) - payload_end);
 }
 
 const char* describe(RecordCheck check) {

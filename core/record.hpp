@@ -57,7 +57,11 @@ constexpr u64 record_bytes(size_t key_len, u64 stored_len) {
 // Sets header_crc. Everything else in the header must be final.
 void seal(RecordHeader& header, const u8* key, u32 seed);
 
-// Sets key_len, payload_offset and magic, seals, and writes header, key and the zeros before and after the payload
+// Sets what follows from the lengths, and writes key and the zeros before and after the payload to `record`, which has
+// record_bytes(key.size(), stored_len) bytes. The payload, and the header in the end, are the caller's.
+void begin_frame(u8* record, RecordHeader& header, Key key, u64 stored_len);
+
+// As begin_frame for header.stored_len, then seals, and writes header, key and the zeros before and after the payload
 // to `record`, which has record_bytes(key_len, header.stored_len) bytes. The payload itself is the caller's.
 void write_frame(u8* record, RecordHeader& header, const u8* key, size_t key_len, u32 seed);
 

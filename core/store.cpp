@@ -60,6 +60,7 @@ Store::~Store() {
     try {
         const RobustLock held(header_.admin, [] {});
         sweep(clients_.self());
+        give_back_spares();
         clients_.detach();
     } catch (...) {
         // The lock on the slot goes with the descriptor; the next reaper finds a dead client.
@@ -204,7 +205,7 @@ void Store::abort_block(u32 slot) noexcept {
     } catch (...) {
         return;
     }
-    clients_.arrivals.give_back(slot);
+    clients_.end_arrival(slot);
 }
 
 std::optional<Reservation> Store::reserve(Space wanted, Key key, u64 bytes, const PutOptions& options, bool may_wait) {
@@ -213,7 +214,7 @@ std::optional<Reservation> Store::reserve(Space wanted, Key key, u64 bytes, cons
     if (bytes > kMaxPayload || length > u64{capacity_units_} * kUnit)
         throw TierFull("memory", bytes > kMaxPayload ? bytes : length, u64{capacity_units_} * kUnit);
     if (ns.quota && length > ns.quota) throw TierFull("memory (quota of the namespace)", length, ns.quota);
-    Reservation reservation{wanted, {key.begin(), key.end()}, {}, options, {}, {}};
+    Reservation reservation{wanted, {}, options, {}, {}};
     reservation.block = take_block(static_cast<u32>(length / kUnit), wanted, may_wait);
     if (!reservation.block) return std::nullopt;
     if (key.size() > kInlineKey) {
@@ -222,14 +223,13 @@ std::optional<Reservation> Store::reserve(Space wanted, Key key, u64 bytes, cons
         std::memcpy(reservation.key_block.bytes(), key.data(), key.size());
     }
     RecordHeader& header = reservation.header;
+    begin_frame(reservation.block.bytes(), header, key, bytes);
     header.ns = wanted.id;
     header.version = wanted.version;
     header.flags = static_cast<u8>((ns.immutable ? kRecordImmutable : 0) | (options.tags[0] ? kRecordTagged : 0));
     header.tag_check = check_of_tags(options.tags);
     header.expires = options.expires;
-    header.value_len = header.stored_len = bytes;
-    header.key_len = static_cast<u16>(key.size());
-    header.payload_offset = static_cast<u16>(payload_offset_for(key.size(), bytes));
+    header.value_len = bytes;
     return reservation;
 }
 
@@ -237,12 +237,11 @@ Published Store::publish(Reservation& reservation, Pin* keep) {
     std::optional<Lease> lease;
     if (keep) lease.emplace(clients_.pins);
     const Space wanted = reservation.space;
-    const Key key = reservation.key;
+    const Key key = reservation.key();
     Namespace& ns = space(wanted.id);
     const u32 hash = index_.hash(wanted.id, key);
     const u32 shard_number = Index::shard_of(hash);
     RecordHeader& header = reservation.header;
-    write_frame(reservation.block.bytes(), header, key.data(), key.size(), header_.seed);
     const u64 length = u64{reservation.block.units()} * kUnit;
     if (ns.hungry.load(std::memory_order_relaxed)) feed_policy(wanted.id);
     const bool writes = header_.disk && (!ns.proven_only || seen_before(hash));
@@ -314,7 +313,7 @@ Published Store::publish(Reservation& reservation, Pin* keep) {
     }
     for (Block* block : {&reservation.block, &reservation.key_block}) {
         if (!*block) continue;
-        clients_.arrivals.give_back(block->slot_);
+        clients_.end_arrival(block->slot_);
         block->store_ = nullptr;
     }
     if (writes) {
@@ -363,6 +362,9 @@ void Store::release_through(u32 Entry::* reference, u32 at, u32 units) {
     KVSTRATA_COMMIT("store.left");
     index_.entry(at).*reference = kNone;
     KVSTRATA_COMMIT("store.gone");
+    flight.entry = kNone;
+    allocator_.set_owner(flight.block, units, kNone);
+    if (!kDebug && clients_.spares.keep(slot, units)) return;  // debug builds look at what is freed
     allocator_.release(clients_.self(), slot);
     clients_.departures.give_back(slot);
 }

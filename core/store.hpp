@@ -114,6 +114,7 @@ public:
 
 private:
     friend class Store;
+    Block(Store& store, u32 slot) : store_(&store), slot_(slot) {}
     void swap(Block& other) {
         std::swap(store_, other.store_);
         std::swap(slot_, other.slot_);
@@ -125,10 +126,10 @@ private:
 // A put between its two phases: fill payload(), then Store::publish.
 struct Reservation {
     Space space;
-    std::vector<u8> key;
     RecordHeader header;
     PutOptions options;
     Block block, key_block;
+    Key key() const { return {block.bytes() + sizeof header, header.key_len}; }
     u8* payload() const { return block.bytes() + header.payload_offset; }
 };
 
@@ -381,6 +382,7 @@ private:
     bool anything_dirty() const;
     bool wait_for_progress(double seconds);
     void abort_block(u32 slot) noexcept;
+    bool give_back_spares();
     struct Waiting {
         u32 entry, units;
         u64 seq;

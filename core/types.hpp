@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 
 namespace kvstrata {
 
@@ -11,6 +12,8 @@ using u8 = std::uint8_t;
 using u16 = std::uint16_t;
 using u32 = std::uint32_t;
 using u64 = std::uint64_t;
+
+using Key = std::span<const u8>;
 
 inline constexpr u64 kUnit = 64;         // records and blocks are placed at multiples of this
 inline constexpr u64 kPage = 4096;       // large records are placed at multiples of this

@@ -35,7 +35,8 @@ for size in (1000, 3000, 30_000, 150_000):
     cache.put_many({f"{size} {i}": bytes(size) for i in range(2 * cache.options.memory // size)})
     cache.flush()
     stats = cache.stats()["memory"]
-    assert stats["memory_used_bytes"] > 0.8 * stats["memory_bytes"], stats
+    # Of the largest only 13 fit; how many do depends on where the first ones found room.
+    assert stats["memory_used_bytes"] > (0.8 if size < 100_000 else 0.6) * stats["memory_bytes"], stats
 everything = bytes(cache.options.memory - 8192)
 cache.put("everything", everything)
 assert cache.get("everything") == everything

@@ -1,4 +1,4 @@
-"""Other caches behind one protocol, set up as their users would. None of them is needed to use kvstrata."""
+"""Other caches, and what copying alone costs, behind one protocol, set up as their users would. None of them is needed to use kvstrata."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 __all__ = ["NAMES", "Peer", "Unavailable", "open_peers"]
 
-NAMES = ("cachebox", "cachetools", "theine", "lmdb", "redis", "diskcache")
+NAMES = ("copied", "cachebox", "cachetools", "theine", "lmdb", "redis", "diskcache")
 
 
 class Unavailable(Exception):

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstring>
 #include <random>
+#include <set>
 #include <thread>
 #include <unordered_map>
 
@@ -103,6 +104,32 @@ TEST(a_pinned_record_stays_through_overwriting_removal_and_pressure) {
     CHECK(store->stats().pins == 0);
     for (int i = 0; i < 20; ++i) store->remove(space, bytes_of(std::to_string(i)));
     CHECK(store->stats().memory.used == 0);
+}
+
+TEST(an_overwrite_takes_the_block_of_the_version_before) {
+    auto store = fresh(1 << 20);
+    const Space space = store->open_namespace(0, "default", 1, {});
+    std::set<const u8*> places;
+    for (int i = 0; i < 10; ++i) {
+        put(*store, space, "key", std::string(1000, static_cast<char>('a' + i)));
+        Pin pin;
+        CHECK(store->acquire(space, bytes_of("key"), pin, nullptr, nullptr) == Lookup::hit);
+        places.insert(pin.value());
+    }
+    CHECK(places.size() == 2);  // one holds the value while the next is filled
+    CHECK(get(*store, space, "key") == std::string(1000, 'j'));
+}
+
+TEST(blocks_kept_for_the_next_puts_are_free_memory_to_everybody_else) {
+    auto store = fresh(1 << 20);
+    const Space space = store->open_namespace(0, "default", 1, {});
+    for (int i = 0; i < 200; ++i) put(*store, space, std::to_string(i), std::string(4000, 'a'));
+    for (int i = 0; i < 200; ++i) store->remove(space, bytes_of(std::to_string(i)));
+    put(*store, space, "large", std::string(900 << 10, 'b'));  // no room beside any of them
+    CHECK(store->stats().evictions == 0);
+    store->remove(space, bytes_of("large"));
+    CHECK(store->stats().memory.used == 0);
+    CHECK(store->stats().memory.free_runs == 1);
 }
 
 TEST(when_all_is_pinned_a_put_is_refused_with_figures) {

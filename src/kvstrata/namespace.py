@@ -85,7 +85,10 @@ class Namespace:
         in any unit. `tags`, four at most, are for `delete_tag`. In an immutable namespace a key that is there already
         stays as it is. Raises TierFull when the value can't be stored.
         """
-        seq = self._space.put(key, value, self._ttl(ttl), self._jitter, _number(cost), tags)
+        if ttl is None and cost is None and tags is None:  # the calls below take as long as a small put
+            seq = self._space.put(key, value, self._ttl_ms, self._jitter)
+        else:
+            seq = self._space.put(key, value, self._ttl(ttl), self._jitter, _number(cost), tags)
         if seq:
             self._cache.forget_older(self._space.id, [(key, seq)])
 
