@@ -1,4 +1,4 @@
-"""Other caches, and what copying alone costs, behind one protocol, set up as their users would. None of them is needed to use kvstrata."""
+"""Other caches, and what copying alone costs, behind one protocol. None of them is needed to use kvstrata."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What copying alone costs: a dict of buffers in this process, without any bound, policy, checksum or lock.
 
-A cache between processes can't hand out references to the objects of one of them, so this is the least that it can take.
+A cache between processes can't hand out references to the objects of one of them: this is the least that it can take.
 """
 
 from __future__ import annotations
