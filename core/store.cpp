@@ -29,6 +29,7 @@ std::shared_ptr<Store> Store::start(std::unique_ptr<Region> region, bool fresh) 
         store->header_.seed = static_cast<u32>(store->header_.secret[1]);
         store->allocator_.init();
         store->index_.init();
+        store->promises().mutex.init();
         for (u32 id = 0; id < kMaxNamespaces; ++id) store->namespaces_[id].mutex.init();
     }
     store->attach();
@@ -130,6 +131,7 @@ Space Store::open_namespace(u32 id, const std::string& name, u32 version, const 
         ns.quota = options.quota;
         ns.immutable = options.immutable;
         ns.proven_only = options.proven_only;
+        ns.write_back = options.write_back;
         ns.configured = 1;
         ns.defined.store(1);
         if (reorder) change_policy(chosen);
@@ -141,6 +143,7 @@ Space Store::open_namespace(u32 id, const std::string& name, u32 version, const 
         else if (ns.immutable != u32{options.immutable}) differs = ns.immutable ? "immutable=True" : "immutable=False";
         else if (ns.proven_only != u32{options.proven_only})
             differs = ns.proven_only ? "admission='reused'" : "admission='all'";
+        else if (ns.write_back != u32{options.write_back}) differs = ns.write_back ? "write='back'" : "another write than 'back'";
         if (!differs.empty())
             throw ConfigMismatch("namespace '" + name + "' is already open with " + differs + "; use the same");
     }
@@ -244,7 +247,7 @@ Published Store::publish(Reservation& reservation, Pin* keep) {
     RecordHeader& header = reservation.header;
     const u64 length = u64{reservation.block.units()} * kUnit;
     if (ns.hungry.load(std::memory_order_relaxed)) feed_policy(wanted.id);
-    const bool writes = header_.disk && (!ns.proven_only || seen_before(hash));
+    const bool writes = header_.disk && (!ns.proven_only || seen_before(hash)), at_once = writes && !ns.write_back;
     Published result = Published::stored;
     u32 at = kNone;
     for (int tries = 0;; ++tries) {
@@ -280,7 +283,8 @@ Published Store::publish(Reservation& reservation, Pin* keep) {
                 entry.epoch = header.epoch;
                 entry.ns = static_cast<u16>(wanted.id);
                 entry.key_len = static_cast<u16>(key.size());
-                entry.flags = static_cast<u8>((ns.immutable ? kImmutable : 0) | (writes ? kDirty : header_.disk ? kUnproven : 0));
+                entry.flags = static_cast<u8>((ns.immutable ? kImmutable : 0) | (writes ? kDirty : header_.disk ? kUnproven : 0) |
+                                                (writes && !at_once ? kLazy : 0));
                 entry.owner = static_cast<u8>(clients_.self());
                 entry.holder = 0;
                 std::memcpy(entry.tags, reservation.options.tags, sizeof entry.tags);
@@ -316,7 +320,7 @@ Published Store::publish(Reservation& reservation, Pin* keep) {
         clients_.end_arrival(block->slot_);
         block->store_ = nullptr;
     }
-    if (writes) {
+    if (at_once) {
         clients_.mine().dirty_bytes.fetch_add(length);
         enqueue_dirty({at, static_cast<u32>(length / kUnit), header.seq});
     }

@@ -30,6 +30,7 @@ struct NamespaceOptions {
     u64 guarantee = 0;      // bytes in memory that others leave to it
     bool immutable = false;
     bool proven_only = false;  // to the tier below goes only what is used again (admission.cpp)
+    bool write_back = false;   // and only when it is to leave memory
 };
 
 // What a put says of its record.
@@ -133,6 +134,29 @@ struct Reservation {
     u8* payload() const { return block.bytes() + header.payload_offset; }
 };
 
+// That this process brings a record up, and others wait for it. Ends when it goes.
+class LoadClaim {
+public:
+    LoadClaim() = default;
+    LoadClaim(LoadClaim&& other) noexcept { swap(other); }
+    LoadClaim& operator=(LoadClaim&& other) noexcept {
+        swap(other);
+        return *this;
+    }
+    ~LoadClaim();
+
+private:
+    friend class Store;
+    void swap(LoadClaim& other) {
+        std::swap(store_, other.store_);
+        std::swap(entry_, other.entry_);
+        std::swap(seq_, other.seq_);
+    }
+    Store* store_ = nullptr;
+    u32 entry_ = kNone;
+    u64 seq_ = 0;
+};
+
 // A record on its way from below into memory: fill block.bytes(), then Store::commit_load.
 struct Loading {
     Space space;
@@ -140,6 +164,7 @@ struct Loading {
     u32 entry;
     u64 seq;
     Block block;
+    LoadClaim claim;
 };
 
 // A record that the tier below doesn't have yet.
@@ -295,16 +320,34 @@ public:
     void close_holder(u8 holder);
     std::vector<HolderState> holders() const;
 
+    // ---- Promises (promises.cpp)
+    // A token when the caller is the one to compute the value now, and has to withdraw() the promise then; nothing when
+    // somebody else is at it. When the table is full, everybody may compute.
+    std::optional<u64> promise(Space space, Key key, u64 ms);
+    void withdraw(Space space, Key key, u64 token);
+
+    // The keys that were used last, youngest first, of all namespaces.
+    struct Used {
+        u32 ns;
+        std::vector<u8> key;
+    };
+    std::vector<Used> hottest(size_t most);
+
     // ---- The tier below
     std::vector<Dirty> take_dirty(size_t most, u64 most_bytes, double timeout);
     void wake_writer();  // lets take_dirty return at once, though there's nothing
+    void write_lazy();   // what this process had better not write before it leaves memory
+    // How many of the keys are neither below nor gone, `timeout` s at most being waited for those on their way.
+    size_t wait_until_durable(Space space, size_t count, const Key* keys, double timeout);
     bool still_live(const Dirty& dirty);
     void tags_of(const Pin& pin, u16* tags) const { std::memcpy(tags, index_.entry(pin.entry()).tags, sizeof(Entry::tags)); }
     void settle(Dirty& dirty, u32 segment, u64 offset);  // segment 0: it could not be written
     bool wait_until_settled(double timeout);             // whether all that this process has put is below
     u64 demote_all();                                    // what lies below leaves memory, where nobody has it pinned
     std::optional<Location> locate(Space space, Key key);
-    std::optional<Loading> begin_load(Space space, Key key, const Location& location);
+    // Claims the loading of a record; false when somebody else is at it, unless `take_over`.
+    bool claim_load(const Location& location, bool take_over, LoadClaim& claim);
+    std::optional<Loading> begin_load(Space space, Key key, const Location& location, LoadClaim&& claim = {});
     Pin commit_load(Loading& loading);                    // throws CorruptRecord
     bool insert_disk(const DiskRow& row);                 // false when there's no room for its entry
     bool forget_disk(u32 ns, Key key, u64 seq);
@@ -332,6 +375,7 @@ private:
     friend class Pin;
     friend class Block;
     friend class Uses;
+    friend class LoadClaim;
     explicit Store(std::unique_ptr<Region> region);
     static std::shared_ptr<Store> start(std::unique_ptr<Region> region, bool fresh);
     void attach();
@@ -352,6 +396,10 @@ private:
     bool outlived(const Identity& identity) const;
     bool any_removed(const u16* tags, u64 seq) const;  // since the record of that number was put
     u64 held_by(u8 holder) const;
+    Promises& promises() const { return *reinterpret_cast<Promises*>(region_->at(header_.promises_at)); }
+    void forget_promises(u32 client);
+    void write_now(u32 at);
+    void end_load(u32 at, u64 seq) noexcept;
     Holder& holder(u8 number) const { return reinterpret_cast<Holder*>(region_->at(header_.holders_at))[number]; }
     std::atomic<u64>& tag(u16 slot) const { return reinterpret_cast<std::atomic<u64>*>(region_->at(header_.tags_at))[slot]; }
     void raise_tag(const TagState& state);

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +17,7 @@ from kvstrata import _core
 from kvstrata.config import CacheOptions, check_name, parse_duration, parse_jitter, parse_size
 from kvstrata.errors import CacheClosed, ConfigError, TierUnavailable, UnknownOption
 from kvstrata.holder import Holder
+from kvstrata.movement.warm import HotSet, Progress, Warmed, warm
 from kvstrata.movement.write_behind import WriteBehind
 from kvstrata.namespace import Namespace, SpaceOptions
 from kvstrata.tiers.base import Arrived, Key, Tier
@@ -23,6 +25,8 @@ from kvstrata.tiers.disk import DiskTier
 from kvstrata.tiers.memory import MemoryTier
 
 __all__ = ["Cache", "open"]
+
+_MOST_HOT = 100_000  # keys that are remembered for a warm-up
 
 
 class Cache(Namespace):
@@ -38,6 +42,7 @@ class Cache(Namespace):
         self._huge_pages = huge_pages
         self._below: Tier | None = None
         self._writer: WriteBehind | None = None
+        self._hot: HotSet | None = None
         try:
             self._memory = MemoryTier.open(path, options, shared=shared, restore=self._restore)
         except BaseException:
@@ -63,10 +68,11 @@ class Cache(Namespace):
     def _open_below(self) -> None:
         if not self.options.disk:
             return
+        assert self.path is not None
         if self._below is None:
-            assert self.path is not None
             self._below = DiskTier(self.path, self.options.disk, self._memory.store)
-        self._writer = WriteBehind(self._memory.store, self._below)
+        self._hot = HotSet(self.path, self.options.disk)
+        self._writer = WriteBehind(self._memory.store, self._below, self._save_hottest)
 
     def __repr__(self) -> str:
         return f"<kvstrata cache at {self.path or 'no path (private)'}{', closed' if self._closed else ''}>"
@@ -85,6 +91,7 @@ class Cache(Namespace):
         ttl_jitter: float = 0.0,
         immutable: bool = False,
         admission: Literal["all", "reused"] = "all",
+        write: Literal["behind", "through", "back"] = "behind",
     ) -> Namespace:
         """Open a partition of the cache's keys.
 
@@ -96,8 +103,11 @@ class Cache(Namespace):
         `immutable` promises that a key implies its value, as content digests do: such records are stored once and can
         be recovered from the disk even when the index is lost. With `admission="reused"` only what is used again, or
         put again after it had gone, is written to the disk: what is wanted once costs no writes there, and what was
-        used by nobody is gone with the last process. Who has it open already must have the same policy,
-        quota, guarantee, immutable and admission, or ConfigMismatch is raised.
+        used by nobody is gone with the last process. `write` says when records go to the disk: "behind" the put, soon
+        after it; "through", before the put returns, which raises TierUnavailable when the disk doesn't take them;
+        or "back", not before they are to leave memory, or flush() or close() is called: then what is overwritten
+        often is seldom written, and a crash of the machine takes more. Who has it open already must have the same
+        policy, quota, guarantee, immutable, admission and, as to "back", write, or ConfigMismatch is raised.
         """
         check_name(name, "namespace")
         if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version < 2**32:
@@ -108,6 +118,10 @@ class Cache(Namespace):
             raise UnknownOption("policy", policy, _core.policy_names())
         if admission not in ("all", "reused"):
             raise UnknownOption("admission", admission, ["all", "reused"])
+        if write not in ("behind", "through", "back"):
+            raise UnknownOption("write", write, ["behind", "through", "back"])
+        if write == "through" and not self.options.disk:
+            raise ConfigError("write='through' needs a disk tier: kvstrata.open('/some/directory', disk=...)")
         quota_bytes = 0 if quota is None else parse_size(quota, option="quota")
         if quota is not None and quota_bytes == 0:
             raise ConfigError("quota must be more than 0 bytes; None means no limit")
@@ -116,10 +130,12 @@ class Cache(Namespace):
             raise ConfigError(f"guarantee={guarantee!r} is more than 3/4 of the memory, {self.options.memory:,} bytes")
         if quota_bytes and guaranteed > quota_bytes:
             raise ConfigError(f"guarantee={guarantee!r} is more than the quota, {quota!r}")
-        options = SpaceOptions(name, version, policy, quota_bytes, guaranteed, bool(immutable), admission == "reused")
+        options = SpaceOptions(
+            name, version, policy, quota_bytes, guaranteed, bool(immutable), admission == "reused", write == "back"
+        )
         ttl_ms, jitter = parse_duration(ttl), parse_jitter(ttl_jitter)
         with self._lock:
-            return Namespace(self, options, ttl_ms, jitter)
+            return Namespace(self, options, ttl_ms, jitter, through=write == "through")
 
     def holder(self, name: str, *, limit: int | str) -> Holder:
         """Return the holder of that name, who can keep records in memory, `limit` bytes at most.
@@ -176,6 +192,67 @@ class Cache(Namespace):
         """Make a delete_tag() outlast a restart."""
         if self._below:
             self._below.remove_tag(slot, seq)
+
+    # ---- Warm-up
+
+    def warm(
+        self,
+        keys: Sequence[Key] | None = None,
+        *,
+        hottest: int | None = None,
+        time_limit: float | None = None,
+        progress: Progress | None = None,
+    ) -> Warmed:
+        """Bring records from the disk into memory: `keys`, or of all namespaces the N that were used last, `hottest=N`.
+
+        Which were used last, in whichever process, is saved once a minute and when a process closes the cache. See
+        `Namespace.warm` for the rest. Raises ConfigError unless just one of `keys` and `hottest` is given.
+        """
+        if (keys is None) == (hottest is None):
+            raise ConfigError("warm() takes keys, or hottest=N")
+        if keys is not None:
+            return super().warm(keys, time_limit=time_limit, progress=progress)
+        if isinstance(hottest, bool) or not isinstance(hottest, int) or hottest < 1:
+            raise ConfigError(f"hottest must be an int from 1 on, not {hottest!r}")
+        self._check_open()
+        versions = {ns.name: ns.version for ns in self._below.namespaces()} if self._below else {}
+        wanted: dict[str, list[Key]] = {}
+        for name, version, key in self._hot.load(hottest) if self._hot else ():
+            if version == versions.get(name):
+                wanted.setdefault(name, []).append(key)
+        return self.warm_namespaces(wanted, time_limit=time_limit, progress=progress)
+
+    def warm_namespaces(
+        self,
+        keys: Mapping[str, Sequence[Key]],
+        *,
+        time_limit: float | None = None,
+        progress: Progress | None = None,
+    ) -> Warmed:
+        """Bring keys of namespaces, given by name, from the disk into memory, whoever has these namespaces open."""
+        self._check_open()
+        known = {ns.name: ns.id for ns in self._below.namespaces()} if self._below else {}
+        unknown = [name for name in keys if name not in known]
+        if unknown:
+            raise ConfigError(f"there is no namespace {unknown[0]!r} on the disk of this cache")
+        store = self._memory.store
+        groups = [
+            (store.space(known[name]), functools.partial(self.load, known[name]), wanted)
+            for name, wanted in keys.items()
+        ]
+        return warm(store, groups, room=self.room_to_warm(0), time_limit=time_limit, progress=progress)
+
+    def room_to_warm(self, quota: int) -> int:
+        """Return how many bytes a warm-up may bring into a namespace with that quota without pushing itself out."""
+        return (min(quota, self.options.memory) if quota else self.options.memory) * 9 // 10
+
+    def _save_hottest(self) -> None:
+        if self._hot is None or self._below is None:
+            return
+        names = {ns.id: (ns.name, ns.version) for ns in self._below.namespaces()}
+        used = self._memory.store.hottest(_MOST_HOT)
+        if used:
+            self._hot.save(self._below, ((*names[ns], key) for ns, key in used if ns in names))
 
     # ---- Life
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import operator
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar, overload
 
 from kvstrata import _core
 from kvstrata.config import parse_duration
-from kvstrata.errors import InvalidKey, InvalidValue
+from kvstrata.errors import InvalidKey, InvalidValue, TierFull, TierUnavailable
+from kvstrata.movement.single_flight import compute_once
+from kvstrata.movement.warm import Progress, Warmed, warm
 from kvstrata.tiers.base import Arrived, Key
 
 if TYPE_CHECKING:
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Namespace", "SpaceOptions"]
 
 _HIGHEST_COST = 3e38  # it is kept in single precision
+_WRITE_THROUGH_S = 30.0
 _LOADED_AT_ONCE = 256  # records that get_many keeps pinned until it has copied them
 
 P = ParamSpec("P")
@@ -37,6 +42,7 @@ class SpaceOptions(NamedTuple):
     guarantee: int = 0
     immutable: bool = False
     proven_only: bool = False
+    write_back: bool = False
 
 
 class Namespace:
@@ -47,12 +53,15 @@ class Namespace:
     to a newer version, and CacheClosed.
     """
 
-    def __init__(self, cache: Cache, options: SpaceOptions, ttl_ms: int, jitter: float) -> None:
+    def __init__(
+        self, cache: Cache, options: SpaceOptions, ttl_ms: int, jitter: float, *, through: bool = False
+    ) -> None:
         self._cache = cache
         self._options = options
         self._space = cache._open_space(options)
         self._ttl_ms = ttl_ms
         self._jitter = jitter
+        self._through = through
         cache._opened.add(self)
 
     @property
@@ -91,6 +100,8 @@ class Namespace:
             seq = self._space.put(key, value, self._ttl(ttl), self._jitter, _number(cost), tags)
         if seq:
             self._cache.forget_older(self._space.id, [(key, seq)])
+        if self._through:
+            self._require_durable([key])
 
     def put_many(
         self,
@@ -110,6 +121,8 @@ class Namespace:
         finally:
             if replaced:
                 self._cache.forget_older(self._space.id, [(keys[i], seq) for i, seq in replaced])
+        if self._through:
+            self._require_durable(keys)
 
     @contextmanager
     def reserve(
@@ -155,6 +168,56 @@ class Namespace:
         seq = write.publish()
         if seq:
             self._cache.forget_older(self._space.id, [(key, seq)])
+        if self._through:
+            self._require_durable([key])
+
+    def _require_durable(self, keys: Sequence[Key]) -> None:
+        missing = self._space.wait_until_durable(keys, _WRITE_THROUGH_S)
+        if missing:
+            raise TierUnavailable(
+                f"{missing} of {len(keys)} values of namespace {self.name!r} are in memory, but the disk did not take "
+                "them; cache.stats()['disk'] says why"
+            )
+
+    def get_or_compute(
+        self,
+        key: Key,
+        compute: Callable[[], Value],
+        *,
+        ttl: float | None = None,
+        cost: float | None = None,
+        tags: Sequence[Key] | None = None,
+        lease: float = 60.0,
+    ) -> bytes:
+        """Return the value as bytes; where it is absent, what `compute` returns, which is stored.
+
+        Of all threads and processes of this host that miss it at the same time one computes, and the others wait for
+        it: `lease` seconds at most, and no longer when that process dies or `compute` raises, which goes to its own
+        caller; then another one computes. `cost` is by default the time that it took, in seconds. A value for which
+        there is no room is returned all the same.
+        """
+
+        def make() -> bytes:
+            started = time.perf_counter()
+            value = compute()
+            took = time.perf_counter() - started
+            with suppress(TierFull):
+                self.put(key, value, ttl=ttl, cost=took if cost is None else cost, tags=tags)
+            return value if isinstance(value, bytes) else memoryview(value).tobytes()
+
+        found = self.get(key)
+        lease_ms = parse_duration(lease, option="lease")
+        return compute_once(self._space, key, lambda: self.get(key), make, lease_ms) if found is None else found
+
+    def warm(self, keys: Sequence[Key], *, time_limit: float | None = None, progress: Progress | None = None) -> Warmed:
+        """Bring records from the tier below into memory, in the order of the keys; returns what was done.
+
+        It ends early after `time_limit` seconds, and when as much has come as the memory, or the quota, holds.
+        `progress` is called after each batch with what was done so far.
+        """
+        group = (self._space, functools.partial(self._cache.load, self._space.id), keys)
+        room = self._cache.room_to_warm(self._options.quota)
+        return warm(self._cache.live_store(), [group], room=room, time_limit=time_limit, progress=progress)
 
     def _ttl(self, ttl: float | None) -> int:
         return self._ttl_ms if ttl is None else parse_duration(ttl)

@@ -65,6 +65,9 @@ class Tier(Protocol):
     def delete_prefix(self, ns: int, prefix: bytes, below: int) -> None:
         """Forget records whose keys start with `prefix` and whose number is below `below`, like `delete`."""
 
+    def save(self, name: str, data: bytes) -> None:
+        """Keep a small file beside the records, in place of an older one; raises OSError, TierError."""
+
     def stats(self) -> Stats:
         """Return counters, in bytes and numbers of records."""
 
