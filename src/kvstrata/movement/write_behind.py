@@ -48,6 +48,7 @@ class WriteBehind:
                     self._let_go(records)
             elif stopping:
                 return
+            self._tier.tend()
 
     def _let_go(self, records: list[_core.DirtyRecord]) -> None:
         """Leave records to memory, however long somebody holds a lock that it takes; unless all is to end."""

@@ -65,6 +65,9 @@ class Tier(Protocol):
     def delete_prefix(self, ns: int, prefix: bytes, below: int) -> None:
         """Forget records whose keys start with `prefix` and whose number is below `below`, like `delete`."""
 
+    def tend(self) -> None:
+        """Do what is due, without raising for faults; called after each batch, or ten times a second."""
+
     def stats(self) -> Stats:
         """Return counters, in bytes and numbers of records."""
 
