@@ -60,6 +60,7 @@ class WriteBehind:
             elif time.monotonic() - done > _HOUSEKEEPING_S:
                 self._keep_house()
                 done = time.monotonic()
+            self._tier.tend()
         self._keep_house()
 
     def _keep_house(self) -> None:

@@ -68,6 +68,9 @@ class Tier(Protocol):
     def save(self, name: str, data: bytes) -> None:
         """Keep a small file beside the records, in place of an older one; raises OSError, TierError."""
 
+    def tend(self) -> None:
+        """Do what is due, without raising for faults; called after each batch, or ten times a second."""
+
     def stats(self) -> Stats:
         """Return counters, in bytes and numbers of records."""
 

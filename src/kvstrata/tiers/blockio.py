@@ -24,7 +24,17 @@ from kvstrata.tiers.ledger import after_fork
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["Read", "Reader", "Workers", "aligned_buffer", "is_aligned", "page_ceil", "transfer", "try_direct"]
+__all__ = [
+    "Read",
+    "Reader",
+    "Workers",
+    "aligned_buffer",
+    "is_aligned",
+    "page_ceil",
+    "sync_directory",
+    "transfer",
+    "try_direct",
+]
 
 RUN_BYTES = 4 << 20  # adjacent transfers are joined up to this
 RUN_BUFFERS = 256  # and up to this many buffers (the kernel takes 1,024)
@@ -72,6 +82,15 @@ def transfer(
         if moved:
             left[0] = left[0][moved:]
     return total
+
+
+def sync_directory(directory: Path) -> None:
+    """Have the names of its files on the device."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def try_direct(directory: Path) -> OSError | None:

@@ -18,16 +18,22 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from kvstrata.errors import TierFull, TierUnavailable
 from kvstrata.record import PAGE, NamespaceInfo
 from kvstrata.tiers import catalog_schema as schema
+from kvstrata.tiers.blockio import sync_directory
 from kvstrata.tiers.catalog_schema import FORMAT, CatalogDamaged, Row
-from kvstrata.tiers.ledger import Ledger, after_fork, before_fork
+from kvstrata.tiers.ledger import Ledger, Mark, after_fork, before_fork, boot_id
 
-__all__ = ["FORMAT", "Catalog", "CatalogDamaged", "Row"]
+__all__ = ["FORMAT", "Catalog", "CatalogDamaged", "Lasting", "Row"]
 
 _NAME = re.compile(r"catalog-(\d{6})\.(db|new)(-wal|-shm|-journal)?")
+Lasting = Literal["later", "marked", "synced"]
+"""How a commit gets onto the device: when there's time; the same, but the ledger says before that something may come
+back when power is lost; at once, before the call returns. The last costs some milliseconds, the second as much once in
+a while, and then power loss costs all mutable records."""
 _out_of_reach: set[Path] = set()  # directories that this forked process can't use, as its parent was using them
 
 
@@ -59,6 +65,8 @@ class Catalog:
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         self._held_for_fork = False
+        self._named_log = 0  # inode of the write-ahead log whose name is known to be on the device
+        self.unsynced_since: float | None = None  # when this process committed what isn't yet (time.monotonic)
         before_fork(self)
         after_fork(self)
 
@@ -85,7 +93,7 @@ class Catalog:
                     raise CatalogDamaged("it is gone")
                 schema.create(self.path, commits=0).close()
                 self._connect()
-                self._ledger.write(self._ledger.mark()._replace(commits=0))
+                self._ledger.write(self._ledger.mark()._replace(commits=0, safe=0))
                 return False
             self._discard(self._generation)
             if self.path.stat().st_size == 0:
@@ -94,7 +102,7 @@ class Catalog:
             schema.check(connection, thoroughly=True)
             if mark is None:
                 raise CatalogDamaged("the ledger is damaged, and with it the proof that nothing is missing")
-            self._check_commits(connection, mark.commits)
+            self._check_commits(connection, mark)
             return True
 
     def close(self) -> None:
@@ -117,7 +125,7 @@ class Catalog:
             # Killed from here to the end, the next one finds that the catalog is gone, and makes another.
             mark = self._ledger.mark()
             commits = mark.commits + 1
-            self._ledger.write(mark._replace(commits=commits))
+            self._ledger.write(mark._replace(commits=commits, safe=commits), through=True)
             fresh = self._path_of(generation).with_suffix(".new")
             connection = schema.create(fresh, commits=commits)
             try:
@@ -130,6 +138,7 @@ class Catalog:
             finally:
                 connection.close()
             fresh.rename(self._path_of(generation))
+            sync_directory(self._directory)
             self._generation = generation
             self._connect()
 
@@ -155,7 +164,8 @@ class Catalog:
         A higher version or epoch in `wanted` is taken over; with a version the epoch rises too, as it does in
         the store. Raises TierUnavailable when its id is another's.
         """
-        with self._transaction(1) as connection:
+        lasting: Lasting = "synced" if wanted.immutable or wanted.version > 1 else "marked"
+        with self._transaction(1, lasting=lasting) as connection:
             known = schema.read_namespaces(connection)
             found = next((namespace for namespace in known if namespace.name == wanted.name), None)
             if found is None:
@@ -185,7 +195,7 @@ class Catalog:
 
     def remove_tag(self, slot: int, seq: int) -> None:
         """Commit that records with this tag and a lower number are not there."""
-        with self._transaction(1, must=True) as connection:
+        with self._transaction(1, must=True, lasting="synced") as connection:
             schema.put_tag(connection, slot, seq)
 
     # ---- Records
@@ -221,27 +231,33 @@ class Catalog:
             connection.executemany(schema.UPSERT, [row for row, wanted in zip(rows, alive, strict=True) if wanted])
         return alive
 
-    def delete(self, ns: int, keys: Iterable[tuple[bytes, int | None]]) -> int:
+    def delete(self, ns: int, keys: Iterable[tuple[bytes, int | None]], lasting: Lasting = "marked") -> int:
         """Commit the deletion of rows, of those with a lower number where one is given; returns how many."""
         wanted = [(ns, key, schema.ANY if below is None else below) for key, below in keys]
         deleted = 0
         for start in range(0, len(wanted), self.batch_rows):
             part = wanted[start : start + self.batch_rows]
-            with self._transaction(len(part), sum(len(key) for _, key, _ in part), must=True) as connection:
+            key_bytes = sum(len(key) for _, key, _ in part)
+            with self._transaction(len(part), key_bytes, must=True, lasting=lasting) as connection:
                 deleted += connection.executemany("DELETE FROM records WHERE ns=? AND key=? AND seq<?", part).rowcount
         return deleted
 
-    def delete_prefix(self, ns: int, prefix: bytes, below: int) -> int:
+    def delete_prefix(self, ns: int, prefix: bytes, below: int, lasting: Lasting = "marked") -> int:
         """Commit the deletion of rows whose key starts with `prefix`, and whose number is lower than `below`."""
         condition, bounds = "ns=? AND seq<? AND key>=?", (ns, below, prefix)
         after = prefix.rstrip(b"\xff")
         if after:  # the first key that is no more of them
-            return self._delete_where(condition + " AND key<?", (*bounds, after[:-1] + bytes([after[-1] + 1])))
-        return self._delete_where(condition, bounds)
+            end = after[:-1] + bytes([after[-1] + 1])
+            return self._delete_where(condition + " AND key<?", (*bounds, end), lasting)
+        return self._delete_where(condition, bounds, lasting)
 
     def drop_segment(self, segment: int, *, beyond: int = 0) -> int:
-        """Commit the deletion of all rows of `segment` that end after byte `beyond`; returns how many."""
-        deleted = self._delete_where("segment=? AND offset+length>?", (segment, beyond))
+        """Commit the deletion of all rows of `segment` that end after byte `beyond`; returns how many.
+
+        Synced: the index forgets them with that, and a key that isn't known to be on disk is overwritten and deleted
+        without a transaction.
+        """
+        deleted = self._delete_where("segment=? AND offset+length>?", (segment, beyond), "synced")
         self._shrink()
         return deleted
 
@@ -256,12 +272,45 @@ class Catalog:
             )
         return deleted
 
+    def drop_mutable(self) -> None:
+        """Delete the rows of all namespaces that aren't immutable."""
+        for namespace in self.load_namespaces():
+            if not namespace.immutable:
+                self._delete_where("ns=?", (namespace.id,))
+
+    # ---- Power loss
+
+    def sync(self) -> None:
+        """Have all that was committed on the device, and say so in the ledger."""
+        with self._ledger.hold(), self._lock, self._translated():
+            connection = self._current_connection()
+            self.unsynced_since = None
+            mark = self._ledger.mark()
+            self._sync_log()
+            commits = schema.read_meta(connection, "commits")
+            self._ledger.write(mark._replace(boot=boot_id(), safe=commits, unsynced=False), through=True)
+
+    def _sync_log(self) -> None:
+        """Have the log on the device; what was copied from it into the database, SQLite has synced."""
+        try:
+            fd = os.open(f"{self.path}-wal", os.O_RDONLY)
+        except FileNotFoundError:
+            return  # all is in the database
+        try:
+            os.fdatasync(fd)
+            inode = os.fstat(fd).st_ino
+        finally:
+            os.close(fd)
+        if inode != self._named_log:
+            sync_directory(self._directory)
+            self._named_log = inode
+
     # ---- Inside: transactions
 
-    def _delete_where(self, condition: str, arguments: tuple[int | bytes, ...]) -> int:
+    def _delete_where(self, condition: str, arguments: tuple[int | bytes, ...], lasting: Lasting = "later") -> int:
         deleted = 0
         while True:
-            with self._transaction(self.batch_rows, must=True) as connection:
+            with self._transaction(self.batch_rows, must=True, lasting=lasting) as connection:
                 found = connection.execute(
                     f"SELECT ns, key FROM records WHERE {condition} LIMIT ?", (*arguments, self.batch_rows)
                 ).fetchall()
@@ -283,7 +332,7 @@ class Catalog:
 
     @contextlib.contextmanager
     def _transaction(
-        self, rows: int, key_bytes: int | None = None, *, must: bool = False
+        self, rows: int, key_bytes: int | None = None, *, must: bool = False, lasting: Lasting = "later"
     ) -> Iterator[sqlite3.Connection]:
         """Commit what is done inside. `must`: a deletion, durable even where the capacity forbids it."""
         with self._ledger.hold(), self._lock, self._translated():
@@ -298,19 +347,26 @@ class Catalog:
             try:
                 yield connection
                 mark = self._ledger.mark()
-                commits = self._check_commits(connection, mark.commits) + 1
+                commits = self._check_commits(connection, mark) + 1
                 connection.execute("UPDATE meta SET value=? WHERE name='commits'", (commits,))
+                if lasting == "marked" and not mark.unsynced:
+                    mark = mark._replace(unsynced=True)
+                    self._ledger.write(mark, through=True)
                 connection.execute("COMMIT")
             except BaseException:
                 with contextlib.suppress(sqlite3.Error):
                     connection.execute("ROLLBACK")
                 raise
+            if self.unsynced_since is None:
+                self.unsynced_since = time.monotonic()
+            if lasting == "synced":
+                self._sync_log()
             self._ledger.write(mark._replace(commits=commits))
 
-    def _check_commits(self, connection: sqlite3.Connection, expected: int) -> int:
+    def _check_commits(self, connection: sqlite3.Connection, mark: Mark) -> int:
         commits = schema.read_meta(connection, "commits")
-        if commits < expected:
-            raise CatalogDamaged(f"it has lost {expected - commits} transactions")
+        if commits < mark.expected:
+            raise CatalogDamaged(f"it has lost {mark.expected - commits} transactions")
         return commits
 
     @contextlib.contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -17,7 +18,7 @@ from kvstrata.record import PAGE, NamespaceInfo, build_descriptor
 from kvstrata.tiers.base import Arrived, Key, NamespaceState, Stats
 from kvstrata.tiers.blockio import page_ceil
 from kvstrata.tiers.capacity import Capacity
-from kvstrata.tiers.catalog import Catalog, CatalogDamaged
+from kvstrata.tiers.catalog import Catalog, CatalogDamaged, Lasting
 from kvstrata.tiers.counters import Counters, errno_name
 from kvstrata.tiers.ledger import Ledger
 from kvstrata.tiers.loading import Loaded, Loader, key_bytes
@@ -33,6 +34,7 @@ __all__ = ["DiskTier"]
 T = TypeVar("T")
 log = logging.getLogger("kvstrata.disk")
 
+SYNC_S = 5.0  # after so long what was committed is synced, as file systems do with their journals
 _FIRST_EPOCH = 1  # as in the store
 _COUNTERS = (
     "written_records",
@@ -111,10 +113,30 @@ class DiskTier:
 
     def close(self) -> None:
         """Finish the segment that is being written, fold up the catalog and let go of the directory."""
+        self._segments.seal()
+        with contextlib.suppress(TierUnavailable):
+            self.sync()
         self._segments.close()
         self._capacity.close()
         self._catalog.close()
         self._ledger.close()
+
+    def sync(self) -> None:
+        """Have all that was written on the device, so that it outlasts a power loss; raises TierUnavailable."""
+        try:
+            self._segments.sync()
+            self._mended(self._catalog.sync)
+        except OSError as error:
+            raise TierUnavailable(f"{self.directory} can't be synced: {error.strerror or error}") from error
+
+    def tend(self) -> None:
+        """Sync what has waited for it long enough."""
+        since = self._catalog.unsynced_since
+        if since is not None and time.monotonic() - since >= SYNC_S:
+            try:
+                self.sync()
+            except TierUnavailable as error:
+                self._counters.fault("sync", error)
 
     # ---- Namespaces
 
@@ -192,14 +214,18 @@ class DiskTier:
         Raises TierUnavailable when that can't be made durable.
         """
         rows = [(key_bytes(key), below) for key, below in keys]
-        self._mended(lambda: self._catalog.delete(ns, rows))
+        # Where a key implies its value, one that was put again may as well come back.
+        removes = any(below is None for _, below in rows)
+        lasting: Lasting = "marked" if not self._known(ns).immutable else "synced" if removes else "later"
+        self._mended(lambda: self._catalog.delete(ns, rows, lasting))
 
     def delete_prefix(self, ns: int, prefix: bytes, below: int) -> None:
         """Forget the records whose keys start with `prefix`, if their number is below `below`, also after a restart.
 
         Raises TierUnavailable when that can't be made durable.
         """
-        self._mended(lambda: self._catalog.delete_prefix(ns, prefix, below))
+        lasting: Lasting = "synced" if self._known(ns).immutable else "marked"
+        self._mended(lambda: self._catalog.delete_prefix(ns, prefix, below, lasting))
 
     def save(self, name: str, data: bytes) -> None:
         """Keep a small file beside the segments, in place of an older one, within the capacity.
@@ -252,6 +278,7 @@ class DiskTier:
             self._restore()
         with contextlib.suppress(TierFull):
             self._make_room(0)
+        self.sync()
 
     def _start_over(self) -> None:
         log.warning("%s belongs to another cache, whose records can't be checked; they are dropped", self.directory)
@@ -262,6 +289,10 @@ class DiskTier:
 
     def _restore(self) -> None:
         """Tell the store what the catalog knows; drop rows without data, and data without rows."""
+        mark = self._ledger.mark()
+        if mark.unsynced and not mark.is_of_this_boot:
+            log.warning("%s: power was lost while records were deleted; the mutable ones are dropped", self.directory)
+            self._catalog.drop_mutable()
         for state in self.namespaces():
             self._store.restore_namespace(*state)
         for slot, seq in self._catalog.load_tags():

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import struct
 import threading
 import time
 import weakref
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from kvstrata import _core
@@ -25,13 +27,22 @@ from kvstrata.errors import FormatError, TierUnavailable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
-__all__ = ["Ledger", "Mark", "after_fork", "before_fork"]
+__all__ = ["Ledger", "Mark", "after_fork", "before_fork", "boot_id"]
 
-_LAYOUT = struct.Struct("<4sIQQI32xI")  # magic, format, commits, segment, seed, checksum of the 60 bytes before
+# magic, format, commits, segment, seed, boot, safe, unsynced, checksum of the 60 bytes before
+_LAYOUT = struct.Struct("<4sIQQI16sQI4xI")
 _MAGIC = b"KVSL"
 FORMAT = 1
+
+
+@functools.cache
+def boot_id() -> bytes:
+    """Return 16 bytes that differ after each start of the machine; where it doesn't tell, in each process."""
+    try:
+        return bytes.fromhex(Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", ""))
+    except (OSError, ValueError):
+        return os.urandom(16)
 
 
 class Mark(NamedTuple):
@@ -43,6 +54,22 @@ class Mark(NamedTuple):
     """The highest segment number that was ever given out."""
     seed: int = 0
     """What the header checksums of the cache's records start from."""
+    boot: bytes = bytes(16)
+    """Of which start of the machine all this is: what was not synced before another one may be lost."""
+    safe: int = 0
+    """Commits that are known to be synced."""
+    unsynced: bool = False
+    """Whether deletions of mutable records may be among the commits that are not."""
+
+    @property
+    def is_of_this_boot(self) -> bool:
+        """Whether the machine has been running since it was written."""
+        return self.boot == boot_id()
+
+    @property
+    def expected(self) -> int:
+        """How many commits the catalog has at least, if nothing is damaged."""
+        return self.commits if self.is_of_this_boot else self.safe
 
 
 class Ledger:
@@ -83,23 +110,25 @@ class Ledger:
         data = os.pread(self._fd, _LAYOUT.size, 0)
         if len(data) < _LAYOUT.size:
             return None
-        magic, version, commits, segment, seed, checksum = _LAYOUT.unpack(data)
+        magic, version, commits, segment, seed, boot, safe, unsynced, checksum = _LAYOUT.unpack(data)
         if magic != _MAGIC or _core.crc32c(data[:-4]) != checksum:
             return None
         if version > FORMAT:
             raise FormatError(f"{self.path} has format {version}; this release reads up to {FORMAT}")
-        self._known = Mark(commits, segment, seed)
+        self._known = Mark(commits, segment, seed, boot, safe, unsynced & 1 == 1)
         return self._known
 
     def mark(self) -> Mark:
         """Return the mark, or the last that was seen where it is damaged. The lock must be held."""
         return self.read() or self._known
 
-    def write(self, mark: Mark) -> None:
-        """Replace the mark. The lock must be held."""
+    def write(self, mark: Mark, *, through: bool = False) -> None:
+        """Replace the mark, with `through` also on the device. The lock must be held."""
         self._known = mark
-        data = _LAYOUT.pack(_MAGIC, FORMAT, mark.commits, mark.segment, mark.seed, 0)[:-4]
+        data = _LAYOUT.pack(_MAGIC, FORMAT, *mark, 0)[:-4]
         os.pwrite(self._fd, data + _core.crc32c(data).to_bytes(4, "little"), 0)
+        if through:
+            os.fdatasync(self._fd)
 
     def close(self) -> None:
         """Give the file back; it is opened again when needed."""

@@ -24,6 +24,7 @@ from kvstrata.tiers.blockio import (
     is_aligned,
     log,
     page_ceil,
+    sync_directory,
     transfer,
     try_direct,
 )
@@ -132,6 +133,7 @@ class SegmentSet:
         self._describe = describe
         self._lock = threading.Lock()
         self._active: _Active | None = None
+        self._unsynced: set[int] = set()  # segments that this process wrote to since the last sync
         self._workers = Workers(depth)
         refusal = try_direct(directory) if direct else None
         if refusal is not None and refusal.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
@@ -214,6 +216,7 @@ class SegmentSet:
                 self._seal()
                 raise
             active.end = plan.end
+            self._unsynced.add(active.number)
             active.described = plan.described
             return active.number, plan.offsets
 
@@ -221,6 +224,24 @@ class SegmentSet:
         """Finish the segment that is being appended to and give back what it didn't use."""
         with self._lock:
             self._seal()
+
+    def sync(self) -> None:
+        """Have what this process has written on the device; raises OSError, and tries again the next time."""
+        with self._lock:
+            unsynced, self._unsynced = self._unsynced, set()
+        try:
+            for number in unsynced:
+                with contextlib.suppress(FileNotFoundError):
+                    fd = os.open(self.path_of(number), os.O_RDONLY)
+                    try:
+                        os.fdatasync(fd)
+                    finally:
+                        os.close(fd)
+            sync_directory(self._directory)
+        except OSError:
+            with self._lock:
+                self._unsynced |= unsynced
+            raise
 
     def close(self) -> None:
         """Finish writing and stop all threads."""
@@ -407,6 +428,7 @@ class SegmentSet:
 
     def _forget_parent(self) -> None:
         self._lock = threading.Lock()
+        self._unsynced.clear()
         active, self._active = self._active, None
         if active is not None:
             active.close()  # leaves the parent's lock alone
