@@ -178,8 +178,11 @@ class ErrorStats(NamedTuple):
         whole = PartError.between(one.ravel(), other.ravel())
         if tensor.has_kv:
             axis = tensor.axes.index("kv")
-            keys, values = (PartError.between(one.take(i, axis), other.take(i, axis)) for i in (0, 1))
-            return cls(*whole, keys, values)
+            parts = [
+                PartError.between(np.take(one, [i], axis=axis).ravel(), np.take(other, [i], axis=axis).ravel())
+                for i in (0, 1)
+            ]
+            return cls(*whole, *parts)
         return cls(*whole, *((whole, None) if tensor.part == "keys" else (None, whole)))
 
 
@@ -208,7 +211,7 @@ def bytes_of(value: Buffer, what: str = "a value") -> memoryview:
     try:
         return view.cast("B")
     except (TypeError, ValueError):
-        return memoryview(np.asarray(view).reshape(-1).view(np.uint8))
+        return np.asarray(view).reshape(-1).view(np.uint8).data
 
 
 def check_out(out: Buffer, value_len: int) -> memoryview:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 from kvstrata import _core
 from kvstrata.codecs.base import Codec, TensorInfo, bytes_of, check_out, corrupt
 from kvstrata.config import parse_size
-from kvstrata.errors import ConfigError, CorruptRecord, InvalidValue
+from kvstrata.errors import ConfigError
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -83,8 +83,8 @@ class ChunkedCodec(Codec, ABC):
         return f"<kvstrata codec {self.name}>"
 
     @abstractmethod
-    def _plan(self, value: memoryview, tensor: TensorInfo | None) -> Plan:
-        """Say how to encode this value."""
+    def _plan(self, tensor: TensorInfo | None, /) -> Plan:
+        """Say how to encode a value, which is that tensor. Raises InvalidValue when the codec can't."""
 
     @abstractmethod
     def _decoder(self, options: memoryview) -> Callable[[int, memoryview, memoryview], None]:
@@ -95,7 +95,7 @@ class ChunkedCodec(Codec, ABC):
         view = bytes_of(value)
         if tensor is not None:
             tensor.check(view)
-        plan = self._plan(view, tensor)
+        plan = self._plan(tensor)
         starts = range(0, view.nbytes, plan.chunk)
         start_of_table = _HEADER.size + len(plan.options)
         payload = bytearray(start_of_table + 4 * len(starts))
@@ -110,15 +110,13 @@ class ChunkedCodec(Codec, ABC):
             length = part.nbytes if frame is None else len(memoryview(frame))
             raw = frame is None or length >= part.nbytes
             payload += part if frame is None or raw else frame
-            struct.pack_into(
-                "<I", payload, start_of_table + 4 * index, (part.nbytes | _RAW) if raw else length
-            )
+            struct.pack_into("<I", payload, start_of_table + 4 * index, (part.nbytes | _RAW) if raw else length)
         end = start_of_table + 4 * len(starts)
         struct.pack_into("<I", payload, _CRC_AT, _checksum(memoryview(payload)[:end]))
         return payload
 
     def decode_into(self, payload: Buffer, out: Buffer) -> None:
-        """Fill `out`, which has exactly the value's bytes. Raises CorruptRecord, InvalidValue for an `out` that hasn't."""
+        """Fill `out`, which has exactly the value's bytes. Raises CorruptRecord, InvalidValue for another size."""
         data = bytes_of(payload, "a payload")
         layout = self._read(data)
         target = check_out(out, layout.value_len)
@@ -140,7 +138,7 @@ class ChunkedCodec(Codec, ABC):
             pass
 
     def decode(self, payload: Buffer) -> bytearray:
-        """Return the value; raises CorruptRecord."""
+        """Return the value. Raises CorruptRecord."""
         out = bytearray(self.value_len(payload))
         self.decode_into(payload, out)
         return out
@@ -199,7 +197,7 @@ _pool = _Pool()
 
 
 def _forget_pool() -> None:
-    global _pool  # noqa: PLW0603 - the parent's threads aren't in this process
+    global _pool
     _pool = _Pool()
 
 

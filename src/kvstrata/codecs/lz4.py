@@ -29,7 +29,7 @@ class Lz4(ChunkedCodec):
             raise ConfigError(f"lz4 has levels from 0 to 12, not {level!r}")
         self._mode: dict[str, Any] = {"mode": "high_compression", "compression": level} if level else {"mode": "fast"}
 
-    def _plan(self, value: memoryview, tensor: TensorInfo | None) -> Plan:
+    def _plan(self, _: TensorInfo | None, /) -> Plan:
         return Plan(self._chunk, b"", self._encode_chunk)
 
     def _encode_chunk(self, _: int, part: memoryview) -> bytes:

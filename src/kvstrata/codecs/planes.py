@@ -1,9 +1,8 @@
 """Codec 3: tensors of 16- and 32-bit floats, bit for bit, by planes of their bytes.
 
-An element is rotated left by one bit, which brings the exponent into one byte and the sign to the mantissa's end; then the
-bytes of equal place are put together. Exponents of neighbours are alike and compress; mantissas hardly do, and a plane
-that doesn't is stored as it is. The shuffle is that of Blosc and of Bitshuffle's bytes; the rotation keeps the eight
-bits of a bfloat16's or float32's exponent together.
+An element is rotated left by one bit, which brings the eight bits of a bfloat16's or float32's exponent into one byte,
+and the sign to the mantissa's end; then the bytes of equal place are put together, as Blosc's shuffle does. Exponents
+of neighbours are alike and compress; mantissas hardly do, and a plane that doesn't is stored as it is.
 """
 
 from __future__ import annotations
@@ -40,9 +39,7 @@ class Planes(ChunkedCodec):
     settings: ClassVar[dict[str, Callable[[str], Any]]] = {"level": int, "width": int, "chunk": str, "threads": int}
     first_setting: ClassVar[str | None] = "level"
 
-    def __init__(
-        self, level: int = 1, *, width: int = 2, chunk: int | str = CHUNK, threads: int | None = None
-    ) -> None:
+    def __init__(self, level: int = 1, *, width: int = 2, chunk: int | str = CHUNK, threads: int | None = None) -> None:
         super().__init__(chunk=chunk, threads=threads)
         if width not in _WIDTHS:
             raise ConfigError(f"planes are of elements with 2 or 4 bytes, not {width!r}")
@@ -50,7 +47,7 @@ class Planes(ChunkedCodec):
         self._chunk -= self._chunk % 4
         self._frames = Frames(self.name, level)
 
-    def _plan(self, value: memoryview, tensor: TensorInfo | None) -> Plan:
+    def _plan(self, tensor: TensorInfo | None, /) -> Plan:
         width = self._width if tensor is None else tensor.item_bytes
         return Plan(self._chunk, _OPTIONS.pack(width), lambda _, part: self._encode_chunk(part, width))
 

@@ -111,7 +111,7 @@ class Zstd(ChunkedCodec):
             own.precompute_compress(level=level)
             self._frames[self._own] = Frames(self.name, level, own)
 
-    def _plan(self, value: memoryview, tensor: TensorInfo | None) -> Plan:
+    def _plan(self, _: TensorInfo | None, /) -> Plan:
         frames = self._frames[self._own]
         return Plan(self._chunk, _OPTIONS.pack(self._own), lambda _, part: frames.compress(part))
 
