@@ -15,3 +15,4 @@ class Int8(GroupedCodec):
     name: ClassVar[str] = "int8"
     id: ClassVar[int] = 4
     code: ClassVar[int] = 1
+    usual_scales: ClassVar[str] = "f16"

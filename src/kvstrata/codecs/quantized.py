@@ -91,7 +91,8 @@ class GroupedCodec(QuantizedCodec):
     """Integers with a scale and a minimum for each group.
 
     group: elements of one, at most; at the end of an axis it may have fewer.
-    scales: the type of scale and minimum, "f32", "f16", "bf16", or "f8": 8 bits for the scale, 16 for the minimum.
+    scales: the type of scale and minimum, "f32", "f16", "bf16", or "f8": 8 bits for the scale, 16 for the minimum;
+        None: "f16" for int8, "f8" for int4.
     keys: whether groups of keys run along the tokens of a "channel", or the channels of a "token", as values' do.
     hadamard: what is rotated first: "" (nothing), "k", "v" or "kv". Needs a power of two of channels.
     """
@@ -100,12 +101,13 @@ class GroupedCodec(QuantizedCodec):
         "group": int, "scales": str, "keys": str, "hadamard": str, "chunk": str, "threads": int,
     }  # fmt: skip
     first_setting: ClassVar[str | None] = "group"
+    usual_scales: ClassVar[str]
 
     def __init__(
         self,
         group: int = 64,
         *,
-        scales: str = "f16",
+        scales: str | None = None,
         keys: str = "channel",
         hadamard: str = "",
         chunk: int | str = CHUNK,
@@ -114,6 +116,7 @@ class GroupedCodec(QuantizedCodec):
         super().__init__(chunk=chunk, threads=threads)
         if isinstance(group, bool) or not isinstance(group, int) or not 1 <= group <= _MOST_GROUP:
             raise ConfigError(f"group must be an int from 1 to {_MOST_GROUP}, not {group!r}")
+        scales = self.usual_scales if scales is None else scales
         for kind, name, known in (
             ("type of scales", scales, tuple(_SCALES)),
             ("grouping of keys", keys, ("channel", "token")),
