@@ -335,6 +335,31 @@ void decode_run(u8* __restrict to, const u8* codes, u32 shift, u32 mask, const f
                  minimum[i] + static_cast<float>(static_cast<int>((codes[i] >> shift) & mask)) * scale[i]);
 }
 
+// The same where one scale and minimum are those of all.
+template <class T>
+void decode_group(u8* __restrict to, const u8* codes, u32 shift, u32 mask, float scale, float minimum, u32 n) {
+    for (u32 i = 0; i < n; ++i)
+        T::store(to + u64{i} * T::size, minimum + static_cast<float>(static_cast<int>((codes[i] >> shift) & mask)) * scale);
+}
+
+template <class T>
+void decode_groups(const PlaneSpec& spec, u8* to, const u8* codes, const float* scales, const float* minima) {
+    const u32 half = (spec.cols + 1) / 2;
+    for (u32 start = 0, at = 0; start < spec.cols; start += spec.group, ++at) {
+        const u32 end = spec.cols - start < spec.group ? spec.cols : start + spec.group;
+        if (spec.code == Code::int8) {
+            decode_group<T>(to + u64{start} * T::size, codes + start, 0, 255, scales[at], minima[at], end - start);
+            continue;
+        }
+        if (start < half)
+            decode_group<T>(to + u64{start} * T::size, codes + start, 0, 15, scales[at], minima[at],
+                            (end < half ? end : half) - start);
+        const u32 from = start < half ? half : start;
+        if (from < end)
+            decode_group<T>(to + u64{from} * T::size, codes + (from - half), 4, 15, scales[at], minima[at], end - from);
+    }
+}
+
 template <class T>
 void decode_row(const PlaneSpec& spec, u8* to, const u8* codes, const float* scale, const float* minimum) {
     if (spec.code == Code::int8) return decode_run<T>(to, codes, 0, 255, scale, minimum, spec.cols);
@@ -352,7 +377,6 @@ void dequantize_plane(const PlaneSpec& spec, u8* to, const u8* from, float* scra
     float* const minimum = scale + cols;
     float* const y = minimum + cols;
     float* const spare = y + cols;
-    float* const narrow = spare + cols;
     const Parts parts(spec, const_cast<u8*>(from));
     const Scales of_minima = spec.scales == Scales::f8 ? Scales::f16 : spec.scales;
     u64 entry = 0;
@@ -360,22 +384,18 @@ void dequantize_plane(const PlaneSpec& spec, u8* to, const u8* from, float* scra
         const u64 rows = spec.rows - start < tile ? spec.rows - start : tile;
         const u8* const scales = parts.scales + entry * spec.scale_bytes();
         const u8* const minima = parts.minima + entry * spec.minimum_bytes();
-        if (spec.by_channel) {
-            read_floats(scale, scales, entries, spec.scales);
-            read_floats(minimum, minima, entries, of_minima);
-        } else {
-            read_floats(narrow, scales, entries, spec.scales);
-            spread(scale, narrow, cols, spec.group);
-            read_floats(narrow, minima, entries, of_minima);
-            spread(minimum, narrow, cols, spec.group);
-        }
+        read_floats(scale, scales, entries, spec.scales);
+        read_floats(minimum, minima, entries, of_minima);
         for (u64 row = start; row < start + rows; ++row) {
             const u8* const codes = parts.codes + row * spec.row_bytes();
             if (!spec.rotate) {
-                decode_row<T>(spec, to + row * target_row, codes, scale, minimum);
+                if (spec.by_channel) decode_row<T>(spec, to + row * target_row, codes, scale, minimum);
+                else decode_groups<T>(spec, to + row * target_row, codes, scale, minimum);
                 continue;
             }
-            decode_row<F32>(spec, reinterpret_cast<u8*>(y), codes, scale, minimum);
+            u8* const plain = reinterpret_cast<u8*>(y);
+            if (spec.by_channel) decode_row<F32>(spec, plain, codes, scale, minimum);
+            else decode_groups<F32>(spec, plain, codes, scale, minimum);
             rotate(y, cols, spare);
             store_row<T>(to + row * target_row, y, cols);
         }
