@@ -15,6 +15,7 @@ import numpy as np
 from benchmarks.measure import Sample, Settings, Work, interleaved
 from benchmarks.table import Row
 from kvstrata.codecs import AXES, TensorInfo, codec
+from kvstrata.codecs.encryption import Keyring, Sealer
 
 ROOT = Path(__file__).parents[2]
 BLOCK = 32
@@ -46,7 +47,7 @@ def rows(settings: Settings) -> list[Row]:
     found = []
     for spec, least_ratio, least_decoding in CODECS:
         found += _rows_of(spec, blocks, tensor, settings, least_ratio, least_decoding)
-    return found + _large(blocks, settings)
+    return found + _sealed(blocks, settings) + _large(blocks, settings)
 
 
 def _rows_of(
@@ -73,6 +74,29 @@ def _rows_of(
         Row(section, f"{spec}: bytes of a block", stored, "B", "bfloat16", raw, at_least=least_ratio),
         Row(section, f"{spec}: encode", encoded, "B/s"),
         Row(section, f"{spec}: decode", decoded, "B/s", peer, theirs, no_less=least),
+    ]
+
+
+def _sealed(blocks: Any, settings: Settings) -> list[Row]:
+    """Encryption of the same blocks."""
+    sealer = Sealer(Keyring([bytes(32)]))
+    payloads = [sealer.seal(0, block, b"identity") for block in blocks]
+    outs = [np.empty_like(block) for block in blocks]
+
+    def seal() -> None:
+        for block in blocks:
+            sealer.seal(0, block, b"identity")
+
+    def open_all() -> None:
+        for payload in payloads:
+            sealer.open(payload, b"identity")
+
+    peer, run = _peer("raw", blocks, outs)
+    sealed, opened, theirs = _speeds(blocks.nbytes, settings, seal, open_all, run)
+    section = "Encryption of the same blocks, one core"
+    return [
+        Row(section, "AES-256-GCM: seal", sealed, "B/s"),
+        Row(section, "AES-256-GCM: open", opened, "B/s", peer, theirs),
     ]
 
 
