@@ -151,6 +151,7 @@ NB_MODULE(_core, m) {
     nb::register_exception_translator(translate);
     bind_record(m);
     bind_bloom(m);
+    bind_codecs(m);
     bind_store(m);
     bind_objects(m);
     bind_simulator(m);

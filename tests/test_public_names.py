@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 
 import kvstrata
-from kvstrata import errors
+from kvstrata import codecs, errors
 
 
 def test_the_package_exports_exactly_these_names() -> None:
@@ -17,6 +17,14 @@ def test_every_error_is_a_kvstrata_error_and_is_exported() -> None:
     defined = {name for name, thing in vars(errors).items() if inspect.isclass(thing) and issubclass(thing, Exception)}
     assert defined == set(errors.__all__)
     assert all(issubclass(getattr(errors, name), errors.KVStrataError) for name in defined)
+
+
+def test_the_codecs_are_made_and_described_by_these_names() -> None:
+    assert sorted(codecs.__all__) == [
+        "AXES", "CODECS", "Codec", "ErrorStats", "PartError", "TensorInfo", "codec", "decoder", "encode",
+        "train_dictionary",
+    ]  # fmt: skip
+    assert all(hasattr(codecs, name) for name in codecs.__all__)
 
 
 def test_open_takes_its_options_by_keyword_only() -> None:
