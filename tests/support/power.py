@@ -88,9 +88,9 @@ class Recording:
             self._covered.append(dict(covered))
 
     def sync_points(self) -> list[int]:
-        """Return after how many operations something was just synced, and the end."""
-        found = [i + 1 for i, operation in enumerate(self.operations) if operation.what == "S"]
-        return [*found, len(self.operations)]
+        """Return after how many operations something was just to be synced, or just was, and the end."""
+        found = [i + (operation.what == "S") for i, operation in enumerate(self.operations) if operation.what in "sS"]
+        return [*(at for at in found if at), len(self.operations)]
 
     def image(self, count: int, chance: random.Random | None, *, kept: float, torn: int) -> Iterator[tuple[str, bytes]]:
         """Yield name and content of each file after `count` operations and a power loss.

@@ -93,7 +93,7 @@ class Catalog:
                     raise CatalogDamaged("it is gone")
                 schema.create(self.path, commits=0).close()
                 self._connect()
-                self._ledger.write(self._ledger.mark()._replace(commits=0, safe=0))
+                self._ledger.write(self._ledger.mark()._replace(commits=0, safe=0, boot=boot_id()))
                 return False
             self._discard(self._generation)
             if self.path.stat().st_size == 0:
