@@ -55,10 +55,10 @@ void hadamard(nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu> row
 // A TensorSpec that was checked.
 class Quantizer {
 public:
-    Quantizer(u8 dtype, u8 code, u8 scales, u8 kind, u32 inner, u32 group, u32 rows, u32 cols, bool keys_by_channel,
-              bool rotate_keys, bool rotate_values)
-        : spec_{{Dtype{dtype}, Code{code}, Scales{scales}, keys_by_channel, rotate_keys, group, rows, cols},
-                {Dtype{dtype}, Code{code}, Scales{scales}, false, rotate_values, group, rows, cols},
+    Quantizer(u8 dtype, u8 code, u8 scales_of_keys, u8 scales_of_values, u8 kind, u32 inner, u32 group, u32 rows,
+              u32 cols, bool keys_by_channel, bool rotate_keys, bool rotate_values)
+        : spec_{{Dtype{dtype}, Code{code}, Scales{scales_of_keys}, keys_by_channel, rotate_keys, group, rows, cols},
+                {Dtype{dtype}, Code{code}, Scales{scales_of_values}, false, rotate_values, group, rows, cols},
                 inner,
                 TensorSpec::Kind{kind}} {
         spec_.check();
@@ -104,9 +104,9 @@ void bind_codecs(nb::module_& m) {
     m.def("codec_kernels_in_use", [] { return kernels().name; });
     m.def("use_codec_kernels", [](const std::string& name) { return use_kernels(name.c_str()); }, nb::arg("name"));
     nb::class_<Quantizer>(m, "Quantizer")
-        .def(nb::init<u8, u8, u8, u8, u32, u32, u32, u32, bool, bool, bool>(), nb::kw_only(), nb::arg("dtype"),
-             nb::arg("code"), nb::arg("scales"), nb::arg("kind"), nb::arg("inner"), nb::arg("group"), nb::arg("rows"),
-             nb::arg("cols"), nb::arg("keys_by_channel"), nb::arg("rotate_keys"), nb::arg("rotate_values"))
+        .def(nb::init<u8, u8, u8, u8, u8, u32, u32, u32, u32, bool, bool, bool>(), nb::kw_only(), nb::arg("dtype"),
+             nb::arg("code"), nb::arg("scales_of_keys"), nb::arg("scales_of_values"), nb::arg("kind"), nb::arg("inner"),
+             nb::arg("group"), nb::arg("rows"), nb::arg("cols"), nb::arg("keys_by_channel"), nb::arg("rotate_keys"), nb::arg("rotate_values"))
         .def_prop_ro("plane_bytes", &Quantizer::plane_bytes)
         .def("coded_bytes", &Quantizer::coded_bytes, nb::arg("first"), nb::arg("count"))
         .def("encode", &Quantizer::encode, nb::arg("data"), nb::arg("out"), nb::arg("first") = 0)

@@ -341,6 +341,8 @@ def test_the_environment_chooses_the_portable_kernels() -> None:
         ("raw:3", "unknown option of codec raw '3'"),
         ("int4:8,9", "unknown option of codec int4 '9'"),
         ("int8:scales=f64", "unknown type of scales 'f64'"),
+        ("int8:scales=f16/f9", "unknown type of scales 'f9'"),
+        ("int8:scales=/f16", "unknown type of scales"),
         ("int8:keys=tokens", "did you mean 'token'"),
         ("int8:hadamard=q", "unknown part to rotate"),
     ],

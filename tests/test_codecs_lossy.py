@@ -87,10 +87,10 @@ def test_keys_are_grouped_by_channel_and_values_by_token() -> None:
     # Each channel has a size of its own, and all its tokens the same: exact by channel, and not by token.
     tokens = np.tile(np.arange(1, 17, dtype=np.float32) ** 2, (32, 1))
     value = np.stack([tokens, tokens])[None, :, None]
-    stats = codec("int4").error(value, TensorInfo("float32", value.shape, AXES))  # type: ignore[attr-defined]
+    stats = codec("int4:scales=f16").error(value, TensorInfo("float32", value.shape, AXES))  # type: ignore[attr-defined]
     assert stats.keys.max_abs == 0
     assert stats.values.max_abs > 1
-    by_token = codec("int4:keys=token").error(value, TensorInfo("float32", value.shape, AXES))  # type: ignore[attr-defined]
+    by_token = codec("int4:scales=f16,keys=token").error(value, TensorInfo("float32", value.shape, AXES))  # type: ignore[attr-defined]
     assert by_token.keys == by_token.values == stats.values
     assert stats.max_abs == stats.values.max_abs
 
@@ -133,6 +133,8 @@ def test_a_group_too_large_to_be_worked_on_is_refused() -> None:
         ("int4:64,scales=f8", "values", 4 + 24 / 64),
         ("int4:32,scales=f8", "keys", 4 + 24 / 32),
         ("int4:64,scales=f32", "values", 4 + 64 / 64),
+        ("int4:32,scales=f16/f8", "keys", 4 + 32 / 32),
+        ("int4:32,scales=f16/f8", "values", 4 + 24 / 32),
         ("fp8-e4m3", "values", 8),
     ],
 )

@@ -19,7 +19,7 @@ bool use_kernels(const char* name);
 // A tensor as a row of planes: runs of `inner` planes hold keys and values in turn, or all hold the same.
 struct TensorSpec {
     enum class Kind : u8 { values = 0, keys = 1, both = 2 };
-    PlaneSpec keys, values;  // equal but for by_channel and rotate
+    PlaneSpec keys, values;  // equal but for scales, by_channel and rotate
     u32 inner;
     Kind kind;
 

@@ -15,4 +15,4 @@ class Int4(GroupedCodec):
     name: ClassVar[str] = "int4"
     id: ClassVar[int] = 5
     code: ClassVar[int] = 2
-    usual_scales: ClassVar[str] = "f8"
+    usual_scales: ClassVar[str] = "f16/f8"

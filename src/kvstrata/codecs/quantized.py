@@ -27,8 +27,9 @@ _KINDS = {"values": 0, "keys": 1}
 _BOTH = 2
 _BY_CHANNEL, _ROTATE_KEYS, _ROTATE_VALUES = 1, 2, 4
 
-# Types of elements, codes and scales; flags; elements of a group; tokens and channels; planes of a run; kind.
-_OPTIONS = struct.Struct("<BBBBIIIIB3x")
+# Types of elements, codes and keys' scales; flags; elements of a group; tokens and channels; planes of a run; kind;
+# type of values' scales.
+_OPTIONS = struct.Struct("<BBBBIIIIBB2x")
 _MOST_GROUP = 1 << 16
 
 
@@ -40,7 +41,7 @@ class QuantizedCodec(ChunkedCodec):
     """What an element becomes: 1 = 8 bits, 2 = 4 bits, 3 = e4m3."""
 
     _group = 1
-    _scales = 1
+    _scales = (1, 1)  # of keys and of values
     _flags = 0
 
     def error(self, original: Buffer, tensor: TensorInfo) -> ErrorStats:
@@ -54,8 +55,8 @@ class QuantizedCodec(ChunkedCodec):
                 "give tensor=TensorInfo(dtype, shape, axes), or use a lossless codec (raw, lz4, zstd, planes)"
             )
         options = _OPTIONS.pack(
-            _DTYPES[tensor.dtype], self.code, self._scales, self._flags, self._group, tensor.tokens, tensor.channels,
-            tensor.run, _BOTH if tensor.has_kv else _KINDS[tensor.part],
+            _DTYPES[tensor.dtype], self.code, self._scales[0], self._flags, self._group, tensor.tokens, tensor.channels,
+            tensor.run, _BOTH if tensor.has_kv else _KINDS[tensor.part], self._scales[1],
         )  # fmt: skip
         quantizer = _quantizer(options)
         plane = quantizer.plane_bytes
@@ -91,8 +92,8 @@ class GroupedCodec(QuantizedCodec):
     """Integers with a scale and a minimum for each group.
 
     group: elements of one, at most; at the end of an axis it may have fewer.
-    scales: the type of scale and minimum, "f32", "f16", "bf16", or "f8": 8 bits for the scale, 16 for the minimum;
-        None: "f16" for int8, "f8" for int4.
+    scales: the type of scale and minimum, "f32", "f16", "bf16", or "f8": 8 bits for the scale, 16 for the minimum; two
+        of them, as in "f16/f8", are those of keys and of values. None: "f16" for int8, "f16/f8" for int4.
     keys: whether groups of keys run along the tokens of a "channel", or the channels of a "token", as values' do.
     hadamard: what is rotated first: "" (nothing), "k", "v" or "kv". Needs a power of two of channels.
     """
@@ -117,24 +118,27 @@ class GroupedCodec(QuantizedCodec):
         if isinstance(group, bool) or not isinstance(group, int) or not 1 <= group <= _MOST_GROUP:
             raise ConfigError(f"group must be an int from 1 to {_MOST_GROUP}, not {group!r}")
         scales = self.usual_scales if scales is None else scales
+        of_keys, slash, of_values = scales.partition("/")
+        of_values = of_values if slash else of_keys
         for kind, name, known in (
-            ("type of scales", scales, tuple(_SCALES)),
+            ("type of scales", of_keys, tuple(_SCALES)),
+            ("type of scales", of_values, tuple(_SCALES)),
             ("grouping of keys", keys, ("channel", "token")),
             ("part to rotate", hadamard, ("", "k", "v", "kv")),
         ):
             if name not in known:
                 raise UnknownOption(kind, name, known)
         self._group = group
-        self._scales = _SCALES[scales]
+        self._scales = (_SCALES[of_keys], _SCALES[of_values])
         self._flags = (
             _BY_CHANNEL * (keys == "channel") | _ROTATE_KEYS * ("k" in hadamard) | _ROTATE_VALUES * ("v" in hadamard)
         )
 
 
 def _quantizer(options: Buffer) -> _core.Quantizer:
-    dtype, code, scales, flags, group, rows, cols, run, kind = _OPTIONS.unpack(options)
+    dtype, code, of_keys, flags, group, rows, cols, run, kind, of_values = _OPTIONS.unpack(options)
     return _core.Quantizer(
-        dtype=dtype, code=code, scales=scales, kind=kind, inner=run, group=group, rows=rows, cols=cols,
-        keys_by_channel=bool(flags & _BY_CHANNEL), rotate_keys=bool(flags & _ROTATE_KEYS),
+        dtype=dtype, code=code, scales_of_keys=of_keys, scales_of_values=of_values, kind=kind, inner=run, group=group,
+        rows=rows, cols=cols, keys_by_channel=bool(flags & _BY_CHANNEL), rotate_keys=bool(flags & _ROTATE_KEYS),
         rotate_values=bool(flags & _ROTATE_VALUES),
     )  # fmt: skip
