@@ -1,6 +1,8 @@
 // kvstrata._core: the module, its exceptions, records and checksums. Only the bindings*.cpp know Python.
 #include "bindings.hpp"
 
+#include <cstring>
+
 #include <nanobind/stl/optional.h>
 
 #include "crc32c.hpp"
@@ -43,6 +45,27 @@ nb::bytes build_record(nb::handle key, nb::handle payload, u32 seed, u32 ns, u32
     return record;
 }
 
+// The record's bytes up to its payload, as they are under another address. The payload is not looked at.
+nb::bytes readdressed_frame(nb::handle record, u32 seed, u32 ns, u32 version, u32 epoch, u64 seq) {
+    const Buffer bytes(record);
+    RecordHeader header;
+    if (bytes.size() < sizeof header) throw InvalidValue("this is no record");
+    std::memcpy(&header, bytes.data(), sizeof header);
+    if (header.payload_offset < sizeof header + header.key_len || header.payload_offset > bytes.size())
+        throw InvalidValue("this is no record");
+    header.ns = ns;
+    header.version = version;
+    header.epoch = epoch;
+    header.seq = seq;
+    nb::bytes frame = nb::steal<nb::bytes>(PyBytes_FromStringAndSize(nullptr, header.payload_offset));
+    if (!frame.is_valid()) throw nb::python_error();
+    u8* const at = reinterpret_cast<u8*>(PyBytes_AsString(frame.ptr()));
+    seal(header, bytes.data() + sizeof header, seed);
+    std::memcpy(at, bytes.data(), header.payload_offset);
+    std::memcpy(at, &header, sizeof header);
+    return frame;
+}
+
 nb::tuple parse_record(nb::handle data, u32 seed, bool with_payload, size_t offset) {
     const Buffer bytes(data);
     const size_t there = offset < bytes.size() ? bytes.size() - offset : 0;
@@ -75,6 +98,9 @@ void bind_record(nb::module_& m) {
           nb::arg("ns"), nb::arg("version") = 0, nb::arg("epoch") = 0, nb::arg("seq") = 0, nb::arg("expires") = 0,
           nb::arg("flags") = 0, nb::arg("codec") = 0, nb::arg("value_len") = nb::none(),
           "The bytes of a record, padding included.");
+    m.def("readdressed_frame", &readdressed_frame, nb::arg("record"), nb::kw_only(), nb::arg("seed"), nb::arg("ns"),
+          nb::arg("version"), nb::arg("epoch"), nb::arg("seq"),
+          "The bytes of a record up to its payload, with another namespace, version, epoch and number, under another seed.");
     m.def("parse_record", &parse_record, nb::arg("data"), nb::arg("seed"), nb::arg("with_payload") = true,
           nb::arg("offset") = 0,
           "Check the record at `offset`. The result starts with (check, what it means), 0 meaning that it is in order;\n"

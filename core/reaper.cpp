@@ -36,6 +36,7 @@ void Store::reap_client(u32 slot) {
     }
     sweep(slot);
     dead.dirty_bytes.store(0);
+    distrust_unsent(dead);
     clients_.settle_counts(dead);
     dead.used.store(0);
 }

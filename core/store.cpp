@@ -60,6 +60,7 @@ Store::~Store() {
     try {
         const RobustLock held(header_.admin, [] {});
         sweep(clients_.self());
+        distrust_unsent(clients_.mine());
         clients_.detach();
     } catch (...) {
         // The lock on the slot goes with the descriptor; the next reaper finds a dead client.
@@ -233,7 +234,7 @@ std::optional<Reservation> Store::reserve(Space wanted, Key key, u64 bytes, cons
     return reservation;
 }
 
-Published Store::publish(Reservation& reservation, Pin* keep) {
+Published Store::publish(Reservation& reservation, Pin* keep, const Promotion* promotion) {
     std::optional<Lease> lease;
     if (keep) lease.emplace(clients_.pins);
     const Space wanted = reservation.space;
@@ -256,11 +257,13 @@ Published Store::publish(Reservation& reservation, Pin* keep) {
             const RobustLock held = index_.lock(shard_number);
             Shard& shard = index_.shard(shard_number);
             const u32 old = index_.find(hash, wanted.id, key);
-            if (old && ns.immutable && current(index_.entry(old), ns)) return Published::present;
+            if (old && (ns.immutable || promotion) && current(index_.entry(old), ns)) return Published::present;
+            if (promotion && !trusts(wanted, hash, *promotion)) return Published::refused;
             at = index_.take_entry(shard_number);
             if (at) {
                 header.epoch = ns.epoch.load();
                 header.seq = next_seq();  // here, so that the newest number is the one that stays
+                if (!promotion && !ns.immutable) note_change(hash, header.seq);
                 seal(header, key.data(), header_.seed);
                 std::memcpy(reservation.block.bytes(), &header, sizeof header);
                 if ((old && may_be_on_disk(index_.entry(old))) || index_.owes(hash) || undurable_epoch(wanted.id)) {
