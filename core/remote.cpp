@@ -33,6 +33,10 @@ u64 Store::last_change(Space wanted, Key key) const {
     return header_.watched.load() ? changes(index_.hash(wanted.id, key)).last.load() : 0;
 }
 
+u64 Store::last_change_of_all(Space wanted) const {
+    return header_.watched.load() ? changes(index_.hash(wanted.id, {})).last.load() : 0;
+}
+
 u64 Store::low() const {
     // In this order: a change whose process isn't seen below gets a number from here on.
     u64 low = header_.seq.load();
@@ -48,7 +52,7 @@ bool Store::trusts(Space wanted, u32 hash, const Promotion& promotion) const {
     if (ns.epoch.load() != promotion.epoch || wanted.version != ns.version.load()) return false;
     if (!header_.watched.load()) return true;
     const Changes& changed = changes(hash);
-    if (changed.last.load() >= promotion.low) return false;
+    if (changed.last.load() >= promotion.low || last_change_of_all(wanted) >= promotion.low) return false;
     // Where the key implies the value, nothing can be older.
     return ns.immutable || promotion.written >= std::max(changed.distrust.load(), header_.distrusted.load());
 }

@@ -328,6 +328,8 @@ public:
     // ---- Tiers elsewhere, which the index knows nothing of (remote.cpp)
     void watch();                          // from now on changes are written down
     u64 last_change(Space space, Key key) const;  // the number of the last put or removal of the key, or of another in its slot
+    void change_all(Space space) { note_change(index_.hash(space.id, {})); }  // as if every key were removed, for promotions
+    u64 last_change_of_all(Space space) const;
     u64 next_number() const { return header_.seq.load(); }
     // Changes of this process from this number on may not have got there. Set before the change; 0: all have.
     void set_unsent(u64 from) { clients_.mine().unsent.store(from); }
