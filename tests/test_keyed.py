@@ -209,6 +209,17 @@ def test_faults_are_misses_and_open_the_breaker_which_a_probe_closes(store: Memo
     assert host.tier.stats()["breaker"] == "closed"
 
 
+def test_a_probe_that_is_a_write_is_one_even_if_the_generation_is_not_known(store: MemoryStore) -> None:
+    now = [0.0]
+    host = Host(store, breaker=Breaker("the store", threshold=1, pause_s=1.0, clock=lambda: now[0]))
+    store.fault = StoreFault("ECONNREFUSED", "nobody there")
+    assert host.load([b"key"]) == [None]
+    store.fault = None
+    now[0] = 1.0
+    host.write({b"key": b"1"})
+    assert host.tier.stats()["breaker"] == "closed"
+
+
 def test_what_a_read_got_before_its_fault_counts(store: MemoryStore) -> None:
     host = Host(store, generation_s=3600.0)
     host.write({b"a": b"1", b"b": b"2"})

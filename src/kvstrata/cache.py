@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import threading
+import time
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
@@ -16,8 +17,10 @@ from kvstrata import _core
 from kvstrata.config import CacheOptions, check_name, parse_duration, parse_jitter, parse_size
 from kvstrata.errors import CacheClosed, ConfigError, TierUnavailable, UnknownOption
 from kvstrata.holder import Holder
+from kvstrata.movement.remotes import Remotes, RemoteSpace
 from kvstrata.movement.write_behind import WriteBehind
 from kvstrata.namespace import Namespace, SpaceOptions
+from kvstrata.remote_url import RemoteURL
 from kvstrata.tiers.base import Arrived, Key, Tier
 from kvstrata.tiers.disk import DiskTier
 from kvstrata.tiers.memory import MemoryTier
@@ -28,7 +31,14 @@ __all__ = ["Cache", "open"]
 class Cache(Namespace):
     """What `kvstrata.open` returns. Used directly, it is its namespace "default"."""
 
-    def __init__(self, path: Path | None, options: CacheOptions, shared: bool, huge_pages: bool) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        options: CacheOptions,
+        shared: bool,
+        huge_pages: bool,
+        remotes: Sequence[RemoteURL] = (),
+    ) -> None:
         self.path = path
         self.options = options
         self._opened: weakref.WeakSet[Namespace] = weakref.WeakSet()
@@ -37,6 +47,8 @@ class Cache(Namespace):
         self._closed = False
         self._huge_pages = huge_pages
         self._below: Tier | None = None
+        self._remote_urls = list(remotes)
+        self._remotes: Remotes | None = None
         self._writer: WriteBehind | None = None
         try:
             self._memory = MemoryTier.open(path, options, shared=shared, restore=self._restore)
@@ -47,6 +59,7 @@ class Cache(Namespace):
             if huge_pages:
                 self._memory.use_huge_pages()
             self._open_below()
+            self._open_remotes()
             super().__init__(self, SpaceOptions("default"), 0, 0.0)
         except BaseException:
             self._shut()
@@ -54,7 +67,9 @@ class Cache(Namespace):
         _open_caches.add(self)
 
     def _restore(self, store: _core.Store) -> None:
-        """Tell a new memory tier what lies on disk."""
+        """Tell a new memory tier what lies on disk, and what elsewhere counts."""
+        if self._remote_urls and self.path is not None:
+            Remotes.restore_trust(store, self.path)
         if self.options.disk:
             assert self.path is not None
             self._below = DiskTier(self.path, self.options.disk, store)
@@ -67,6 +82,28 @@ class Cache(Namespace):
             assert self.path is not None
             self._below = DiskTier(self.path, self.options.disk, self._memory.store)
         self._writer = WriteBehind(self._memory.store, self._below)
+
+    def _open_remotes(self) -> None:
+        if self._remote_urls:
+            self._remotes = Remotes(self._memory.store, [url.open() for url in self._remote_urls])
+
+    def _remote_space(self, namespace: Namespace) -> RemoteSpace | None:
+        if not self._remote_urls:
+            return None
+        options = namespace._options
+        return RemoteSpace(
+            options.name,
+            options.version,
+            immutable=options.immutable,
+            space=namespace._native,
+            remotes=self._live_remotes,
+            replaced=lambda space, key, seq: self.forget_older(space.id, [(key, seq)]),
+        )
+
+    def _live_remotes(self) -> Remotes:
+        self._check_open()
+        assert self._remotes is not None
+        return self._remotes
 
     def __repr__(self) -> str:
         return f"<kvstrata cache at {self.path or 'no path (private)'}{', closed' if self._closed else ''}>"
@@ -85,6 +122,7 @@ class Cache(Namespace):
         ttl_jitter: float = 0.0,
         immutable: bool = False,
         admission: Literal["all", "reused"] = "all",
+        remote: bool = True,
     ) -> Namespace:
         """Open a partition of the cache's keys.
 
@@ -96,7 +134,8 @@ class Cache(Namespace):
         `immutable` promises that a key implies its value, as content digests do: such records are stored once and can
         be recovered from the disk even when the index is lost. With `admission="reused"` only what is used again, or
         put again after it had gone, is written to the disk: what is wanted once costs no writes there, and what was
-        used by nobody is gone with the last process. Who has it open already must have the same policy,
+        used by nobody is gone with the last process. With `remote=False` it stays on this host, whatever the cache was
+        opened with; do that in all processes alike. Who has it open already must have the same policy,
         quota, guarantee, immutable and admission, or ConfigMismatch is raised.
         """
         check_name(name, "namespace")
@@ -116,7 +155,9 @@ class Cache(Namespace):
             raise ConfigError(f"guarantee={guarantee!r} is more than 3/4 of the memory, {self.options.memory:,} bytes")
         if quota_bytes and guaranteed > quota_bytes:
             raise ConfigError(f"guarantee={guarantee!r} is more than the quota, {quota!r}")
-        options = SpaceOptions(name, version, policy, quota_bytes, guaranteed, bool(immutable), admission == "reused")
+        options = SpaceOptions(
+            name, version, policy, quota_bytes, guaranteed, bool(immutable), admission == "reused", bool(remote)
+        )
         ttl_ms, jitter = parse_duration(ttl), parse_jitter(ttl_jitter)
         with self._lock:
             return Namespace(self, options, ttl_ms, jitter)
@@ -133,7 +174,7 @@ class Cache(Namespace):
     def _open_space(self, options: SpaceOptions) -> _core.Space:
         self._check_open()
         ns = self._below.open_namespace(options.name, options.version, options.immutable).id if self._below else 0
-        return self._memory.store.open_namespace(ns, *options)
+        return self._memory.store.open_namespace(ns, *options.native())
 
     # ---- The tier below, for namespaces
 
@@ -180,10 +221,16 @@ class Cache(Namespace):
     # ---- Life
 
     def flush(self, timeout: float = 60.0) -> None:
-        """Wait until all that this process has put has reached the disk; raises TierUnavailable after `timeout` s."""
+        """Wait until all that this process has put has reached the other tiers.
+
+        Raises TierUnavailable after `timeout` seconds.
+        """
         self._check_open()
+        until = time.monotonic() + timeout
         if self._writer and not self._writer.flush(timeout):
             raise TierUnavailable(f"the disk tier did not take all records within {timeout:g} s")
+        if self._remotes and not self._remotes.flush(max(0.0, until - time.monotonic())):
+            raise TierUnavailable(f"a remote tier did not take all records within {timeout:g} s")
 
     def demote(self) -> int:
         """Take out of memory what lies on disk too, where nobody has it pinned; returns the bytes that became free."""
@@ -191,7 +238,7 @@ class Cache(Namespace):
         return self._memory.store.demote_all()
 
     def stats(self) -> dict[str, Any]:
-        """Return counters and sizes: those of the memory tier and index, of the disk tier, and per namespace.
+        """Return counters and sizes: those of memory tier and index, of disk and remote tiers, and per namespace.
 
         Under "memory", sizes are in bytes and parts from 0 to 1: "memory_utilisation" is the part of "memory_bytes"
         that holds records ("memory_record_bytes"); what "memory_used_bytes" is more than these is lost to rounding,
@@ -208,6 +255,7 @@ class Cache(Namespace):
         return {
             "memory": self._memory.store.stats(),
             "disk": self._below.stats() if self._below else None,
+            "remote": self._remotes.stats() if self._remotes else [],
             "namespaces": namespaces,
             "holders": {
                 name: {"limit": limit, "held_bytes": held} for name, limit, held in self._memory.store.holders()
@@ -237,13 +285,20 @@ class Cache(Namespace):
         if self._pid != os.getpid():
             return  # never attached in this child
         try:
+            if self._remotes:
+                self._remotes.close()
             if self._writer:
                 with suppress(TierUnavailable):
                     self._memory.store.reap()  # what the dead had yet to write is ours to write
                 self._writer.stop()
             self._close_below()
         finally:
-            self._memory.close()
+            self._memory.close(self._last_out)
+
+    def _last_out(self) -> None:
+        """The last process is about to leave the mapping."""
+        if self._remotes and self.path is not None:
+            self._remotes.keep_trust(self.path)
 
     def _close_below(self) -> None:
         if self._below:
@@ -264,6 +319,9 @@ class Cache(Namespace):
         self._lock = threading.RLock()
         for namespace in list(self._opened):
             namespace._space = _Forked(namespace)  # type: ignore[assignment]
+            if namespace._remote is not None:
+                namespace._remote.forget_parent()
+        self._remotes = None
         self._memory.leave_to_parent()
 
     def attach_again(self) -> None:
@@ -278,6 +336,7 @@ class Cache(Namespace):
             if self._huge_pages:
                 self._memory.use_huge_pages()
             self._open_below()
+            self._open_remotes()
             self._pid = os.getpid()
 
 
@@ -319,6 +378,7 @@ def open(
     disk: int | str | None = None,
     shared: bool = True,
     huge_pages: bool = False,
+    remote: str | Sequence[str] = (),
 ) -> Cache:
     """Open the cache at a directory, making it if need be; None makes a private one that leaves nothing behind.
 
@@ -329,7 +389,13 @@ def open(
     `huge_pages=True` puts the memory tier into pages of 2 MiB, for this process and whoever attaches; it takes a
     while at opening, in which the memory is copied once. Raises ConfigError, saying what to do, when the kernel
     refuses.
+
+    `remote` names one or more tiers elsewhere, asked in that order after a miss here: "redis://user:pw@host:6379/0",
+    "rediss://...", "redis+cluster://...", "unix:///path", "s3://bucket/prefix"; docs/remote.md has all of it. All
+    processes of this host that open the path must name the same. Raises MissingExtra without `kvstrata[valkey]` or
+    `kvstrata[s3]`.
     """
     options = CacheOptions.parse(memory=memory, disk=disk, has_path=path is not None)
     where = None if path is None else Path(path).absolute()
-    return Cache(where, options, shared, huge_pages)
+    urls = [remote] if isinstance(remote, str) else list(remote)
+    return Cache(where, options, shared, huge_pages, [RemoteURL.parse(url) for url in urls])

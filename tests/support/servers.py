@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import select
 import shutil
 import signal
 import socket
@@ -172,17 +173,19 @@ class TLSFront:
                 threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, raw: socket.socket) -> None:
-        import select
-
-        with contextlib.suppress(OSError), raw, socket.create_connection(("127.0.0.1", self._backend)) as backend:
-            with self._context.wrap_socket(raw, server_side=True) as client:
-                while True:
-                    ready = [client] if client.pending() else select.select([client, backend], [], [])[0]
-                    for source in ready:
-                        data = source.recv(1 << 16)
-                        if not data:
-                            return
-                        (backend if source is client else client).sendall(data)
+        with (
+            contextlib.suppress(OSError),
+            raw,
+            socket.create_connection(("127.0.0.1", self._backend)) as backend,
+            self._context.wrap_socket(raw, server_side=True) as client,
+        ):
+            while True:
+                ready = [client] if client.pending() else select.select([client, backend], [], [])[0]
+                for source in ready:
+                    data = source.recv(1 << 16)
+                    if not data:
+                        return
+                    (backend if source is client else client).sendall(data)
 
 
 @contextlib.contextmanager

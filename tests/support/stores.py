@@ -52,7 +52,8 @@ class MemoryStore:
     def _called(self, verb: str) -> None:
         self.calls[verb] = self.calls.get(verb, 0) + 1
         if self.fault is not None:
-            raise self.fault
+            # A new one each time: an exception keeps what was in its frames.
+            raise StoreFault(self.fault.kind, str(self.fault), found=self.fault.found, sent=self.fault.sent)
 
     def _get(self, name: bytes) -> bytes | None:
         data, expires = self.records.get(name, (None, 0))

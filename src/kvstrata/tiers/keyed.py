@@ -126,7 +126,10 @@ class KeyedTier:
     # ---- Looking up
 
     def load(self, space: KeyedSpace, keys: Sequence[Key], state: object) -> list[Found | None]:
-        """Return what is there of `keys`, checked, None for the rest; whenever `state` is another one, the generation is read anew."""
+        """Return what is there of `keys`, checked, None for the rest.
+
+        Whenever `state` is another one than the last time, the generation is read anew.
+        """
         self._count(lookups=len(keys))
         result: list[Found | None] = [None] * len(keys)
         answers = self._look_up(space, keys, state, self.store.read)
@@ -179,13 +182,11 @@ class KeyedTier:
                     self._count(refused_lookups=len(keys))
                     return None
             try:
-                if not fresh and (space.generation is None or not known):
+                generation = space.generation
+                if generation is None or not known:
                     self._read_generation(space, state, left())
                     self.breaker.success()
                     continue
-                generation = space.generation
-                if generation is None:
-                    continue  # another thread has just found out
                 return self._ask(space, keys, state, generation, fresh, ask, left)
             except _Moved:
                 continue
@@ -276,6 +277,10 @@ class KeyedTier:
             self._change(lambda: self.store.delete(names, self._change_s))
             self._count(deleted_records=len(keys))
 
+    def probe(self, space: KeyedSpace) -> None:
+        """See whether the store answers; raises StoreFault."""
+        self._generation_to_change(space, make=False)
+
     def clear(self, space: KeyedSpace) -> None:
         """Make all that is there unreachable, for everybody, before it returns; raises as `delete`.
 
@@ -300,10 +305,17 @@ class KeyedTier:
         return result
 
     def _generation_to_change(self, space: KeyedSpace, *, make: bool) -> int | None:
-        """Ask for the generation, and make one where there is none, or one is due."""
+        """Return the generation, and make one where there is none, or one is due.
+
+        Who writes takes the copy, since he looks at it again afterwards.
+        """
         if not self.breaker.allow():
             last = self.breaker.stats()["last_error"]
             raise StoreFault("open", f"{self.name} is not being asked: {last}", sent=False)
+
+        copy = space.generation
+        if make and copy is not None and not space.uncleared:
+            return copy
 
         def find() -> int | None:
             if space.uncleared:

@@ -147,7 +147,7 @@ class Wire:
             value: Buffer = bytes(self._view[self._start : self._start + size])
             self._start += size + 2
             return value
-        into = memoryview(np.empty(size + 2, np.uint8))  # numpy doesn't clear it first
+        into = memoryview(np.empty(size + 2, np.uint8).data)  # numpy doesn't clear it first
         into[:ahead] = self._view[self._start : self._end]
         self._start = self._end = 0
         while ahead < size + 2:
