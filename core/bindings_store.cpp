@@ -946,6 +946,10 @@ void bind_store(nb::module_& m) {
             for (size_t i = 0; i < keys.size(); ++i) list.append(store->last_change(s.space, keys[i]));
             return list;
         }, nb::arg("keys").none())
+        .def_prop_ro("moved_on", [](const SpaceHandle& s) {
+            const std::shared_ptr<Store> store = s.owner->live();
+            return store->current_space(s.space.id).version != s.space.version;
+        })
         .def("change_all", [](const SpaceHandle& s) { s.owner->live()->change_all(s.space); })
         .def_prop_ro("last_change_of_all", [](const SpaceHandle& s) { return s.owner->live()->last_change_of_all(s.space); })
         .def("clear", [](const SpaceHandle& s) { return s.owner->live()->clear(s.space); });

@@ -252,8 +252,10 @@ Published Store::publish(Reservation& reservation, Pin* keep, const Promotion* p
     for (int tries = 0;; ++tries) {
         {
             const RobustLock policy_held = lock_policy(wanted.id);
-            if (wanted.version != ns.version.load())
+            if (wanted.version != ns.version.load()) {
+                if (promotion) return Published::refused;
                 throw VersionConflict("this namespace has moved on to version " + std::to_string(ns.version.load()));
+            }
             const RobustLock held = index_.lock(shard_number);
             Shard& shard = index_.shard(shard_number);
             const u32 old = index_.find(hash, wanted.id, key);

@@ -21,6 +21,7 @@ from kvstrata.movement.remotes import Remotes, RemoteSpace
 from kvstrata.movement.write_behind import WriteBehind
 from kvstrata.namespace import Namespace, SpaceOptions
 from kvstrata.remote_url import RemoteURL
+from kvstrata.settings import Settings
 from kvstrata.tiers.base import Arrived, Key, Tier
 from kvstrata.tiers.disk import DiskTier
 from kvstrata.tiers.memory import MemoryTier
@@ -374,17 +375,19 @@ atexit.register(_at_exit)
 def open(
     path: str | os.PathLike[str] | None = None,
     *,
-    memory: int | str = "1GiB",
+    memory: int | str | None = None,
     disk: int | str | None = None,
-    shared: bool = True,
-    huge_pages: bool = False,
-    remote: str | Sequence[str] = (),
+    shared: bool | None = None,
+    huge_pages: bool | None = None,
+    remote: str | Sequence[str] | None = None,
+    config: str | os.PathLike[str] | None = None,
 ) -> Cache:
-    """Open the cache at a directory, making it if need be; None makes a private one that leaves nothing behind.
+    """Open the cache at a directory, making it if need be; without one, a private cache that leaves nothing behind.
 
-    Every process that opens the same path shares one memory tier of `memory` bytes and one disk tier of at most
-    `disk` bytes (None: 8 GiB; 0: no disk tier). Sizes are ints or strings such as "512MiB". The options of all that
-    have it open must agree, or ConfigMismatch says how they differ. `shared=False` opens it for this process alone.
+    Every process that opens the same path shares one memory tier of `memory` bytes (1 GiB) and one disk tier of at
+    most `disk` bytes (8 GiB where there is a path; 0: no disk tier). Sizes are ints or strings such as "512MiB". The
+    options of all that have it open must agree, or ConfigMismatch says how they differ. `shared=False` opens it for
+    this process alone.
 
     `huge_pages=True` puts the memory tier into pages of 2 MiB, for this process and whoever attaches; it takes a
     while at opening, in which the memory is copied once. Raises ConfigError, saying what to do, when the kernel
@@ -394,8 +397,15 @@ def open(
     "rediss://...", "redis+cluster://...", "unix:///path", "s3://bucket/prefix"; docs/remote.md has all of it. All
     processes of this host that open the path must name the same. Raises MissingExtra without `kvstrata[valkey]` or
     `kvstrata[s3]`.
+
+    What isn't given comes from the environment ($KVSTRATA_PATH, $KVSTRATA_MEMORY, $KVSTRATA_DISK, ...; several remotes
+    are parted by spaces), else from the TOML file `config` or $KVSTRATA_CONFIG, whose keys are these options.
     """
-    options = CacheOptions.parse(memory=memory, disk=disk, has_path=path is not None)
-    where = None if path is None else Path(path).absolute()
-    urls = [remote] if isinstance(remote, str) else list(remote)
-    return Cache(where, options, shared, huge_pages, [RemoteURL.parse(url) for url in urls])
+    settings = Settings.gather(
+        {
+            "path": path, "memory": memory, "disk": disk, "shared": shared, "huge_pages": huge_pages, "remote": remote,
+        },
+        config=config,
+        environment=os.environ,
+    )  # fmt: skip
+    return Cache(settings.path, settings.options, settings.shared, settings.huge_pages, settings.remotes)

@@ -181,8 +181,10 @@ class RemoteSpace:
         state = space.epoch, space.last_change_of_all
         low = remotes.store.low()
         pins: list[Pin | None] = [None] * len(keys)
-        left = list(range(len(keys)))
+        left = [] if space.moved_on else list(range(len(keys)))
         for number, (tier, target) in enumerate(zip(remotes.tiers, targets, strict=True)):
+            if not left:
+                break
             absent = []
             found = tier.load(target.keyed, [keys[i] for i in left], state)
             for n, i in enumerate(left):
@@ -207,8 +209,6 @@ class RemoteSpace:
                     pin = _core.local_pin(record.value)
                 pins[i] = pin
             left = absent
-            if not left:
-                break
         return pins
 
     def contains(self, keys: Sequence[Key]) -> list[bool]:
@@ -218,7 +218,7 @@ class RemoteSpace:
         low = remotes.store.low()
         state = space.epoch, space.last_change_of_all
         there = [False] * len(keys)
-        if state[1] >= low:
+        if state[1] >= low or space.moved_on:
             return there
         # What was changed here and isn't there yet would be refused.
         left = [i for i, number in enumerate(space.last_changes(keys)) if number < low]
