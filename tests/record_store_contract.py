@@ -84,6 +84,13 @@ class RecordStoreContract:
             store.write([record(b"name", pattern(size))], PATIENCE_S)
             assert self.read(store, b"name") == [pattern(size)]
 
+    def test_a_write_can_read_another_name_afterwards(self, store: RecordStore) -> None:
+        assert store.write([record(b"a", b"1")], PATIENCE_S, then_read=b"b") is None
+        large = pattern(100_000)
+        assert bytes(store.write([record(b"b", large)], PATIENCE_S, then_read=b"b") or b"") == large
+        assert bytes(store.write([], PATIENCE_S, then_read=b"a") or b"") == b"1"
+        assert store.write([record(b"a", b"2")], PATIENCE_S) is None
+
     def test_what_is_deleted_is_gone_when_the_call_returns(self, store: RecordStore) -> None:
         store.write([record(b"%d" % i, b"x") for i in range(10)], PATIENCE_S)
         store.delete([b"1", b"3", b"absent"], PATIENCE_S)

@@ -141,10 +141,11 @@ def test_what_is_written_while_another_host_clears_is_not_taken_for_written(stor
     host.write({b"key": b"1"})
 
     class ClearingStore(MemoryStore):
-        def write(self, records: object, timeout_s: float) -> None:
+        def write(self, records: object, timeout_s: float, *, then_read: bytes | None = None) -> bytes | None:
             super().write(records, timeout_s)  # type: ignore[arg-type]
             host.tier.store = store
             other.tier.clear(other.space)
+            return None if then_read is None else self.read([then_read], timeout_s)[0]
 
     host.tier.store = ClearingStore(store.records)
     with pytest.raises(StoreFault, match="cleared"):

@@ -216,10 +216,10 @@ class SlowStore(MemoryStore):
             assert self.read_gate.wait(PATIENCE_S)
         return found
 
-    def write(self, records: Any, timeout_s: float) -> None:
+    def write(self, records: Any, timeout_s: float, *, then_read: bytes | None = None) -> bytes | None:
         self.writing.set()
         assert self.gate.wait(PATIENCE_S)
-        super().write(records, timeout_s)
+        return super().write(records, timeout_s, then_read=then_read)
 
 
 @pytest.fixture

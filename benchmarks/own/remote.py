@@ -169,7 +169,8 @@ def _server() -> Iterator[tuple[int, str]]:
     with tempfile.TemporaryDirectory(prefix="kvstrata-valkey-") as place:  # a socket's path must be short
         path = f"{place}/socket"
         server = subprocess.Popen(
-            [get_binary_path(), "--port", str(port), "--bind", "127.0.0.1", "--unixsocket", path, "--save", "", "--dir", place],
+            [get_binary_path(), "--port", str(port), "--bind", "127.0.0.1", "--unixsocket", path, "--save", "",
+             "--dir", place],
             stdout=subprocess.DEVNULL,
         )  # fmt: skip
         try:
@@ -182,5 +183,3 @@ def _server() -> Iterator[tuple[int, str]]:
         finally:
             server.terminate()
             server.wait()
-
-

@@ -31,11 +31,14 @@ class MemoryStore:
         with self._lock:
             return [self._get(name) is not None for name in names]
 
-    def write(self, records: Sequence[NamedRecord], timeout_s: float) -> None:
+    def write(
+        self, records: Sequence[NamedRecord], timeout_s: float, *, then_read: bytes | None = None
+    ) -> bytes | None:
         self._called("write")
         with self._lock:
             for record in records:
                 self.records[record.name] = b"".join(bytes(part) for part in record.parts), record.expires
+            return None if then_read is None else self._get(then_read)
 
     def delete(self, names: Sequence[bytes], timeout_s: float) -> None:
         self._called("delete")

@@ -126,8 +126,13 @@ class RecordStore(Protocol):
     def contains(self, names: Sequence[bytes], timeout_s: float) -> list[bool]:
         """Say of which names there is a record; one whose time is over counts for none if the store knows of it."""
 
-    def write(self, records: Sequence[NamedRecord], timeout_s: float) -> None:
-        """Store records, replacing those of the same names. After a fault, any of them may have been stored."""
+    def write(
+        self, records: Sequence[NamedRecord], timeout_s: float, *, then_read: bytes | None = None
+    ) -> Buffer | None:
+        """Store records, replacing those of the same names; then read one name, and return what is there.
+
+        That saves a round trip where there are any. After a fault, any of the records may have been stored.
+        """
 
     def delete(self, names: Sequence[bytes], timeout_s: float) -> None:
         """Forget records, before it returns. That there is none is no fault."""

@@ -13,7 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import blake3
 
@@ -135,9 +135,16 @@ class KeyedTier:
         answers = self._look_up(space, keys, state, self.store.read)
         if answers is not None:
             generation, data = answers
-            for position, item in enumerate(data):
-                if item is not None:
-                    result[position] = self._checked(space, generation, keys[position], item)
+            checked = _core.check_records(
+                data, keys, space.seed, 0, space.version, generation & 0xFFFFFFFF, NAMESPACE | TAGGED
+            )
+            for position, record in enumerate(checked):
+                if isinstance(record, tuple):
+                    start, length, expires, written = record
+                    value = memoryview(cast("Buffer", data[position]))[start : start + length].toreadonly()
+                    result[position] = Found(value, expires, written)
+                elif record is not None:
+                    self._count(**{record: 1})
         hits = sum(found is not None for found in result)
         self._count(hits=hits, misses=len(keys) - hits)
         return result
@@ -225,27 +232,6 @@ class KeyedTier:
             answers[i] = answer
         return generation, answers
 
-    def _checked(self, space: KeyedSpace, generation: int, key: Key, data: Buffer) -> Found | None:
-        """Return a record's value if it is exactly what was asked for."""
-        try:
-            record = parse_record(data, seed=space.seed)
-        except (CorruptRecord, FormatError):
-            self._count(rejected_records=1)
-            return None
-        wanted = key.encode() if isinstance(key, str) else bytes(key)
-        if (
-            (record.ns, record.key, record.version, record.epoch) != (0, wanted, space.version, generation & 0xFFFFFFFF)
-            or record.flags & (NAMESPACE | TAGGED)
-            or record.codec
-            or record.value_len != record.stored_len
-        ):
-            self._count(rejected_records=1)
-            return None
-        if 0 < record.expires <= time.time_ns() // 1_000_000:
-            self._count(expired_records=1)
-            return None
-        return Found(payload_of(data, record).toreadonly(), record.expires, record.seq)
-
     # ---- Changing
 
     def write(self, space: KeyedSpace, records: Sequence[DirtyRecord]) -> None:
@@ -263,9 +249,11 @@ class KeyedTier:
             items.append(NamedRecord(name, (frame, view[len(frame) :]), record.expires))
         if self._bloom is not None:
             self._bloom.add_many(names)
-        self._change(lambda: self.store.write(items, self._change_s))
+        asked_at = time.monotonic()
+        current = self._change(lambda: self.store.write(items, self._change_s, then_read=space.generation_name))
         # What was written under an earlier generation isn't there.
-        if self._change(lambda: self._read_generation(space, space.known_in, self._change_s)) != generation:
+        self._remember(space, space.known_in, current, asked_at)
+        if space.generation != generation:
             raise StoreFault("cleared", f"{self.name}: the namespace was cleared meanwhile", sent=False)
         self._count(written_records=len(items), written_bytes=sum(record.length for record in records))
 

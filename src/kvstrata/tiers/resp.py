@@ -10,6 +10,7 @@ import errno
 import os
 import socket
 import ssl
+import struct
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ __all__ = ["Deadline", "ReplyError", "Wire", "command", "fault_of"]
 _RATE = 32 << 20  # bytes a second, at which a transfer may go on
 _PIECES = 512  # of one sendmsg; Linux takes 1024
 _ROOM = 64 << 10  # bytes of replies that are read ahead
+_TIMEVAL = struct.Struct("@ll")
 _JOINED = 8192  # bytes up to which a piece is copied rather than sent by itself
 
 
@@ -82,6 +84,10 @@ class Wire:
         self._room = bytearray(_ROOM)
         self._view = memoryview(self._room)
         self._start = self._end = 0  # of what was read ahead
+        self._tls = isinstance(self._socket, ssl.SSLSocket)  # which has to copy, and knows no limits of the kernel's
+        self._limit_s = 0.0
+        if not self._tls:
+            self._socket.settimeout(None)
 
     def close(self) -> None:
         """End the connection."""
@@ -90,16 +96,15 @@ class Wire:
 
     def send(self, pieces: Sequence[Buffer], deadline: Deadline) -> None:
         """Send commands, as made by `command`, one after the other."""
-        views = [memoryview(piece).cast("B") for piece in pieces if memoryview(piece).nbytes]
-        gathers = hasattr(self._socket, "sendmsg") and not hasattr(self._socket, "cipher")  # TLS has to copy
-        if not gathers:
-            views = [memoryview(b"".join(views))] if sum(view.nbytes for view in views) < _ROOM else views
+        self._arm(deadline)
+        views = [memoryview(piece) for piece in _joined(pieces, 1 << 62 if self._tls else _JOINED)]
         first = 0
         try:
             while first < len(views):
-                self._socket.settimeout(deadline.left())
                 part = views[first : first + _PIECES]
-                sent = self._socket.sendmsg(part) if gathers else self._socket.send(part[0])
+                sent = self._socket.send(part[0]) if self._tls else self._socket.sendmsg(part)
+                if sent < part[0].nbytes:
+                    deadline.left()
                 deadline.moved(sent)
                 while first < len(views) and sent >= views[first].nbytes:
                     sent -= views[first].nbytes
@@ -109,24 +114,47 @@ class Wire:
         except OSError as error:
             raise fault_of(error) from error
 
+    def _arm(self, deadline: Deadline) -> None:
+        """Let a transfer that stands still end about when the time is over.
+
+        By the kernel's own limits where that can be: with Python's, each transfer costs two more system calls.
+        """
+        left = deadline.left()
+        if abs(left - self._limit_s) < left / 8:
+            return
+        self._limit_s = left
+        if self._tls:
+            self._socket.settimeout(left)
+            return
+        limit = _TIMEVAL.pack(int(left), int(left % 1 * 1e6) or 1)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+
     def reply(self, deadline: Deadline) -> Any:
         """Return the next reply: bytes of a simple string, an int, a buffer, None, or a ReplyError (not raised)."""
-        line = self._line(deadline)
+        end = self._room.find(b"\r\n", self._start, self._end)
+        line = self._room[self._start : end] if end >= 0 else self._line(deadline)
+        if end >= 0:
+            self._start = end + 2
         kind, rest = line[:1], line[1:]
         if kind == b"$":
             size = int(rest)
+            if 0 <= size <= self._end - self._start - 2:
+                value = bytes(self._view[self._start : self._start + size])
+                self._start += size + 2
+                return value
             return None if size < 0 else self._bulk(size, deadline)
         if kind == b":":
             return int(rest)
         if kind == b"+":
-            return rest
+            return bytes(rest)
         if kind == b"-":
             return ReplyError(rest.decode("utf-8", "replace"))
         if kind == b"_" or line == b"*-1":
             return None
         raise StoreFault("protocol", "the server's reply isn't one of those that were expected")
 
-    def _line(self, deadline: Deadline) -> bytes:
+    def _line(self, deadline: Deadline) -> bytes | bytearray:
         while True:
             end = self._room.find(b"\r\n", self._start, self._end)
             if end >= 0:
@@ -143,10 +171,6 @@ class Wire:
 
     def _bulk(self, size: int, deadline: Deadline) -> Buffer:
         ahead = self._end - self._start
-        if size + 2 <= ahead:
-            value: Buffer = bytes(self._view[self._start : self._start + size])
-            self._start += size + 2
-            return value
         into = memoryview(np.empty(size + 2, np.uint8).data)  # numpy doesn't clear it first
         into[:ahead] = self._view[self._start : self._end]
         self._start = self._end = 0
@@ -156,19 +180,35 @@ class Wire:
 
     def _receive(self, into: memoryview, deadline: Deadline) -> int:
         try:
-            self._socket.settimeout(deadline.left())
             received = self._socket.recv_into(into)
         except OSError as error:
             raise fault_of(error) from error
+        deadline.left()
         if not received:
             raise StoreFault("ECONNRESET", "the server closed the connection")
         deadline.moved(received)
         return received
 
 
+def _joined(pieces: Sequence[Buffer], longest: int) -> list[Buffer]:
+    """Pieces, the small ones among them joined with what stands beside them."""
+    found: list[Buffer] = []
+    small: list[Buffer] = []
+    for piece in pieces:
+        nbytes = len(piece) if type(piece) is bytes else memoryview(piece).nbytes
+        if nbytes > longest:
+            found += (b"".join(small), piece) if small else (piece,)
+            small = []
+        else:
+            small.append(piece)
+    if small:
+        found.append(b"".join(small))
+    return found
+
+
 def fault_of(error: OSError) -> StoreFault:
     """Turn an error of a socket into a fault, without its text: that may name what shouldn't be told."""
-    if isinstance(error, TimeoutError):
+    if isinstance(error, (TimeoutError, BlockingIOError)):
         return StoreFault("timeout", "no answer within the time limit")
     number = None if isinstance(error, ssl.SSLError) else error.errno  # which has numbers of its own
     if number is not None and number in errno.errorcode:

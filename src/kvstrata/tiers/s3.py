@@ -96,8 +96,10 @@ class S3Store:
         self._all(ask, len(names), timeout_s)
         return there
 
-    def write(self, records: Sequence[NamedRecord], timeout_s: float) -> None:
-        """Store records, many at once."""
+    def write(
+        self, records: Sequence[NamedRecord], timeout_s: float, *, then_read: bytes | None = None
+    ) -> Buffer | None:
+        """Store records, many at once; then read one."""
 
         async def write_one(position: int, until: _Until) -> None:
             record = records[position]
@@ -106,6 +108,7 @@ class S3Store:
             await self._obstore.put_async(self._bucket, _path(record.name), body, use_multipart=False)
 
         self._all(write_one, len(records), timeout_s)
+        return None if then_read is None else self.read([then_read], timeout_s)[0]
 
     def delete(self, names: Sequence[bytes], timeout_s: float) -> None:
         """Forget records."""

@@ -61,7 +61,7 @@ class ValkeyStore:
         deadline = Deadline(timeout_s)
         found: list[Buffer | None] = [None] * len(names)
         try:
-            self._run(names, [command(b"GET", name) for name in names], deadline, found)
+            self._run(names, [_get(name) for name in names], deadline, found)
             for position, value in enumerate(found):
                 if value is not None and _is_manifest(value):
                     found[position] = None  # unless all of it is there
@@ -77,19 +77,27 @@ class ValkeyStore:
         self._run(names, [command(b"EXISTS", name) for name in names], Deadline(timeout_s), replies)
         return [reply == 1 for reply in replies]
 
-    def write(self, records: Sequence[NamedRecord], timeout_s: float) -> None:
-        """Store records; one that is larger than 8 MiB in pieces, the first of all names last."""
+    def write(
+        self, records: Sequence[NamedRecord], timeout_s: float, *, then_read: bytes | None = None
+    ) -> Buffer | None:
+        """Store records; one that is larger than 8 MiB in pieces, the first of all names last. Then read one."""
         deadline = Deadline(timeout_s)
         names: list[bytes] = []
         commands: list[list[Buffer]] = []
-        for record in records:
-            if record.length > _CHUNK:
-                self._write_pieces(record, deadline)
-                manifest = _MANIFEST.pack(_MAGIC, -(-record.length // _CHUNK), record.length)
-                record = record._replace(parts=(manifest,))
-            names.append(record.name)
-            commands.append(_set(record.name, record.parts, record.length, record.expires))
-        self._run(names, commands, deadline, [None] * len(names))
+        for name, parts, expires in records:
+            length = sum([memoryview(part).nbytes for part in parts])
+            if length > _CHUNK:
+                self._write_pieces(name, parts, length, expires, deadline)
+                parts = (_MANIFEST.pack(_MAGIC, -(-length // _CHUNK), length),)
+                length = _MANIFEST.size
+            names.append(name)
+            commands.append(_set(name, parts, length, expires))
+        replies: list[Any] = [None] * len(names)
+        if then_read is None or self._is_cluster:  # whose servers answer for themselves
+            self._run(names, commands, deadline, replies)
+            return None if then_read is None else self.read([then_read], timeout_s)[0]
+        self._run([*names, then_read], [*commands, command(b"GET", then_read)], deadline, replies := [*replies, None])
+        return replies[-1]  # type: ignore[no-any-return]
 
     def delete(self, names: Sequence[bytes], timeout_s: float) -> None:
         """Forget records and their pieces."""
@@ -124,18 +132,19 @@ class ValkeyStore:
 
     # ---- Large records
 
-    def _write_pieces(self, record: NamedRecord, deadline: Deadline) -> None:
-        rest = [memoryview(part).cast("B") for part in record.parts]
-        names = _piece_names(record.name, -(-record.length // _CHUNK))
-        for name in names:  # one at a time: a server that takes none must not be sent the rest
-            parts, room = [], _CHUNK
+    def _write_pieces(
+        self, name: bytes, parts: Sequence[Buffer], length: int, expires: int, deadline: Deadline
+    ) -> None:
+        rest = [memoryview(part).cast("B") for part in parts]
+        for piece_name in _piece_names(name, -(-length // _CHUNK)):  # one at a time: who takes none isn't sent the rest
+            piece, room = [], _CHUNK
             while rest and room:
-                parts.append(rest[0][:room])
-                room -= parts[-1].nbytes
-                rest[0] = rest[0][parts[-1].nbytes :]
+                piece.append(rest[0][:room])
+                room -= piece[-1].nbytes
+                rest[0] = rest[0][piece[-1].nbytes :]
                 if not rest[0].nbytes:
                     del rest[0]
-            self._run([name], [_set(name, parts, _CHUNK - room, record.expires)], deadline, [None])
+            self._run([piece_name], [_set(piece_name, piece, _CHUNK - room, expires)], deadline, [None])
 
     def _assembled(self, name: bytes, manifest: Buffer, deadline: Deadline) -> Buffer | None:
         _, count, length = _MANIFEST.unpack(manifest)
@@ -179,7 +188,7 @@ class ValkeyStore:
             wire.send(pieces, deadline)
             for i in chosen:
                 reply = wire.reply(deadline)
-                if not isinstance(reply, ReplyError):
+                if type(reply) is not ReplyError:
                     replies[i] = reply
                 elif reply.kind in _MOVED:
                     moved.append(i)
@@ -338,21 +347,29 @@ def _within(deadline: Deadline, call: Callable[[], T], late: Callable[[T], objec
     return result
 
 
+def _get(name: bytes) -> list[Buffer]:
+    """The command that reads a value: `command`, for what is called most."""
+    return [b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(name), name)]
+
+
 def _set(name: bytes, parts: Sequence[Buffer], length: int, expires: int) -> list[Buffer]:
-    """The command that stores a value of several parts."""
-    words = 5 if expires else 3
-    head = bytearray(b"*%d\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (words, len(name), name, length))
-    pieces: list[Buffer] = [head]
+    """The command that stores a value of several parts, of which the small ones are joined."""
+    joined: list[Buffer] = [
+        b"*%d\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n" % (5 if expires else 3, len(name), name, length)
+    ]
+    pieces: list[Buffer] = []
     for part in parts:
-        if memoryview(part).nbytes <= 4096 and isinstance(pieces[-1], bytearray):
-            pieces[-1] += part
+        if memoryview(part).nbytes <= 4096:
+            joined.append(part)
         else:
-            pieces.append(part)
-    tail = bytearray(b"\r\n")
+            pieces += (b"".join(joined), part)
+            joined = []
     if expires:
         when = b"%d" % max(1, expires)
-        tail += b"$4\r\nPXAT\r\n$%d\r\n%b\r\n" % (len(when), when)
-    pieces.append(tail)
+        joined.append(b"\r\n$4\r\nPXAT\r\n$%d\r\n%b\r\n" % (len(when), when))
+    else:
+        joined.append(b"\r\n")
+    pieces.append(b"".join(joined))
     return pieces
 
 
