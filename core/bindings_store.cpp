@@ -634,6 +634,34 @@ nb::object reserve(const SpaceHandle& self, nb::handle key_object, u64 size, u64
     return nb::cast(std::move(write));
 }
 
+// ---- Tiers elsewhere ------------------------------------------------------------------------------
+
+// Stores what was found there. Returns (what became of it, what a put returns, a pin of it): 0 = stored, 1 = the key is
+// there, 2 = it may be older than a change made here, 3 = it counts, but there is no room in memory.
+nb::tuple promote(const SpaceHandle& self, nb::handle key_object, nb::handle value, u64 expires, u64 written, u64 low, u32 epoch) {
+    const std::shared_ptr<Store> store = self.owner->live();
+    const Key key = key_of(key_object);
+    const Buffer content(value);
+    const Promotion promotion{written, low, epoch};
+    std::optional<Reservation> reservation;
+    try {
+        reservation = store->reserve(self.space, key, content.size(), {expires, 1, 0, {}}, false);
+    } catch (const TierFull&) {
+        // Too large for memory, or for the quota.
+    }
+    if (!reservation) return nb::make_tuple(store->trusts(self.space, key, promotion) ? 3 : 2, 0, nb::none());
+    Pin pin;
+    Published published;
+    {
+        const WithoutGil free(content.size());
+        reservation->header.payload_crc = copy_crc32c(reservation->payload(), content.data(), content.size(), 0);
+        published = store->publish(*reservation, &pin, &promotion);
+    }
+    if (published == Published::present || published == Published::refused)
+        return nb::make_tuple(published == Published::present ? 1 : 2, 0, nb::none());
+    return nb::make_tuple(0, replaced(published, *reservation), pin_object(store, std::move(pin)));
+}
+
 // ---- The tier below -------------------------------------------------------------------------------
 
 struct DirtyHandle {
@@ -662,6 +690,25 @@ nb::list take_dirty(StoreHandle& self, size_t most, u64 most_bytes, double timeo
         const RecordHeader header = dirty.pin.header();
         nb::bytes key(reinterpret_cast<const char*>(dirty.pin.record()) + sizeof header, header.key_len);
         DirtyHandle handle{store, std::move(dirty), header, std::move(key), {}};
+        store->tags_of(handle.dirty->pin, handle.tags);
+        list.append(nb::cast(std::move(handle)));
+    }
+    return list;
+}
+
+// The records of keys, pinned whole, for who copies them elsewhere; None for what isn't in memory.
+nb::list records(const SpaceHandle& self, nb::handle keys_object) {
+    const std::shared_ptr<Store> store = self.owner->live();
+    const Keys keys(keys_object);
+    auto [pins, below] = acquire_all(*store, self.space, keys, false);
+    nb::list list;
+    for (size_t i = 0; i < pins.size(); ++i) {
+        if (!pins[i]) {
+            list.append(nb::none());
+            continue;
+        }
+        const RecordHeader header = pins[i].header();
+        DirtyHandle handle{store, Dirty{std::move(pins[i]), header.seq}, header, nb::bytes(reinterpret_cast<const char*>(keys[i].data()), keys[i].size()), {}};
         store->tags_of(handle.dirty->pin, handle.tags);
         list.append(nb::cast(std::move(handle)));
     }
@@ -897,6 +944,22 @@ void bind_store(nb::module_& m) {
             for (size_t i = 0; i < keys.size(); ++i) let_go += store->let_go(s.space, keys[i], holder);
             return let_go;
         }, nb::arg("keys").none(), nb::arg("holder"))
+        .def("records", &records, nb::arg("keys").none())
+        .def("promote", &promote, nb::arg("key").none(), nb::arg("value"), nb::arg("expires"), nb::arg("written"), nb::arg("low"),
+             nb::arg("epoch"))
+        .def("last_changes", [](const SpaceHandle& s, nb::handle keys_object) {
+            const std::shared_ptr<Store> store = s.owner->live();
+            const Keys keys(keys_object);
+            nb::list list;
+            for (size_t i = 0; i < keys.size(); ++i) list.append(store->last_change(s.space, keys[i]));
+            return list;
+        }, nb::arg("keys").none())
+        .def_prop_ro("moved_on", [](const SpaceHandle& s) {
+            const std::shared_ptr<Store> store = s.owner->live();
+            return store->current_space(s.space.id).version != s.space.version;
+        })
+        .def("change_all", [](const SpaceHandle& s) { s.owner->live()->change_all(s.space); })
+        .def_prop_ro("last_change_of_all", [](const SpaceHandle& s) { return s.owner->live()->last_change_of_all(s.space); })
         .def("clear", [](const SpaceHandle& s) { return s.owner->live()->clear(s.space); })
         .def("promise", [](const SpaceHandle& s, nb::handle key, u64 ms) { return s.owner->live()->promise(s.space, key_of(key), ms); },
              nb::arg("key").none(), nb::arg("ms"))
@@ -1009,6 +1072,12 @@ void bind_store(nb::module_& m) {
         }, nb::arg("ns"), nb::arg("keys"))
         .def("raise_seq", [](StoreHandle& self, u64 above) { self.live()->raise_seq(above); }, nb::arg("above"))
         .def("next_seq", [](StoreHandle& self) { return self.live()->next_seq(); })
+        .def("watch", [](StoreHandle& self) { self.live()->watch(); })
+        .def("next_number", [](StoreHandle& self) { return self.live()->next_number(); })
+        .def("set_unsent", [](StoreHandle& self, u64 from) { self.live()->set_unsent(from); }, nb::arg("number"))
+        .def("low", [](StoreHandle& self) { return self.live()->low(); })
+        .def("distrust", [](StoreHandle& self, u64 before) { self.live()->distrust(before); }, nb::arg("written_before"))
+        .def("distrusted", [](StoreHandle& self) { return self.live()->distrusted(); })
         .def("count_corrupt", [](StoreHandle& self) { self.live()->count_corrupt(); })
         .def_prop_ro("seed", [](StoreHandle& self) { return self.live()->seed(); })
         .def("reap", [](StoreHandle& self) { return self.live()->reap(); })

@@ -37,6 +37,7 @@ void Store::reap_client(u32 slot) {
     sweep(slot);
     forget_promises(slot);
     dead.dirty_bytes.store(0);
+    distrust_unsent(dead);
     clients_.settle_counts(dead);
     dead.used.store(0);
 }

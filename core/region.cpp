@@ -52,6 +52,7 @@ void lay_out(Header& header, const StoreOptions& options) {
     header.holders_at = place(kHolders * sizeof(Holder));
     header.promises_at = place(sizeof(Promises));
     header.tags_at = place(kTagSlots * sizeof(u64));  // memory comes as tags are used
+    header.changes_at = place(kChangeSlots * sizeof(Changes));  // memory comes when somebody watches
     header.buckets_at = place(u64{header.max_buckets} * kShards * sizeof(u32));
     header.entries_at = place(u64{header.max_entries} * sizeof(Entry));
     // Of address space; how much memory is behind it depends on the policies (core/scratch.cpp).
@@ -184,6 +185,7 @@ std::unique_ptr<Region> Region::create(int descriptor, const StoreOptions& optio
     header.holders_at = plan.holders_at;
     header.promises_at = plan.promises_at;
     header.tags_at = plan.tags_at;
+    header.changes_at = plan.changes_at;
     header.buckets_at = plan.buckets_at;
     header.entries_at = plan.entries_at;
     header.scratch_at = plan.scratch_at;

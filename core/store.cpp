@@ -62,6 +62,7 @@ Store::~Store() {
         const RobustLock held(header_.admin, [] {});
         sweep(clients_.self());
         give_back_spares();
+        distrust_unsent(clients_.mine());
         clients_.detach();
     } catch (...) {
         // The lock on the slot goes with the descriptor; the next reaper finds a dead client.
@@ -236,7 +237,7 @@ std::optional<Reservation> Store::reserve(Space wanted, Key key, u64 bytes, cons
     return reservation;
 }
 
-Published Store::publish(Reservation& reservation, Pin* keep) {
+Published Store::publish(Reservation& reservation, Pin* keep, const Promotion* promotion) {
     std::optional<Lease> lease;
     if (keep) lease.emplace(clients_.pins);
     const Space wanted = reservation.space;
@@ -253,16 +254,20 @@ Published Store::publish(Reservation& reservation, Pin* keep) {
     for (int tries = 0;; ++tries) {
         {
             const RobustLock policy_held = lock_policy(wanted.id);
-            if (wanted.version != ns.version.load())
+            if (wanted.version != ns.version.load()) {
+                if (promotion) return Published::refused;
                 throw VersionConflict("this namespace has moved on to version " + std::to_string(ns.version.load()));
+            }
             const RobustLock held = index_.lock(shard_number);
             Shard& shard = index_.shard(shard_number);
             const u32 old = index_.find(hash, wanted.id, key);
-            if (old && ns.immutable && current(index_.entry(old), ns)) return Published::present;
+            if (old && (ns.immutable || promotion) && current(index_.entry(old), ns)) return Published::present;
+            if (promotion && !trusts(wanted, hash, *promotion)) return Published::refused;
             at = index_.take_entry(shard_number);
             if (at) {
                 header.epoch = ns.epoch.load();
                 header.seq = next_seq();  // here, so that the newest number is the one that stays
+                if (!promotion && !ns.immutable) note_change(hash, header.seq);
                 seal(header, key.data(), header_.seed);
                 std::memcpy(reservation.block.bytes(), &header, sizeof header);
                 if ((old && may_be_on_disk(index_.entry(old))) || index_.owes(hash) || undurable_epoch(wanted.id)) {

@@ -210,7 +210,16 @@ struct Small {
 
 enum class Lookup : u8 { hit, miss, below };
 // replaced_on_disk: the caller has to delete an older record's row, and then to pay().
-enum class Published : u8 { stored, replaced_on_disk, present };
+// refused: a promotion of what may be older than a change made here.
+enum class Published : u8 { stored, replaced_on_disk, present, refused };
+
+// A record that was found in a tier that the index knows nothing of: it is stored if the key is absent, and if it can't be
+// older than what was put or removed here.
+struct Promotion {
+    u64 written;  // when, in ns since the Unix epoch
+    u64 low;      // Store::low() before that tier was asked
+    u32 epoch;    // of the namespace, then
+};
 
 struct StoreStats {
     u64 hits = 0, misses = 0, puts = 0, deletes = 0, evictions = 0, expired = 0, demotions = 0, entries = 0;
@@ -292,7 +301,8 @@ public:
     std::optional<Reservation> reserve(Space space, Key key, u64 bytes, const PutOptions& options, bool may_wait);
     // With `keep`, the record is pinned as it is published: for writers whose view of the block outlives the put.
     // Afterwards reservation.header.seq is the number of the record.
-    Published publish(Reservation& reservation, Pin* keep = nullptr);
+    // With `promotion`, only on the conditions that it states.
+    Published publish(Reservation& reservation, Pin* keep = nullptr, const Promotion* promotion = nullptr);
     // Whether an immutable namespace has the key already; counts as an access.
     bool present_immutable(Space space, Key key);
 
@@ -359,6 +369,21 @@ public:
     u32 seed() const { return header_.seed; }
     void set_seed(u32 seed) { header_.seed = seed; }
 
+    // ---- Tiers elsewhere, which the index knows nothing of (remote.cpp)
+    void watch();                          // from now on changes are written down
+    u64 last_change(Space space, Key key) const;  // the number of the last put or removal of the key, or of another in its slot
+    void change_all(Space space) { note_change(index_.hash(space.id, {})); }  // as if every key were removed, for promotions
+    u64 last_change_of_all(Space space) const;
+    u64 next_number() const { return header_.seq.load(); }
+    // Changes of this process from this number on may not have got there. Set before the change; 0: all have.
+    void set_unsent(u64 from) { clients_.mine().unsent.store(from); }
+    u64 low() const;                       // all changes below this number have got there
+    bool trusts(Space space, Key key, const Promotion& promotion) const {
+        return trusts(space, index_.hash(space.id, key), promotion);
+    }
+    void distrust(u64 written_before) { raise_to(header_.distrusted, written_before); }  // ns since the Unix epoch
+    u64 distrusted() const;                // the latest such time of any key
+
     // ---- Life
     u32 reap();          // undoes what dead processes left; returns how many there were
     // In a forked child: gives up this attachment, which is the parent's, without touching what it holds.
@@ -403,6 +428,17 @@ private:
     Holder& holder(u8 number) const { return reinterpret_cast<Holder*>(region_->at(header_.holders_at))[number]; }
     std::atomic<u64>& tag(u16 slot) const { return reinterpret_cast<std::atomic<u64>*>(region_->at(header_.tags_at))[slot]; }
     void raise_tag(const TagState& state);
+    Changes& changes(u32 hash) const {
+        return reinterpret_cast<Changes*>(region_->at(header_.changes_at))[(hash * 0x9E3779B1u) >> 16];
+    }
+    void note_change(u32 hash, u64 number) {
+        if (header_.watched.load(std::memory_order_relaxed)) raise_to(changes(hash).last, number);
+    }
+    void note_change(u32 hash) {
+        if (header_.watched.load(std::memory_order_relaxed)) raise_to(changes(hash).last, next_seq());
+    }
+    bool trusts(Space space, u32 hash, const Promotion& promotion) const;
+    void distrust_unsent(Client& client);  // of one that ends
     void tell(Uses& uses);
     bool in_order(u32 id, const Uses::Hit& hit) const;
     void claim(u32 at, Lease& lease, Pin& pin);
