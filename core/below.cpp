@@ -105,7 +105,7 @@ bool Store::still_live(const Dirty& dirty) {
     return entry.state == EntryState::live && current(entry, space(entry.ns));
 }
 
-void Store::settle(Dirty& dirty, u32 segment, u64 offset) {
+void Store::settle(Dirty& dirty, u32 segment, u64 offset, u64 encoded) {
     const u32 at = dirty.pin.entry();
     const u64 bytes = dirty.pin.record_size();
     {
@@ -114,6 +114,8 @@ void Store::settle(Dirty& dirty, u32 segment, u64 offset) {
         if (entry.state == EntryState::live) {
             entry.segment = segment;
             entry.position = static_cast<u32>(offset / kUnit);
+            entry.disk_units = encoded ? static_cast<u32>(encoded / kUnit) : entry.units;
+            if (encoded) entry.flags |= kEncoded;
         }
         entry.flags &= static_cast<u8>(~(kDirty | kWriting));
     }
@@ -175,7 +177,8 @@ std::optional<Location> Store::locate(Space wanted, Key key) {
     if (!at || wanted.version != ns.version.load()) return std::nullopt;
     const Entry& entry = index_.entry(at);
     if (entry.memory || !entry.segment || !current(entry, ns)) return std::nullopt;
-    return Location{at, entry.seq, entry.segment, u64{entry.position} * kUnit, u64{entry.units} * kUnit};
+    return Location{at, entry.seq, entry.segment, u64{entry.position} * kUnit, u64{entry.disk_units} * kUnit,
+                    bool(entry.flags & kEncoded)};
 }
 
 LoadClaim::~LoadClaim() {
@@ -247,6 +250,7 @@ Pin Store::commit_load(Loading& loading) {
                 InFlight& flight = clients_.mine().in_flight[loading.block.slot_];
                 flight.entry = at;
                 KVSTRATA_COMMIT("store.loaded");
+                entry.units = flight.units;
                 entry.memory = flight.block;
                 allocator_.set_owner(flight.block, flight.units, at);
                 entry.flags &= static_cast<u8>(~kLoading);
@@ -302,13 +306,13 @@ bool Store::insert_disk(const DiskRow& row) {
     entry.expires = row.expires;
     entry.hash = hash;
     entry.memory = entry.pins = 0;
-    entry.units = static_cast<u32>(row.length / kUnit);
+    entry.units = entry.disk_units = static_cast<u32>(row.length / kUnit);
     entry.segment = row.segment;
     entry.position = static_cast<u32>(row.offset / kUnit);
     entry.epoch = row.epoch;
     entry.ns = static_cast<u16>(row.ns);
     entry.key_len = static_cast<u16>(row.key.size());
-    entry.flags = row.flags & kRecordImmutable ? u8{kImmutable} : u8{0};
+    entry.flags = static_cast<u8>((row.flags & kRecordImmutable ? kImmutable : 0) | (row.flags & kRecordEncoded ? kEncoded : 0));
     entry.owner = entry.holder = 0;
     std::memcpy(entry.tags, row.tags, sizeof entry.tags);
     entry.node = PolicyNode::fresh(header_.tick.load(), 1);

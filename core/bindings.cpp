@@ -91,15 +91,64 @@ nb::list check_records(nb::handle records, nb::handle keys, u32 seed, u32 ns, u3
             check = check_record(bytes.data(), bytes.size(), seed, true, h);
         }
         if (check != RecordCheck::ok || h.ns != ns || h.version != version || h.epoch != epoch || (h.flags & not_flags) ||
-            h.codec || h.value_len != h.stored_len || h.key_len != key.size() ||
+            h.key_len != key.size() ||
             std::memcmp(bytes.data() + sizeof h, key.data(), key.size()) != 0)
             found.append("rejected_records");
         else if (h.expires && h.expires <= now)
             found.append("expired_records");
         else
-            found.append(nb::make_tuple(u32{h.payload_offset}, h.stored_len, h.expires, h.seq));
+            found.append(nb::make_tuple(u32{h.payload_offset}, h.stored_len, h.expires, h.seq, h.codec, h.value_len));
     }
     return found;
+}
+
+RecordHeader header_in(const Buffer& record) {
+    RecordHeader header;
+    if (record.size() < sizeof header) throw InvalidValue("too short for a record");
+    std::memcpy(static_cast<void*>(&header), record.data(), sizeof header);
+    if (header.key_len == 0 || header.key_len > kMaxKey || record.size() < sizeof header + header.key_len)
+        throw InvalidValue("not a record");
+    return header;
+}
+
+}  // namespace
+
+nb::bytes kvstrata::encode_record(nb::handle raw, nb::handle payload, u8 codec, u32 seed, std::optional<u32> ns,
+                                  std::optional<u32> version, std::optional<u32> epoch, std::optional<u64> seq) {
+    const Buffer from(raw), content(payload);
+    RecordHeader header = header_in(from);
+    const Key key{from.data() + sizeof header, header.key_len};
+    header.codec = codec;
+    if (codec) header.flags |= kRecordEncoded;
+    header.ns = ns.value_or(header.ns);
+    header.version = version.value_or(header.version);
+    header.epoch = epoch.value_or(header.epoch);
+    header.seq = seq.value_or(header.seq);
+    header.stored_len = content.size();
+    const u64 length = record_bytes(key.size(), content.size());
+    nb::bytes record = nb::steal<nb::bytes>(PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(length)));
+    if (!record.is_valid()) throw nb::python_error();
+    u8* const at = reinterpret_cast<u8*>(PyBytes_AsString(record.ptr()));
+    const WithoutGil free(length);
+    header.payload_crc = copy_crc32c(at + payload_offset_for(key.size(), content.size()), content.data(), content.size(), 0);
+    write_frame(at, header, key.data(), key.size(), seed);
+    return record;
+}
+
+namespace {
+
+// Completes the raw record that an encoded one was made of, around the value, which is in its place already.
+void decode_record(nb::handle encoded, nb::handle raw, u32 seed) {
+    const Buffer from(encoded), to(raw, true);
+    RecordHeader header = header_in(from);
+    const Key key{from.data() + sizeof header, header.key_len};
+    if (header.value_len > kMaxPayload || to.size() != record_bytes(key.size(), header.value_len))
+        throw InvalidValue("a record of another length");
+    header.codec = 0;
+    header.flags &= static_cast<u8>(~kRecordEncoded);
+    header.stored_len = header.value_len;
+    const WithoutGil free(to.size());
+    finish_frame(to.data(), header, key, seed);
 }
 
 nb::tuple parse_record(nb::handle data, u32 seed, bool with_payload, size_t offset) {
@@ -139,8 +188,15 @@ void bind_record(nb::module_& m) {
           "The bytes of a record up to its payload, with another namespace, version, epoch and number, under another seed.");
     m.def("check_records", &check_records, nb::arg("records"), nb::arg("keys"), nb::arg("seed"), nb::arg("ns"),
           nb::arg("version"), nb::arg("epoch"), nb::arg("not_flags"),
-          "Check each record against what was asked for. For each (start of the value, its length, expires, seq), or what\n"
+          "Check each record against what was asked for. For each (start of the payload, its length, expires, seq, codec,\n"
+          "length of the value), or what\n"
           "is wrong with it: \"rejected_records\" or \"expired_records\"; None for None.");
+    m.def("encode_record", &encode_record, nb::arg("raw"), nb::arg("payload"), nb::kw_only(), nb::arg("codec"),
+          nb::arg("seed"), nb::arg("ns") = nb::none(), nb::arg("version") = nb::none(), nb::arg("epoch") = nb::none(),
+          nb::arg("seq") = nb::none(),
+          "The record that a raw one becomes with that payload in place of its value, and with other numbers where given.");
+    m.def("decode_record", &decode_record, nb::arg("encoded"), nb::arg("raw"), nb::kw_only(), nb::arg("seed"),
+          "Complete the raw record that an encoded one was made of, around the value, which is in its place already.");
     m.def("parse_record", &parse_record, nb::arg("data"), nb::arg("seed"), nb::arg("with_payload") = true,
           nb::arg("offset") = 0,
           "Check the record at `offset`. The result starts with (check, what it means), 0 meaning that it is in order;\n"

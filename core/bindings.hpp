@@ -48,6 +48,10 @@ private:
 // The bytes of a key: bytes, or the UTF-8 of a str. Valid while the object lives.
 Key key_of(nb::handle object);
 
+// The record that a raw one becomes with that payload in place of its value, and with other numbers where some are given.
+nb::bytes encode_record(nb::handle raw, nb::handle payload, u8 codec, u32 seed, std::optional<u32> ns, std::optional<u32> version,
+                        std::optional<u32> epoch, std::optional<u64> seq);
+
 // What Python holds; empty once it is closed.
 struct StoreHandle {
     std::shared_ptr<Store> store;

@@ -670,6 +670,20 @@ struct DirtyHandle {
     RecordHeader header;
     nb::bytes key;
     u16 tags[kTags];
+    nb::object encoded;  // the record as it goes below, where that isn't what lies in memory
+
+    // Lets it go below with that payload in place of its value.
+    void encode(nb::handle payload, u8 codec, u32 seed) {
+        if (!dirty) throw InvalidValue("this record is settled");
+        PyObject* view = PyMemoryView_FromMemory(reinterpret_cast<char*>(const_cast<u8*>(dirty->pin.record())),
+                                                 static_cast<Py_ssize_t>(dirty->pin.record_size()), PyBUF_READ);
+        if (!view) throw nb::python_error();
+        encoded = encode_record(nb::steal(view), payload, codec, seed, {}, {}, {}, {});
+    }
+    u64 length() const {
+        return encoded.is_valid() ? nb::len(encoded) : record_bytes(header.key_len, header.stored_len);
+    }
+    u8 flags() const { return static_cast<u8>(header.flags | (encoded.is_valid() ? kRecordEncoded : 0)); }
     std::int64_t packed_tags() const {
         std::int64_t packed;
         static_assert(sizeof packed == sizeof tags);
@@ -689,7 +703,7 @@ nb::list take_dirty(StoreHandle& self, size_t most, u64 most_bytes, double timeo
     for (Dirty& dirty : taken) {
         const RecordHeader header = dirty.pin.header();
         nb::bytes key(reinterpret_cast<const char*>(dirty.pin.record()) + sizeof header, header.key_len);
-        DirtyHandle handle{store, std::move(dirty), header, std::move(key), {}};
+        DirtyHandle handle{store, std::move(dirty), header, std::move(key), {}, {}};
         store->tags_of(handle.dirty->pin, handle.tags);
         list.append(nb::cast(std::move(handle)));
     }
@@ -717,6 +731,7 @@ nb::list records(const SpaceHandle& self, nb::handle keys_object) {
 
 nb::object view_dirty(DirtyHandle& self) {
     if (!self.dirty) throw InvalidValue("this record is settled");
+    if (self.encoded.is_valid()) return view_of(self.encoded);
     const Pin& pin = self.dirty->pin;
     PyObject* view = PyMemoryView_FromMemory(reinterpret_cast<char*>(const_cast<u8*>(pin.record())),
                                              static_cast<Py_ssize_t>(pin.record_size()), PyBUF_READ);
@@ -726,7 +741,7 @@ nb::object view_dirty(DirtyHandle& self) {
 
 void settle(DirtyHandle& handle, u32 segment, u64 offset) {
     if (!handle.dirty) return;
-    handle.store->settle(*handle.dirty, segment, offset);
+    handle.store->settle(*handle.dirty, segment, offset, handle.encoded.is_valid() ? handle.length() : 0);
     handle.dirty.reset();
 }
 
@@ -741,16 +756,33 @@ nb::list find_on_disk(StoreHandle& self, u32 ns, nb::handle keys_object) {
     }
     nb::list list;
     for (const auto& at : found)
-        list.append(at ? nb::object(nb::make_tuple(at->entry, at->seq, at->segment, at->offset, at->length)) : nb::none());
+        list.append(at ? nb::object(nb::make_tuple(at->entry, at->seq, at->segment, at->offset, at->length, at->encoded)) : nb::none());
     return list;
 }
 
+// That this process brings a record up, before it is known how much memory that takes.
+struct ClaimHandle {
+    std::shared_ptr<Store> store;
+    LoadClaim claim;
+};
+
 // LOADING when somebody else is at it.
-nb::object begin_load(StoreHandle& self, u32 ns, nb::handle key, u32 entry, u64 seq, u64 length, bool take_over) {
+nb::object claim_load(StoreHandle& self, u32 entry, u64 seq, bool take_over) {
+    ClaimHandle handle{self.live(), {}};
+    if (!handle.store->claim_load({entry, seq, 0, 0, 0}, take_over, handle.claim)) return *loading_marker;
+    return nb::cast(std::move(handle));
+}
+
+// The same, unless the caller has a claim already.
+nb::object begin_load(StoreHandle& self, u32 ns, nb::handle key, u32 entry, u64 seq, u64 length, bool take_over,
+                      nb::handle claimed) {
     const std::shared_ptr<Store> store = self.live();
     const Location location{entry, seq, 0, 0, length};
     LoadClaim claim;
-    if (!store->claim_load(location, take_over, claim)) return *loading_marker;
+    if (!claimed.is_none())
+        claim = std::move(nb::cast<ClaimHandle&>(claimed).claim);
+    else if (!store->claim_load(location, take_over, claim))
+        return *loading_marker;
     auto loading = store->begin_load(store->current_space(ns), key_of(key), location, std::move(claim));
     if (!loading) return nb::none();
     WriteHandle write;
@@ -879,6 +911,8 @@ void bind_store(nb::module_& m) {
         .def("commit", &commit_load)
         .def("abort", &abort_write);
 
+    nb::class_<ClaimHandle>(m, "LoadClaim");
+
     nb::class_<DirtyHandle>(m, "DirtyRecord")
         .def_prop_ro("ns", [](const DirtyHandle& d) { return d.header.ns; })
         .def_prop_ro("key", [](const DirtyHandle& d) { return d.key; })
@@ -886,10 +920,12 @@ void bind_store(nb::module_& m) {
         .def_prop_ro("expires", [](const DirtyHandle& d) { return d.header.expires; })
         .def_prop_ro("version", [](const DirtyHandle& d) { return d.header.version; })
         .def_prop_ro("epoch", [](const DirtyHandle& d) { return d.header.epoch; })
-        .def_prop_ro("flags", [](const DirtyHandle& d) { return d.header.flags; })
+        .def_prop_ro("flags", &DirtyHandle::flags)
         .def_prop_ro("tags", &DirtyHandle::packed_tags)
         .def_prop_ro("stored_len", [](const DirtyHandle& d) { return d.header.stored_len; })
-        .def_prop_ro("length", [](const DirtyHandle& d) { return record_bytes(d.header.key_len, d.header.stored_len); })
+        .def_prop_ro("payload_offset", [](const DirtyHandle& d) { return u32{d.header.payload_offset}; })
+        .def_prop_ro("length", &DirtyHandle::length)
+        .def("encode", &DirtyHandle::encode, nb::arg("payload"), nb::kw_only(), nb::arg("codec"), nb::arg("seed"))
         .def_prop_ro("view", &view_dirty);
 
     nb::class_<SpaceHandle>(m, "Space")
@@ -1060,7 +1096,8 @@ void bind_store(nb::module_& m) {
         .def("insert_disk", &insert_disk, nb::arg("rows"))
         .def("find_on_disk", &find_on_disk, nb::arg("ns"), nb::arg("keys"))
         .def("begin_load", &begin_load, nb::arg("ns"), nb::arg("key"), nb::arg("entry"), nb::arg("seq"), nb::arg("length"),
-             nb::arg("take_over") = false)
+             nb::arg("take_over") = false, nb::arg("claim").none() = nb::none())
+        .def("claim_load", &claim_load, nb::arg("entry"), nb::arg("seq"), nb::arg("take_over") = false)
         .def("forget_disk", [](StoreHandle& self, u32 ns, nb::handle key, u64 seq) {
             return self.live()->forget_disk(ns, key_of(key), seq);
         }, nb::arg("ns"), nb::arg("key"), nb::arg("seq"))

@@ -52,6 +52,7 @@ enum EntryFlags : u8 {
     kUnproven = 8, // nobody has used it since it came: the tier below doesn't get it before somebody does
     kLoading = 16, // `owner` is bringing it up from the tier below: others wait for that
     kLazy = 32,    // dirty, but the tier below gets it only when it is to leave memory
+    kEncoded = 64, // below it is encoded: its length there is another one, and it can't be loaded as it is
 };
 
 // One version of one key. Written under the lock of its shard; `node` under the lock of its namespace's policy;
@@ -59,7 +60,7 @@ enum EntryFlags : u8 {
 struct alignas(64) Entry {
     PolicyNode node;    // place in the policy's order, while it lies in memory
     u32 hash;           // low bits choose the shard, high bits the bucket
-    u32 units;          // length of the record / kUnit
+    u32 units;          // length of the record in memory / kUnit; before it ever was there, that below
     u32 chain;          // next in the bucket, or in the free list
     u32 memory;         // offset in data / kUnit, 0 = not in memory
     u32 epoch;          // of the namespace, when it was put
@@ -80,6 +81,7 @@ struct alignas(64) Entry {
     u32 position;       // offset in the segment / kUnit
     TimerLinks timer;   // while live, if it expires
     u16 tags[kTags];    // slots of its tags, 0 = none
+    u32 disk_units;     // length of the record below / kUnit
 };
 static_assert(sizeof(Entry) == 128 && std::is_trivially_copyable_v<Entry>);
 static_assert(offsetof(Entry, hash) == offsetof(PolicyRecord, hash) && offsetof(Entry, units) == offsetof(PolicyRecord, units));

@@ -23,6 +23,13 @@ void write_frame(u8* record, RecordHeader& header, const u8* key, size_t key_len
     std::memcpy(record, &header, sizeof header);
 }
 
+void finish_frame(u8* record, RecordHeader& header, Key key, u32 seed) {
+    begin_frame(record, header, key, header.stored_len);
+    header.payload_crc = crc32c(0, record + header.payload_offset, header.stored_len);
+    seal(header, key.data(), seed);
+    std::memcpy(record, &header, sizeof header);
+}
+
 void begin_frame(u8* record, RecordHeader& header, Key key, u64 stored_len) {
     std::memcpy(header.magic, kRecordMagic, sizeof kRecordMagic);
     header.format = kRecordFormat;

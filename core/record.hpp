@@ -16,6 +16,7 @@ enum RecordFlags : u8 {
     kRecordImmutable = 1,
     kRecordNamespace = 2,  // the payload describes a namespace
     kRecordTagged = 4,     // only an intact catalog can tell whether one of its tags has been removed
+    kRecordEncoded = 8,    // the payload isn't the value itself
 };
 
 // Little endian, as it lies in memory and in files. The key follows, then the payload at payload_offset.
@@ -60,6 +61,9 @@ void seal(RecordHeader& header, const u8* key, u32 seed);
 // Sets what follows from the lengths, and writes key and the zeros before and after the payload to `record`, which has
 // record_bytes(key.size(), stored_len) bytes. The payload, and the header in the end, are the caller's.
 void begin_frame(u8* record, RecordHeader& header, Key key, u64 stored_len);
+
+// Completes the frame around a payload that is in its place already: sums it, seals, and writes the header.
+void finish_frame(u8* record, RecordHeader& header, Key key, u32 seed);
 
 // As begin_frame for header.stored_len, then seals, and writes header, key and the zeros before and after the payload
 // to `record`, which has record_bytes(key_len, header.stored_len) bytes. The payload itself is the caller's.

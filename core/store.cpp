@@ -284,6 +284,7 @@ Published Store::publish(Reservation& reservation, Pin* keep, const Promotion* p
                 entry.expires = header.expires;
                 entry.hash = hash;
                 entry.units = reservation.block.units();
+                entry.disk_units = 0;
                 entry.segment = entry.position = entry.pins = 0;
                 entry.epoch = header.epoch;
                 entry.ns = static_cast<u16>(wanted.id);

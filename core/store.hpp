@@ -178,6 +178,7 @@ struct Location {
     u64 seq;
     u32 segment;
     u64 offset, length;  // bytes
+    bool encoded = false;
 };
 
 struct DiskRow {
@@ -351,7 +352,8 @@ public:
     size_t wait_until_durable(Space space, size_t count, const Key* keys, double timeout);
     bool still_live(const Dirty& dirty);
     void tags_of(const Pin& pin, u16* tags) const { std::memcpy(tags, index_.entry(pin.entry()).tags, sizeof(Entry::tags)); }
-    void settle(Dirty& dirty, u32 segment, u64 offset);  // segment 0: it could not be written
+    // segment 0: it could not be written. `encoded`: bytes that it has there, if its payload isn't the value itself; else 0.
+    void settle(Dirty& dirty, u32 segment, u64 offset, u64 encoded = 0);
     bool wait_until_settled(double timeout);             // whether all that this process has put is below
     u64 demote_all();                                    // what lies below leaves memory, where nobody has it pinned
     std::optional<Location> locate(Space space, Key key);

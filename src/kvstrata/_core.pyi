@@ -6,7 +6,7 @@ from typing import Any
 
 _Key = str | bytes
 _Buffer = Any  # whatever exports a buffer
-_Location = tuple[int, int, int, int, int]  # entry, seq, segment, offset, length
+_Location = tuple[int, int, int, int, int, bool]  # entry, seq, segment, offset, length, whether it is encoded
 _Row = tuple[int, bytes, int, int, int, int, int, int, int, int, int]
 
 BELOW: Any
@@ -221,8 +221,9 @@ class Store:
     def insert_disk(self, rows: Iterable[_Row]) -> int: ...
     def find_on_disk(self, ns: int, keys: Sequence[_Key]) -> list[_Location | None]: ...
     def begin_load(
-        self, ns: int, key: _Key, entry: int, seq: int, length: int, take_over: bool = False
+        self, ns: int, key: _Key, entry: int, seq: int, length: int, take_over: bool = False, claim: LoadClaim | None = None
     ) -> Any: ...  # Write, None, or LOADING
+    def claim_load(self, entry: int, seq: int, take_over: bool = False) -> Any: ...  # LoadClaim, or LOADING
     def forget_disk(self, ns: int, key: _Key, seq: int) -> bool: ...
     def drop_segment(self, segment: int) -> int: ...
     def pay(self, ns: int, keys: Sequence[_Key]) -> None: ...
