@@ -12,6 +12,7 @@ from kvstrata.errors import CorruptRecord, FormatError
 from kvstrata.record import TAGGED, NamespaceInfo, parse_record, payload_of
 from kvstrata.tiers.base import Arrived, Key
 from kvstrata.tiers.blockio import SHORT_READ, Read, aligned_buffer
+from kvstrata.tiers.breaker import Breaker
 from kvstrata.tiers.counters import Counters, errno_name
 from kvstrata.tiers.segments import SegmentSet
 
@@ -29,7 +30,7 @@ class Loader:
     """Loads records for a disk tier.
 
     `describe(ns)` returns what the catalog says of a namespace, None when it can't be asked.
-    `forget(ns, records)` is given key and number of those that proved to be wrong.
+    `forget(ns, records)` is given key and number of those that proved to be wrong; returns False if it can't forget.
     """
 
     def __init__(
@@ -37,13 +38,15 @@ class Loader:
         store: Store,
         segments: SegmentSet,
         counters: Counters,
+        breaker: Breaker,
         *,
         describe: Callable[[int], NamespaceInfo | None],
-        forget: Callable[[int, list[tuple[bytes, int]]], None],
+        forget: Callable[[int, list[tuple[bytes, int]]], bool],
     ) -> None:
         self._store = store
         self._segments = segments
         self._counters = counters
+        self._breaker = breaker
         self._describe = describe
         self._forget = forget
 
@@ -60,13 +63,19 @@ class Loader:
             if location is not None
         ]
         for start in range(0, len(loads), _AT_ONCE):
-            self._load_some(ns, loads[start : start + _AT_ONCE], results, arrived)
+            if not self._breaker.allow():
+                self._counters.add("refused_loads", len(loads) - start)
+                break
+            if self._load_some(ns, loads[start : start + _AT_ONCE], results, arrived):
+                self._breaker.success()
         return results
 
-    def _load_some(self, ns: int, loads: list[_Load], results: Loaded, arrived: Arrived | None) -> None:
+    def _load_some(self, ns: int, loads: list[_Load], results: Loaded, arrived: Arrived | None) -> bool:
+        """Load some; returns whether the device did what it should."""
         writes: list[Write | None] = []
         reads: list[Read] = []
         lost: list[tuple[bytes, int]] = []
+        faults: dict[int, str] = {}  # errno -> where
         for load in loads:
             write = self._store.begin_load(ns, load.key, load.entry, load.seq, load.length)
             buffer = aligned_buffer(load.length) if write is None else write.view()
@@ -83,7 +92,8 @@ class Loader:
                     self._counters.add("vanished_records")
                 else:
                     place = self._segments.path_of(load.segment)
-                    self._counters.fault(errno_name(error), f"{place} can't be read: {os.strerror(error)}")
+                    faults[error] = f"{place} can't be read: {os.strerror(error)}"
+                    self._counters.fault(errno_name(error), faults[error])
                 return
             try:
                 value = self._checked(ns, load, reads[index].buffer) if write is None else write.commit()
@@ -105,8 +115,12 @@ class Loader:
                     arrived(load.position, value)
 
         self._segments.read(reads, done)
-        if lost:
-            self._forget(ns, lost)
+        if lost and not self._forget(ns, lost):
+            return False
+        for code, told in faults.items():
+            self._breaker.failure(errno_name(code), told)
+            break
+        return not faults
 
     def _checked(self, ns: int, load: _Load, data: memoryview) -> memoryview | None:
         """Return the value of a record in private memory if it still counts, as the store would check it.
