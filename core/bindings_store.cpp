@@ -722,7 +722,7 @@ nb::list records(const SpaceHandle& self, nb::handle keys_object) {
             continue;
         }
         const RecordHeader header = pins[i].header();
-        DirtyHandle handle{store, Dirty{std::move(pins[i]), header.seq}, header, nb::bytes(reinterpret_cast<const char*>(keys[i].data()), keys[i].size()), {}};
+        DirtyHandle handle{store, Dirty{std::move(pins[i]), header.seq}, header, nb::bytes(reinterpret_cast<const char*>(keys[i].data()), keys[i].size()), {}, {}};
         store->tags_of(handle.dirty->pin, handle.tags);
         list.append(nb::cast(std::move(handle)));
     }

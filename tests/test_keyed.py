@@ -11,9 +11,12 @@ from support.stores import MemoryStore
 
 from kvstrata import _core
 from kvstrata.bloom import BloomFilter
+from kvstrata.codecs import codec
+from kvstrata.codecs.encryption import Keyring, Sealer
 from kvstrata.errors import TierUnavailable
 from kvstrata.tiers.base import StoreFault
 from kvstrata.tiers.breaker import Breaker
+from kvstrata.tiers.encodings import Encoding
 from kvstrata.tiers.keyed import Found, KeyedSpace, KeyedTier
 
 KEYS = [b"a", b"k" * 64, b"k" * 65, b"k" * 1024, "größe".encode()]
@@ -250,3 +253,49 @@ def test_a_bloom_filter_saves_questions_whose_answer_is_known(store: MemoryStore
     assert host.load([b"absent %d" % i for i in range(100)]) == [None] * 100
     assert store.calls["read"] == before
     assert host.load([b"absent", b"key"]) == [None, b"1"]
+
+
+# ---- Encodings
+
+TEXT = b"the same words again and again, " * 400
+
+
+def encoded(store: MemoryStore, encoding: Encoding) -> Host:
+    host = Host(store)
+    host.space = host.tier.open_namespace("ns", 1, encoding)
+    return host
+
+
+def test_hosts_with_other_codecs_read_each_others_values(store: MemoryStore) -> None:
+    plain, packed = Host(store), encoded(store, Encoding(codec("zstd")))
+    packed.write({b"packed": TEXT})
+    plain.write({b"plain": TEXT})
+    assert plain.load([b"packed", b"plain"]) == packed.load([b"packed", b"plain"]) == [TEXT, TEXT]
+    (record,) = [bytes(record) for record, _ in store.records.values() if b"packed" in bytes(record)]
+    assert len(record) < len(TEXT) // 10
+
+
+def test_what_is_encrypted_is_read_with_the_key_and_else_is_a_miss(
+    store: MemoryStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    def with_keys(*numbers: int) -> Host:
+        keys = Keyring([bytes([number]) * 32 for number in numbers])
+        return encoded(store, Encoding(codec("zstd"), sealer=Sealer(keys)))
+
+    with_keys(1).write({b"key": TEXT, b"small": b"words"})
+    assert not any(b"words" in bytes(record) for record, _ in store.records.values())
+    assert with_keys(1).load([b"key", b"small"]) == [TEXT, b"words"]
+    assert with_keys(1, 2).load([b"key", b"small"]) == [TEXT, b"words"]
+    stranger = with_keys(2)
+    assert stranger.load([b"key", b"small"]) == [None, None]
+    assert stranger.tier.stats()["sealed_records"] == 2
+    assert len([r for r in caplog.records if "isn't among the" in r.getMessage()]) == 1
+
+
+def test_a_sealed_record_under_another_name_is_no_value(store: MemoryStore) -> None:
+    host = encoded(store, Encoding(sealer=Sealer(Keyring([bytes(32)]))))
+    host.write({b"one": TEXT, b"two": TEXT})
+    one, two = host.space.names([b"one", b"two"], host.space.generation or 0)
+    store.records[two] = store.records[one]
+    assert host.load([b"two"]) == [None]
+    assert host.tier.stats()["rejected_records"] == 1

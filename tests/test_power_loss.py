@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.power import Recording, build_recorder, lay_out
+from support.power import Recording, build_library, lay_out
 from support.processes import SOAK, Process
 from support.values import serial_of
 from test_disk import Host
@@ -137,7 +137,7 @@ for round_number in range(6):
 
 @pytest.fixture(scope="module")
 def recorder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_recorder(tmp_path_factory.mktemp("recorder"))
+    return build_library("record_io", tmp_path_factory.mktemp("library"))
 
 
 def record(recorder: Path, directory: Path, script: str, seed: int) -> Recording:

@@ -15,6 +15,9 @@ from types import TracebackType
 from typing import Any, Literal
 
 from kvstrata import _core
+from kvstrata.codecs.base import Codec, TensorInfo
+from kvstrata.codecs.encryption import Keyring, Sealer
+from kvstrata.codecs.registry import codec as codec_named
 from kvstrata.config import CacheOptions, check_name, parse_duration, parse_jitter, parse_size
 from kvstrata.errors import CacheClosed, ConfigError, TierUnavailable, UnknownOption
 from kvstrata.holder import Holder
@@ -26,10 +29,12 @@ from kvstrata.remote_url import RemoteURL
 from kvstrata.settings import Settings
 from kvstrata.tiers.base import Arrived, Key, Tier
 from kvstrata.tiers.disk import DiskTier
+from kvstrata.tiers.encodings import KEYS_FILE, Encoding, check_keys, keys_in_use
 from kvstrata.tiers.memory import MemoryTier
 
 __all__ = ["Cache", "open"]
 
+_ENCODING_TIERS = ("disk", "remote")
 _MOST_HOT = 100_000  # keys that are remembered for a warm-up
 
 
@@ -43,6 +48,8 @@ class Cache(Namespace):
         shared: bool,
         huge_pages: bool,
         remotes: Sequence[RemoteURL] = (),
+        *,
+        keys: Keyring | None = None,
     ) -> None:
         self.path = path
         self.options = options
@@ -51,11 +58,16 @@ class Cache(Namespace):
         self._pid = os.getpid()
         self._closed = False
         self._huge_pages = huge_pages
+        self._keys = keys
+        self._sealer = None if keys is None else Sealer(keys)
+        self._encodings: dict[str, dict[str, Encoding]] = {}  # of namespaces, by tier
         self._below: Tier | None = None
         self._remote_urls = list(remotes)
         self._remotes: Remotes | None = None
         self._writer: WriteBehind | None = None
         self._hot: HotSet | None = None
+        if path is not None and options.disk:
+            check_keys(path, keys)
         try:
             self._memory = MemoryTier.open(path, options, shared=shared, restore=self._restore)
         except BaseException:
@@ -78,15 +90,21 @@ class Cache(Namespace):
             Remotes.restore_trust(store, self.path)
         if self.options.disk:
             assert self.path is not None
-            self._below = DiskTier(self.path, self.options.disk, store)
+            self._below = self._disk_tier(store)
             self._below.recover()
+
+    def _disk_tier(self, store: _core.Store) -> DiskTier:
+        assert self.path is not None
+        return DiskTier(self.path, self.options.disk, store, sealer=self._sealer)
 
     def _open_below(self) -> None:
         if not self.options.disk:
             return
         assert self.path is not None
         if self._below is None:
-            self._below = DiskTier(self.path, self.options.disk, self._memory.store)
+            self._below = self._disk_tier(self._memory.store)
+        if self._keys is not None and (data := keys_in_use(self.path, self._keys)) is not None:
+            self._below.save(KEYS_FILE, data)
         self._hot = HotSet(self.path, self.options.disk)
         self._writer = WriteBehind(self._memory.store, self._below, self._save_hottest)
 
@@ -104,6 +122,7 @@ class Cache(Namespace):
             immutable=options.immutable,
             space=namespace._native,
             remotes=self._live_remotes,
+            encoding=self._encodings.get(options.name, {}).get("remote", Encoding(sealer=self._sealer)),
             replaced=lambda space, key, seq: self.forget_older(space.id, [(key, seq)]),
         )
 
@@ -131,6 +150,8 @@ class Cache(Namespace):
         admission: Literal["all", "reused"] = "all",
         write: Literal["behind", "through", "back"] = "behind",
         remote: bool = True,
+        codec: str | Codec | Mapping[str, str | Codec] | None = None,
+        tensor: TensorInfo | None = None,
     ) -> Namespace:
         """Open a partition of the cache's keys.
 
@@ -146,7 +167,14 @@ class Cache(Namespace):
         after it; "through", before the put returns, which raises TierUnavailable when the disk doesn't take them;
         or "back", not before they are to leave memory, or flush() or close() is called: then what is overwritten
         often is seldom written, and a crash of the machine takes more. With `remote=False` it stays on this host,
-        whatever the cache was opened with; do that in all processes alike. Who has it open already must have the same
+        whatever the cache was opened with; do that in all processes alike.
+
+        `codec` encodes values below memory, where they are always as they were put: one for all tiers, or one for each,
+        as in {"disk": "planes", "remote": "int8"}; docs/codecs.md says which there are. Lossy ones want to know what
+        values are: `tensor`; values that aren't such tensors are stored raw. It is this process's affair: records say
+        themselves how they are encoded.
+
+        Who has it open already must have the same
         policy, quota, guarantee, immutable, admission and, as to "back", write, or ConfigMismatch is raised.
         """
         check_name(name, "namespace")
@@ -182,8 +210,26 @@ class Cache(Namespace):
             bool(remote),
         )
         ttl_ms, jitter = parse_duration(ttl), parse_jitter(ttl_jitter)
+        encodings = self._parse_codec(codec, tensor)
         with self._lock:
+            self._encodings[name] = encodings
             return Namespace(self, options, ttl_ms, jitter, through=write == "through")
+
+    def _parse_codec(
+        self, wanted: str | Codec | Mapping[str, str | Codec] | None, tensor: TensorInfo | None
+    ) -> dict[str, Encoding]:
+        if wanted is None:
+            return {}
+        by_tier = wanted if isinstance(wanted, Mapping) else dict.fromkeys(_ENCODING_TIERS, wanted)
+        encodings = {}
+        for tier, spec in by_tier.items():
+            if tier not in _ENCODING_TIERS:
+                raise UnknownOption("tier with a codec", tier, list(_ENCODING_TIERS))
+            chosen = codec_named(spec)
+            if chosen.lossy and tensor is None:
+                raise ConfigError(f"codec={spec!r} is lossy and has to know what it encodes: tensor=TensorInfo(...)")
+            encodings[tier] = Encoding(chosen, tensor, self._sealer)
+        return encodings
 
     def holder(self, name: str, *, limit: int | str) -> Holder:
         """Return the holder of that name, who can keep records in memory, `limit` bytes at most.
@@ -197,6 +243,8 @@ class Cache(Namespace):
     def _open_space(self, options: SpaceOptions) -> _core.Space:
         self._check_open()
         ns = self._below.open_namespace(options.name, options.version, options.immutable).id if self._below else 0
+        if self._below:
+            self._below.encodings.set(ns, self._encodings.get(options.name, {}).get("disk"))
         return self._memory.store.open_namespace(ns, *options.native())
 
     # ---- The tier below, for namespaces
@@ -462,6 +510,7 @@ def open(
     disk: int | str | None = None,
     shared: bool | None = None,
     huge_pages: bool | None = None,
+    encryption: str | os.PathLike[str] | Keyring | None = None,
     remote: str | Sequence[str] | None = None,
     config: str | os.PathLike[str] | None = None,
 ) -> Cache:
@@ -476,6 +525,10 @@ def open(
     while at opening, in which the memory is copied once. Raises ConfigError, saying what to do, when the kernel
     refuses.
 
+    `encryption` is a file of keys, or a `kvstrata.codecs.Keyring`: all values on the disk and in tiers elsewhere are
+    encrypted then (AES-256-GCM); keys of records are not. Raises WrongKey where the disk's are encrypted under others,
+    and MissingExtra without `kvstrata[encryption]`.
+
     `remote` names one or more tiers elsewhere, asked in that order after a miss here: "redis://user:pw@host:6379/0",
     "rediss://...", "redis+cluster://...", "unix:///path", "s3://bucket/prefix"; docs/remote.md has all of it. All
     processes of this host that open the path must name the same. Raises MissingExtra without `kvstrata[valkey]` or
@@ -486,9 +539,12 @@ def open(
     """
     settings = Settings.gather(
         {
-            "path": path, "memory": memory, "disk": disk, "shared": shared, "huge_pages": huge_pages, "remote": remote,
+            "path": path, "memory": memory, "disk": disk, "shared": shared, "huge_pages": huge_pages,
+            "encryption": encryption, "remote": remote,
         },
         config=config,
         environment=os.environ,
     )  # fmt: skip
-    return Cache(settings.path, settings.options, settings.shared, settings.huge_pages, settings.remotes)
+    return Cache(
+        settings.path, settings.options, settings.shared, settings.huge_pages, settings.remotes, keys=settings.keys
+    )

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 __all__ = [
+    "ENCODED",
     "FORMAT",
     "IMMUTABLE",
     "LARGE_PAYLOAD",
@@ -27,6 +28,7 @@ __all__ = [
     "parse_descriptor",
     "parse_record",
     "payload_of",
+    "payload_start",
 ]
 
 FORMAT = 1
@@ -41,6 +43,9 @@ NAMESPACE = 2
 TAGGED = 4
 """Flag: it has tags, which only its row in the catalog tells."""
 
+ENCODED = 8
+"""Flag: the payload isn't the value itself, but what a codec made of it, or a seal."""
+
 UNIT = 64
 """Bytes: every record starts at a multiple of this and is a multiple of it long."""
 
@@ -50,6 +55,7 @@ PAGE = 4096
 LARGE_PAYLOAD = 65536
 """Bytes of payload from which on a record and its payload lie on pages."""
 
+_HEADER = 64  # bytes
 _NEWER_FORMAT = 2  # RecordCheck::newer_format
 
 
@@ -115,6 +121,14 @@ def payload_of(data: Buffer, record: Record, *, offset: int = 0) -> memoryview:
     """Return the stored payload of the record at `offset` of `data`, without a copy."""
     start = offset + record.payload_offset
     return memoryview(data)[start : start + record.stored_len]
+
+
+def payload_start(key_len: int, stored_len: int) -> int:
+    """Return at which byte of a record with such lengths the payload starts."""
+    if stored_len >= LARGE_PAYLOAD:
+        return PAGE
+    step = UNIT if stored_len >= PAGE else 16
+    return -(-(_HEADER + key_len) // step) * step
 
 
 def build_descriptor(namespace: NamespaceInfo, *, seed: int) -> bytes:

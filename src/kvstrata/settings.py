@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kvstrata.codecs.encryption import Keyring
 from kvstrata.config import CacheOptions
 from kvstrata.errors import ConfigError, UnknownOption
 from kvstrata.remote_url import RemoteURL
@@ -46,6 +47,7 @@ _OPTIONS = {
     "disk": _Option(None, _size, (int, str), _SIZE),
     "shared": _Option(True, _flag, (bool,), "yes or no"),
     "huge_pages": _Option(False, _flag, (bool,), "yes or no"),
+    "encryption": _Option(None, str, (str,), "the path of a file of keys"),
     "remote": _Option((), str.split, (str, list), "a URL, or several"),
 }
 
@@ -58,6 +60,7 @@ class Settings(NamedTuple):
     shared: bool
     huge_pages: bool
     remotes: list[RemoteURL]
+    keys: Keyring | None
 
     @classmethod
     def gather(
@@ -98,7 +101,16 @@ class Settings(NamedTuple):
             bool(values["shared"]),
             bool(values["huge_pages"]),
             _told([sources["remote"]], lambda: _urls(values["remote"])),
+            _told([sources["encryption"]], lambda: _keyring(values["encryption"])),
         )
+
+
+def _keyring(given: Any) -> Keyring | None:
+    if given is None or isinstance(given, Keyring):
+        return given
+    if not isinstance(given, (str, os.PathLike)):
+        raise ConfigError(f"encryption takes the path of a file of keys, or a Keyring, not {type(given).__name__}")
+    return Keyring.from_file(given)
 
 
 def _urls(remote: str | Sequence[str]) -> list[RemoteURL]:

@@ -33,13 +33,13 @@ class Operation(NamedTuple):
     data: bytes
 
 
-def build_recorder(directory: Path) -> Path:
-    """Compile the recorder; skips where there's no compiler."""
+def build_library(name: str, directory: Path) -> Path:
+    """Compile `name`.c, to be loaded before libc; skips where there's no compiler."""
     compiler = shutil.which("cc")
     if compiler is None:
-        pytest.skip("recording what a process writes takes a C compiler, and there is no cc")
-    library = directory / "record_io.so"
-    source = Path(__file__).with_name("record_io.c")
+        pytest.skip("standing between a process and its files takes a C compiler, and there is no cc")
+    library = directory / f"{name}.so"
+    source = Path(__file__).with_name(f"{name}.c")
     subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
     return library
 

@@ -1,6 +1,7 @@
 """How payloads are encoded: `codec("zstd:3")` and the like. docs/codecs.md says which to choose."""
 
 from kvstrata.codecs.base import AXES, Codec, ErrorStats, PartError, TensorInfo
+from kvstrata.codecs.encryption import Keyring
 from kvstrata.codecs.registry import CODECS, codec, decoder, encode
 from kvstrata.codecs.zstd import train_dictionary
 
@@ -9,6 +10,7 @@ __all__ = [
     "CODECS",
     "Codec",
     "ErrorStats",
+    "Keyring",
     "PartError",
     "TensorInfo",
     "codec",

@@ -87,6 +87,10 @@ class Keyring:
         """The key that seals: its id, and itself."""
         return self._newest
 
+    def knows(self, number: bytes) -> bool:
+        """Say whether the key with that id is among them."""
+        return number in self._keys
+
     def find(self, number: bytes) -> bytes:
         """Return the key with that id; raises WrongKey."""
         key = self._keys.get(number)

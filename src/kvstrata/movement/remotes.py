@@ -18,6 +18,7 @@ from kvstrata import _core
 from kvstrata.errors import TierUnavailable
 from kvstrata.movement.remote_writer import Change, RemoteWriter, Target, Unsent, trust_from
 from kvstrata.tiers.base import Key, Stats
+from kvstrata.tiers.encodings import Encoding
 from kvstrata.tiers.keyed import KeyedTier
 
 if TYPE_CHECKING:
@@ -88,13 +89,14 @@ class RemoteSpace:
 
     def __init__(
         self, name: str, version: int, *, immutable: bool, space: Callable[[], Space],
-        remotes: Callable[[], Remotes], replaced: Callable[[Space, Key, int], None],
+        remotes: Callable[[], Remotes], replaced: Callable[[Space, Key, int], None], encoding: Encoding,
     ) -> None:  # fmt: skip
         self._name = name
         self._version = version
         self._immutable = immutable
         self._space = space
         self._find = remotes
+        self._encoding = encoding
         self._replaced = replaced  # called with the number of a record that replaced one on disk
         self._bound: tuple[Remotes, list[Target]] | None = None
 
@@ -106,7 +108,11 @@ class RemoteSpace:
         if self._bound is None:
             remotes = self._find()
             targets = [
-                Target(self._space, tier.open_namespace(self._name, self._version), immutable=self._immutable)
+                Target(
+                    self._space,
+                    tier.open_namespace(self._name, self._version, self._encoding),
+                    immutable=self._immutable,
+                )
                 for tier in remotes.tiers
             ]
             self._bound = remotes, targets

@@ -14,6 +14,8 @@ from kvstrata.errors import TierUnavailable
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+    from kvstrata.tiers.encodings import Encodings
+
 __all__ = ["Arrived", "Key", "NamedRecord", "NamespaceState", "RecordStore", "Stats", "StoreFault", "Tier"]
 
 Key = str | bytes
@@ -40,6 +42,8 @@ class Tier(Protocol):
     """
 
     name: str
+    encodings: Encodings
+    """How values are stored in it."""
 
     def recover(self) -> None:
         """Bring what is stored in order, and tell a store that is new what there is."""

@@ -65,6 +65,7 @@ class Catalog:
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         self._held_for_fork = False
+        self._log_is_lost = False  # it could not be synced, and the kernel doesn't try again to write the same bytes
         self._named_log = 0  # inode of the write-ahead log whose name is known to be on the device
         self.unsynced_since: float | None = None  # when this process committed what isn't yet (time.monotonic)
         before_fork(self)
@@ -297,7 +298,9 @@ class Catalog:
         except FileNotFoundError:
             return  # all is in the database
         try:
+            self._log_is_lost = True
             os.fdatasync(fd)
+            self._log_is_lost = False
             inode = os.fstat(fd).st_ino
         finally:
             os.close(fd)
@@ -414,6 +417,9 @@ class Catalog:
         """Return a connection to the catalog that is in place now."""
         if self._directory in _out_of_reach:
             raise TierUnavailable("this process was forked while its parent used the catalog, and can't use it")
+        if self._log_is_lost:
+            self._log_is_lost = False
+            raise CatalogDamaged("its log could not be synced")
         if self._connection is not None and self.path.exists():
             return self._connection
         self.close()
@@ -478,5 +484,7 @@ class Catalog:
             if schema.describes_surroundings(error) and not in_the_way and not claimed:
                 raise TierUnavailable(f"{self.path}: {error}") from error
             raise CatalogDamaged(f"{self.path}: {error}") from error
+        except OSError as error:  # of the ledger, or while syncing
+            raise TierUnavailable(f"{self._directory}: {error.strerror or error}") from error
         except UnicodeDecodeError as error:  # in the message of an error, which quotes what is damaged
             raise CatalogDamaged(f"{self.path}: {error}") from error

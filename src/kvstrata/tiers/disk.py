@@ -1,7 +1,8 @@
 """The disk tier: records in segment files; where they lie is in the catalog and in the host's index.
 
 It settles every record that it is given and answers every load: what goes wrong below is counted, logged once
-and becomes a miss. Only a deletion or a new epoch raises, since it isn't durable then.
+and becomes a miss. Only a deletion or a new epoch raises, since it isn't durable then. When the device fails again and
+again, it isn't asked any more but now and then: meanwhile records stay in memory only, and loads are misses.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from kvstrata.errors import TierFull, TierUnavailable, VersionConflict
 from kvstrata.record import PAGE, NamespaceInfo, build_descriptor
 from kvstrata.tiers.base import Arrived, Key, NamespaceState, Stats
 from kvstrata.tiers.blockio import page_ceil
+from kvstrata.tiers.breaker import Breaker
 from kvstrata.tiers.capacity import Capacity
 from kvstrata.tiers.catalog import Catalog, CatalogDamaged, Lasting
 from kvstrata.tiers.counters import Counters, errno_name
+from kvstrata.tiers.encodings import Encodings
 from kvstrata.tiers.ledger import Ledger
 from kvstrata.tiers.loading import Loaded, Loader, key_bytes
 from kvstrata.tiers.recovery import recovered
@@ -28,6 +31,7 @@ from kvstrata.tiers.segments import SegmentSet, segment_bytes_for
 
 if TYPE_CHECKING:
     from kvstrata._core import DirtyRecord, Store
+    from kvstrata.codecs.encryption import Sealer
 
 __all__ = ["DiskTier"]
 
@@ -40,10 +44,13 @@ _COUNTERS = (
     "written_records",
     "written_bytes",
     "failed_records",
+    "refused_records",
+    "refused_loads",
     "loaded_records",
     "loaded_bytes",
     "unpromoted_records",
     "shared_loads",
+    "sealed_records",
     "corrupt_records",
     "vanished_records",
     "dropped_segments",
@@ -58,14 +65,25 @@ class DiskTier:
 
     name = "disk"
 
-    def __init__(self, directory: Path, capacity: int, store: Store, *, direct: bool = True, depth: int = 8) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        capacity: int,
+        store: Store,
+        *,
+        sealer: Sealer | None = None,
+        direct: bool = True,
+        depth: int = 8,
+    ) -> None:
         """Prepare the tier: at most `capacity` bytes over all files in it, `depth` transfers at a time.
 
+        With a `sealer` all values are encrypted.
         Raises TierUnavailable when the directory can't be used.
         """
         self.directory = directory
         self.capacity = capacity
         self._store = store
+        self.encodings = Encodings(sealer)
         self._counters = Counters(str(directory))
         self._namespaces: dict[int, NamespaceInfo] = {}
         self._segment_bytes = segment_bytes_for(capacity)
@@ -98,7 +116,18 @@ class DiskTier:
             )
         except OSError as error:
             raise TierUnavailable(f"{directory} can't hold a disk tier: {error.strerror or error}") from error
-        self._loader = Loader(store, self._segments, self._counters, describe=self._from_catalog, forget=self._forget)
+        # A full or read-only file system can still be read.
+        self._writing = Breaker(f"writing to {directory}")
+        self._reading = Breaker(f"reading from {directory}")
+        self._loader = Loader(
+            store,
+            self._segments,
+            self._counters,
+            self._reading,
+            self.encodings,
+            describe=self._from_catalog,
+            forget=self._forget,
+        )
 
     def recover(self) -> None:
         """Bring the directory in order and tell a store that is new what lies in it.
@@ -132,11 +161,12 @@ class DiskTier:
     def tend(self) -> None:
         """Sync what has waited for it long enough."""
         since = self._catalog.unsynced_since
-        if since is not None and time.monotonic() - since >= SYNC_S:
+        if since is not None and time.monotonic() - since >= SYNC_S and self._writing.state == "closed":
             try:
                 self.sync()
             except TierUnavailable as error:
                 self._counters.fault("sync", error)
+                self._writing.failure("sync", error)
 
     # ---- Namespaces
 
@@ -184,21 +214,36 @@ class DiskTier:
         alive = self._store.still_live(list(records))
         left = [record for record, lives in zip(records, alive, strict=True) if lives]
         self._store.mark_failed([record for record, lives in zip(records, alive, strict=True) if not lives])
+        if not left:
+            return
+        for record in left:
+            self.encodings.apply(record, self._store.seed)
+        if not self._writing.allow():
+            self._store.mark_failed(left)
+            self._counters.add("failed_records", len(left))
+            self._counters.add("refused_records", len(left))
+        elif self._write(left):
+            self._writing.success()
+
+    def _write(self, left: list[DirtyRecord]) -> bool:
+        """Store and settle records; returns whether the device did all that it should."""
         while left:
             try:
                 segment, offsets = self._append(left)
             except TierFull as error:
                 self._failed("full", error, left[:1])  # the others may be smaller
                 left = left[1:]
-            except OSError as error:
-                self._failed(errno_name(error.errno), error, left)
-                return
-            except TierUnavailable as error:
-                self._failed("catalog", error, left)
-                return
+            except (OSError, TierUnavailable) as error:
+                kind = errno_name(error.errno) if isinstance(error, OSError) else "catalog"
+                self._failed(kind, error, left)
+                self._writing.failure(kind, error)
+                return False
             else:
-                self._commit(left[: len(offsets)], segment, offsets)
-                left = left[len(offsets) :]
+                written, left = left[: len(offsets)], left[len(offsets) :]
+                if not self._commit(written, segment, offsets):
+                    self._failed("catalog", "not tried: the catalog failed before", left)
+                    return False
+        return True
 
     def load(self, ns: int, keys: Sequence[Key], arrived: Arrived | None = None) -> Loaded:
         """Return the values: promoted to memory and pinned, or in private memory where the tier has no room.
@@ -239,7 +284,11 @@ class DiskTier:
             draft.replace(self.directory / name)
 
     def stats(self) -> Stats:
-        """Return sizes in bytes and the counters of this process; "error <kind>" counts faults."""
+        """Return sizes in bytes and the counters of this process; "error <kind>" counts faults.
+
+        "write_breaker" and "read_breaker" are "closed" while all is well, and otherwise "open" or "half-open", with the
+        reason under "write_last_error" and "read_last_error".
+        """
         used = segments = 0
         with contextlib.suppress(OSError):
             used, segments = self._capacity.used(), len(self._segments.all())
@@ -250,6 +299,8 @@ class DiskTier:
             "direct": int(self._segments.direct),
             **dict.fromkeys(_COUNTERS, 0),
             **self._counters.snapshot(),
+            **{f"write_{name}": value for name, value in self._writing.stats().items()},
+            **{f"read_{name}": value for name, value in self._reading.stats().items()},
         }
 
     # ---- Inside: opening and repair
@@ -354,8 +405,8 @@ class DiskTier:
     def _append(self, records: list[DirtyRecord]) -> tuple[int, list[int]]:
         return self._mended(lambda: self._segments.append(records))
 
-    def _commit(self, records: list[DirtyRecord], segment: int, offsets: list[int]) -> None:
-        """Make rows of records that are written, and settle them."""
+    def _commit(self, records: list[DirtyRecord], segment: int, offsets: list[int]) -> bool:
+        """Make rows of records that are written, and settle them; returns False when the catalog fails."""
         for start in range(0, len(records), self._catalog.batch_rows):
             part = records[start : start + self._catalog.batch_rows]
             places = offsets[start : start + len(part)]
@@ -364,12 +415,15 @@ class DiskTier:
             except (TierFull, TierUnavailable) as error:
                 kind = "full" if isinstance(error, TierFull) else "catalog"
                 self._failed(kind, error, records[start:])
-                return
+                if kind == "catalog":
+                    self._writing.failure(kind, error)
+                return kind == "full"
             durable = [(r, at) for r, at, lives in zip(part, places, alive, strict=True) if lives]
             self._counters.add("written_records", len(durable))
             self._counters.add("written_bytes", sum(record.length for record, _ in durable))
             self._store.mark_durable([record for record, _ in durable], segment, [at for _, at in durable])
             self._store.mark_failed([r for r, lives in zip(part, alive, strict=True) if not lives])
+        return True
 
     def _add(self, records: list[DirtyRecord], segment: int, offsets: list[int]) -> list[bool]:
         """Commit rows; the store is asked which records still count. Returns which do."""
@@ -384,20 +438,28 @@ class DiskTier:
         ]
         return self._mended(lambda: self._catalog.add(rows, lambda: self._store.still_live(records)))
 
-    def _failed(self, kind: str, error: Exception, records: list[DirtyRecord]) -> None:
+    def _failed(self, kind: str, error: object, records: list[DirtyRecord]) -> None:
         """Let records stay in memory only."""
+        if not records:
+            return
         self._store.mark_failed(records)
         self._counters.add("failed_records", len(records))
         self._counters.fault(kind, error)
 
-    def _forget(self, ns: int, records: list[tuple[bytes, int]]) -> None:
-        """Drop records that proved to be wrong from index and catalog."""
-        for key, seq in records:
-            self._store.forget_disk(ns, key, seq)
+    def _forget(self, ns: int, records: list[tuple[bytes, int]]) -> bool:
+        """Drop records that proved to be wrong from catalog and index.
+
+        While there is a row, the index has to know of it, or nobody would delete it when its key is put again.
+        """
         try:
             self.delete(ns, [(key, seq + 1) for key, seq in records])
         except TierUnavailable as error:
             self._counters.fault("catalog", error)
+            self._reading.failure("catalog", error)
+            return False
+        for key, seq in records:
+            self._store.forget_disk(ns, key, seq)
+        return True
 
     # ---- Inside: namespaces
 

@@ -7,6 +7,7 @@ docs/format.md says how both are made. A namespace has a generation there, a ran
 
 from __future__ import annotations
 
+import logging
 import secrets
 import struct
 import threading
@@ -18,10 +19,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 import blake3
 
 from kvstrata import _core
-from kvstrata.errors import CorruptRecord, FormatError, TierUnavailable
+from kvstrata.errors import CorruptRecord, FormatError, TierUnavailable, WrongKey
 from kvstrata.record import NAMESPACE, TAGGED, build_record, parse_record, payload_of
 from kvstrata.tiers.base import Key, NamedRecord, RecordStore, Stats, StoreFault
 from kvstrata.tiers.breaker import Breaker
+from kvstrata.tiers.encodings import Encoding
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -38,13 +40,21 @@ _CONTEXT = "kvstrata 2026-11 remote namespace"
 _LONGEST_KEY = 64  # bytes that stand in a name as they are; of longer keys their digest does
 _GENERATION = b"generation"  # the key of the record that holds it
 _NUMBER = struct.Struct("<Q")
+_LEAST_RATIO, _SMALL = 1024, 65536
+_log = logging.getLogger("kvstrata")
 _COUNTERS = (
+    "sealed_records",
     "lookups", "hits", "misses", "refused_lookups", "rejected_records", "expired_records",
     "written_records", "written_bytes", "deleted_records", "generations_read", "generations_made",
 )  # fmt: skip
 
 T = TypeVar("T")
 _Question = Callable[[Sequence[bytes], float], list[Any]]  # names and seconds -> an answer to each
+
+
+def _identity(name: bytes, written: int) -> bytes:
+    """What a sealed payload belongs to."""
+    return name + _NUMBER.pack(written)
 
 
 class Found(NamedTuple):
@@ -62,12 +72,13 @@ class _Moved(Exception):
 class KeyedSpace:
     """A namespace in such a tier: what its names start with, and a copy of its generation."""
 
-    def __init__(self, prefix: bytes, name: str, version: int) -> None:
+    def __init__(self, prefix: bytes, name: str, version: int, encoding: Encoding) -> None:
         identity = struct.pack("<I", len(name.encode())) + name.encode() + struct.pack("<I", version)
         digest = blake3.blake3(identity, derive_key_context=_CONTEXT).digest(length=20)
         self.start = prefix + b":" + digest[:16]
         self.seed = int.from_bytes(digest[16:], "little")
         self.version = version
+        self.encoding = encoding
         self.generation: int | None = None  # None: there is none, or nobody has looked yet
         self.known_at = float("-inf")  # when it was looked at, monotonic
         self.known_in: object = None  # and in which state of this host
@@ -119,9 +130,9 @@ class KeyedTier:
         self._numbers: Counter[str] = Counter()
         self._lock = threading.Lock()
 
-    def open_namespace(self, name: str, version: int) -> KeyedSpace:
-        """Return the place of a namespace; nobody is asked yet."""
-        return KeyedSpace(self._prefix, name, version)
+    def open_namespace(self, name: str, version: int, encoding: Encoding | None = None) -> KeyedSpace:
+        """Return the place of a namespace, in which values are stored by that encoding; nobody is asked yet."""
+        return KeyedSpace(self._prefix, name, version, encoding or Encoding())
 
     # ---- Looking up
 
@@ -140,14 +151,39 @@ class KeyedTier:
             )
             for position, record in enumerate(checked):
                 if isinstance(record, tuple):
-                    start, length, expires, written = record
+                    start, length, expires, written, number, value_len = record
                     value = memoryview(cast("Buffer", data[position]))[start : start + length].toreadonly()
+                    if number:
+                        decoded = self._decoded(space, keys[position], generation, written, number, value, value_len)
+                        if decoded is None:
+                            continue
+                        value = decoded
                     result[position] = Found(value, expires, written)
                 elif record is not None:
                     self._count(**{record: 1})
         hits = sum(found is not None for found in result)
         self._count(hits=hits, misses=len(keys) - hits)
         return result
+
+    def _decoded(
+        self, space: KeyedSpace, key: Key, generation: int, written: int, number: int, payload: memoryview, length: int
+    ) -> memoryview | None:
+        """Return the value of a record that is encoded; None, counted, where that can't be done."""
+        if length > _LEAST_RATIO * max(len(payload), _SMALL):  # nothing can be that much smaller than its value
+            self._count(rejected_records=1)
+            return None
+        out = bytearray(length)
+        try:
+            space.encoding.decode_into(number, payload, _identity(space.names([key], generation)[0], written), out)
+        except CorruptRecord:
+            self._count(rejected_records=1)
+            return None
+        except WrongKey as wrong:
+            if not self._numbers["sealed_records"]:
+                _log.error("kvstrata: %s: %s", self.name, wrong)
+            self._count(sealed_records=1)
+            return None
+        return memoryview(out).toreadonly()
 
     def contains(self, space: KeyedSpace, keys: Sequence[Key], state: object) -> list[bool]:
         """Say which keys seem to be there; only a load checks."""
@@ -243,6 +279,16 @@ class KeyedTier:
         items = []
         for name, record in zip(names, records, strict=True):
             view = record.view
+            if not space.encoding.plain:
+                start = record.payload_offset
+                number, payload = space.encoding.encode(view[start : start + record.stored_len], _identity(name, now))
+                if number:
+                    whole = _core.encode_record(
+                        view, payload, codec=number, seed=space.seed, ns=0, version=space.version,
+                        epoch=generation & 0xFFFFFFFF, seq=now,
+                    )  # fmt: skip
+                    items.append(NamedRecord(name, (whole,), record.expires))
+                    continue
             frame = _core.readdressed_frame(
                 view, seed=space.seed, ns=0, version=space.version, epoch=generation & 0xFFFFFFFF, seq=now
             )
@@ -255,7 +301,7 @@ class KeyedTier:
         self._remember(space, space.known_in, current, asked_at)
         if space.generation != generation:
             raise StoreFault("cleared", f"{self.name}: the namespace was cleared meanwhile", sent=False)
-        self._count(written_records=len(items), written_bytes=sum(record.length for record in records))
+        self._count(written_records=len(items), written_bytes=sum(item.length for item in items))
 
     def delete(self, space: KeyedSpace, keys: Sequence[Key]) -> None:
         """Forget records before it returns; raises StoreFault, and TierUnavailable while nobody is asked."""

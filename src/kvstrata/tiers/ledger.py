@@ -126,9 +126,15 @@ class Ledger:
         """Replace the mark, with `through` also on the device. The lock must be held."""
         self._known = mark
         data = _LAYOUT.pack(_MAGIC, FORMAT, *mark, 0)[:-4]
+        before = os.pread(self._fd, _LAYOUT.size, 0)
         os.pwrite(self._fd, data + _core.crc32c(data).to_bytes(4, "little"), 0)
         if through:
-            os.fdatasync(self._fd)
+            try:
+                os.fdatasync(self._fd)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.pwrite(self._fd, before, 0)  # or what isn't on the device would pass for it
+                raise
 
     def close(self) -> None:
         """Give the file back; it is opened again when needed."""

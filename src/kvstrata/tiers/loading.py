@@ -6,18 +6,20 @@ import errno
 import os
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvstrata import _core
-from kvstrata.errors import CorruptRecord, FormatError
-from kvstrata.record import TAGGED, NamespaceInfo, parse_record, payload_of
+from kvstrata.errors import CorruptRecord, FormatError, WrongKey
+from kvstrata.record import TAGGED, NamespaceInfo, Record, parse_record, payload_of, payload_start
 from kvstrata.tiers.base import Arrived, Key
 from kvstrata.tiers.blockio import SHORT_READ, Read, aligned_buffer
+from kvstrata.tiers.breaker import Breaker
 from kvstrata.tiers.counters import Counters, errno_name
+from kvstrata.tiers.encodings import Encodings
 from kvstrata.tiers.segments import SegmentSet
 
 if TYPE_CHECKING:
-    from kvstrata._core import Pin, Store, Write
+    from kvstrata._core import LoadClaim, Pin, Store, Write
 
 __all__ = ["Loaded", "Loader", "key_bytes"]
 
@@ -33,7 +35,7 @@ class Loader:
     """Loads records for a disk tier.
 
     `describe(ns)` returns what the catalog says of a namespace, None when it can't be asked.
-    `forget(ns, records)` is given key and number of those that proved to be wrong.
+    `forget(ns, records)` is given key and number of those that proved to be wrong; returns False if it can't forget.
     """
 
     def __init__(
@@ -41,13 +43,17 @@ class Loader:
         store: Store,
         segments: SegmentSet,
         counters: Counters,
+        breaker: Breaker,
+        encodings: Encodings,
         *,
         describe: Callable[[int], NamespaceInfo | None],
-        forget: Callable[[int, list[tuple[bytes, int]]], None],
+        forget: Callable[[int, list[tuple[bytes, int]]], bool],
     ) -> None:
         self._store = store
         self._segments = segments
         self._counters = counters
+        self._breaker = breaker
+        self._encodings = encodings
         self._describe = describe
         self._forget = forget
 
@@ -59,10 +65,7 @@ class Loader:
         process, is waited for and not read again: then it is in memory.
         """
         results: Loaded = [None] * len(keys)
-        loads = self._located(ns, [(position, key_bytes(key)) for position, key in enumerate(keys)])
-        others: list[_Load] = []
-        for start in range(0, len(loads), _AT_ONCE):
-            others += self._load_some(ns, loads[start : start + _AT_ONCE], results, arrived)
+        others = self._load_all(ns, self._located(ns, list(enumerate(map(key_bytes, keys)))), results, arrived)
         if others:
             self._counters.add("shared_loads", len(others))
         pause = _FIRST_PAUSE_S
@@ -71,91 +74,146 @@ class Loader:
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
             there = self._located(ns, [(load.position, load.key) for load in others])  # still
-            take_over = time.monotonic() >= patient_until
-            others = []
-            for start in range(0, len(there), _AT_ONCE):
-                others += self._load_some(ns, there[start : start + _AT_ONCE], results, arrived, take_over)
+            others = self._load_all(ns, there, results, arrived, take_over=time.monotonic() >= patient_until)
         return results
 
     def _located(self, ns: int, keys: list[tuple[int, bytes]]) -> list[_Load]:
         """Return those that lie on disk only; `keys` are position and key."""
         locations = self._store.find_on_disk(ns, [key for _, key in keys])
-        return [_Load(*key, *at) for key, at in zip(keys, locations, strict=True) if at is not None]
+        return [_Load(place, key, *at) for (place, key), at in zip(keys, locations, strict=True) if at is not None]
 
-    def _load_some(
-        self, ns: int, wanted: list[_Load], results: Loaded, arrived: Arrived | None, take_over: bool = False
+    def _load_all(
+        self, ns: int, loads: list[_Load], results: Loaded, arrived: Arrived | None, *, take_over: bool = False
     ) -> list[_Load]:
         """Load what nobody else is loading, or with `take_over` all; returns the others."""
-        loads: list[_Load] = []
         others: list[_Load] = []
-        writes: list[Write | None] = []
+        for start in range(0, len(loads), _AT_ONCE):
+            if not self._breaker.allow():
+                self._counters.add("refused_loads", len(loads) - start)
+                break
+            mine: list[tuple[_Load, Write | LoadClaim | None]] = []
+            for load in loads[start : start + _AT_ONCE]:
+                claim = self._claim(ns, load, take_over)
+                if claim is _core.LOADING:
+                    others.append(load)
+                else:
+                    mine.append((load, claim))
+            if self._load_some(ns, mine, results, arrived):
+                self._breaker.success()
+        return others
+
+    def _claim(self, ns: int, load: _Load, take_over: bool) -> Any:
+        """Return where to read it to, None for private memory, or a claim of what has to be decoded first."""
+        if load.encoded:
+            return self._store.claim_load(load.entry, load.seq, take_over)
+        return self._store.begin_load(ns, load.key, load.entry, load.seq, load.length, take_over)
+
+    def _load_some(
+        self, ns: int, loads: list[tuple[_Load, Write | LoadClaim | None]], results: Loaded, arrived: Arrived | None
+    ) -> bool:
+        """Load some; returns whether the device did what it should."""
         reads: list[Read] = []
         lost: list[tuple[bytes, int]] = []
-        for load in wanted:
-            write = self._store.begin_load(ns, load.key, load.entry, load.seq, load.length, take_over)
-            if write is _core.LOADING:
-                others.append(load)
-                continue
-            loads.append(load)
-            buffer = aligned_buffer(load.length) if write is None else write.view()
-            writes.append(write)
+        faults: dict[int, str] = {}  # errno -> where
+        for load, place in loads:
+            buffer = place.view() if isinstance(place, _core.Write) else aligned_buffer(load.length)
             reads.append(Read(load.segment, load.offset, buffer))
 
         def done(index: int, error: int) -> None:
-            load, write = loads[index], writes[index]
+            load, place = loads[index]
             if error:
-                if write is not None:
-                    write.abort()
+                if isinstance(place, _core.Write):
+                    place.abort()
                 if error in (errno.ENOENT, SHORT_READ):
                     lost.append((load.key, load.seq))
                     self._counters.add("vanished_records")
                 else:
-                    place = self._segments.path_of(load.segment)
-                    self._counters.fault(errno_name(error), f"{place} can't be read: {os.strerror(error)}")
+                    told = self._segments.path_of(load.segment)
+                    faults[error] = f"{told} can't be read: {os.strerror(error)}"
+                    self._counters.fault(errno_name(error), faults[error])
                 return
             try:
-                value = self._checked(ns, load, reads[index].buffer) if write is None else write.commit()
+                if isinstance(place, _core.Write):
+                    value: Pin | memoryview | None = place.commit()
+                else:
+                    value = self._decoded(ns, load, reads[index].buffer, place)
             except CorruptRecord as corrupt:
-                if write is not None:
-                    write.abort()
+                if isinstance(place, _core.Write):
+                    place.abort()
                 lost.append((load.key, load.seq))
                 self._store.count_corrupt()
                 self._counters.add("corrupt_records")
                 self._counters.fault("corrupt", f"segment {load.segment}, byte {load.offset}: {corrupt}")
                 return
+            except WrongKey as wrong:  # somebody may have the right one
+                self._counters.add("sealed_records")
+                self._counters.fault("key", wrong)
+                return
             if value is not None:
                 results[load.position] = value
                 self._counters.add("loaded_records")
                 self._counters.add("loaded_bytes", load.length)
-                if write is None:
+                if isinstance(value, memoryview):
                     self._counters.add("unpromoted_records")
                 if arrived is not None:
                     arrived(load.position, value)
 
         self._segments.read(reads, done)
-        if lost:
-            self._forget(ns, lost)
-        return others
+        if lost and not self._forget(ns, lost):
+            return False
+        for code, told in faults.items():
+            self._breaker.failure(errno_name(code), told)
+            break
+        return not faults
 
-    def _checked(self, ns: int, load: _Load, data: memoryview) -> memoryview | None:
-        """Return the value of a record in private memory if it still counts, as the store would check it.
+    def _decoded(self, ns: int, load: _Load, data: memoryview, claim: LoadClaim | None) -> Pin | memoryview | None:
+        """Return the value of a record that was read to private memory; promoted where it had to be decoded.
 
-        Raises CorruptRecord.
+        None where it doesn't count any more. Raises CorruptRecord, and WrongKey where it was encrypted under a key that
+        isn't known.
         """
+        record = self._parsed(ns, load, data)
+        payload = payload_of(data, record)
+        write: Write | None = None
+        if claim is not None:
+            length = _core.record_bytes(len(record.key), record.value_len)
+            write = self._store.begin_load(ns, load.key, load.entry, load.seq, length, claim=claim)
+        if write is None:
+            if not self._counts(record):
+                return None
+            if not load.encoded:
+                return payload.toreadonly()
+            value = memoryview(bytearray(record.value_len))
+            self._encodings.decode_into(record, payload, value)
+            return value.toreadonly()
+        try:
+            view = write.view()
+            start = payload_start(len(record.key), record.value_len)
+            self._encodings.decode_into(record, payload, view[start : start + record.value_len])
+            _core.decode_record(data, view, seed=self._store.seed)
+            return write.commit()
+        except BaseException:
+            write.abort()
+            raise
+
+    def _parsed(self, ns: int, load: _Load, data: memoryview) -> Record:
+        """Check that it is the record that should be there; raises CorruptRecord."""
         try:
             record = parse_record(data, seed=self._store.seed)
         except FormatError as error:
             raise CorruptRecord(str(error)) from error
         if (record.ns, record.key, record.seq, record.length) != (ns, load.key, load.seq, load.length):
             raise CorruptRecord("another record lies in its place")
-        info = self._describe(ns)
+        return record
+
+    def _counts(self, record: Record) -> bool:
+        """Say whether it counts still, as the store would."""
+        info = self._describe(record.ns)
         if info is None or (record.version, record.epoch) != (info.version, info.epoch):
-            return None
+            return False
         if record.flags & TAGGED:
-            return None  # only the store knows whether its tags still count
-        if 0 < record.expires <= time.time_ns() // 1_000_000:
-            return None
-        return payload_of(data, record).toreadonly()
+            return False  # only the store knows whether its tags still count
+        return not 0 < record.expires <= time.time_ns() // 1_000_000
 
 
 class _Load(NamedTuple):
@@ -168,6 +226,7 @@ class _Load(NamedTuple):
     segment: int
     offset: int
     length: int
+    encoded: bool
 
 
 def key_bytes(key: Key) -> bytes:

@@ -1,0 +1,136 @@
+"""What becomes of values below memory: encoded by the codec of their namespace, and sealed where the cache has keys.
+
+Records say themselves how they were encoded, so any process reads them, whatever codec it would use itself; only
+dictionaries and keys have to be known.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvstrata.codecs.base import Codec, TensorInfo, bytes_of
+from kvstrata.codecs.encryption import SEALED, Keyring, Sealer
+from kvstrata.codecs.raw import Raw
+from kvstrata.codecs.registry import decoder, encode
+from kvstrata.codecs.zstd import Zstd
+from kvstrata.errors import CorruptRecord, FormatError, InvalidValue, WrongKey
+from kvstrata.record import Record
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from kvstrata._core import DirtyRecord
+
+__all__ = ["KEYS_FILE", "Encoding", "Encodings", "check_keys", "keys_in_use"]
+
+KEYS_FILE = "encryption.json"
+_IDENTITY = struct.Struct("<IIIQ")  # namespace, version, epoch, number
+_RAW = Raw()
+
+
+class Encoding:
+    """How the values of a namespace are stored in a tier: by a codec, told what tensors they are, and sealed.
+
+    A value that isn't such a tensor is stored raw, as is one that the codec doesn't make smaller.
+    """
+
+    def __init__(self, codec: Codec = _RAW, tensor: TensorInfo | None = None, sealer: Sealer | None = None) -> None:
+        self.codec = codec
+        self.tensor = tensor
+        self.sealer = sealer
+
+    @property
+    def plain(self) -> bool:
+        """Whether it leaves values as they are."""
+        return self.codec.id == _RAW.id and self.sealer is None
+
+    def encode(self, value: Buffer, identity: bytes) -> tuple[int, Buffer]:
+        """Return the number for the record's header, 0 for raw, and the payload."""
+        try:
+            number, payload = encode(self.codec, value, self.tensor)
+        except InvalidValue:
+            number, payload = _RAW.id, value
+        if self.sealer is None:
+            return number, payload
+        return SEALED, self.sealer.seal(number, payload, identity)
+
+    def decode_into(self, number: int, payload: Buffer, identity: bytes, out: Buffer) -> None:
+        """Fill `out`, which has the value's bytes; raises CorruptRecord and WrongKey."""
+        if number == SEALED:
+            if self.sealer is None:
+                raise WrongKey("this was encrypted; open the cache with the keys: encryption=...")
+            number, payload = self.sealer.open(payload, identity)
+        if number == _RAW.id:
+            data, target = bytes_of(payload), bytes_of(out)
+            if data.nbytes != target.nbytes:
+                raise CorruptRecord("a raw payload of another length than its value")
+            target[:] = data
+            return
+        known = self.codec
+        try:
+            chosen = known if isinstance(known, Zstd) and number == known.id else decoder(number)
+        except FormatError as error:
+            raise CorruptRecord(str(error)) from error
+        chosen.decode_into(payload, out)
+
+
+class Encodings:
+    """The encodings of all namespaces in the disk tier. `sealer`: the cache has keys."""
+
+    def __init__(self, sealer: Sealer | None) -> None:
+        self._default = Encoding(sealer=sealer)
+        self._of: dict[int, Encoding] = {}
+
+    def set(self, ns: int, encoding: Encoding | None) -> None:
+        """From now on values of that namespace are encoded so; None: as those of others."""
+        if encoding is None:
+            self._of.pop(ns, None)
+        else:
+            self._of[ns] = encoding
+
+    def apply(self, record: DirtyRecord, seed: int) -> None:
+        """Let a record that is on its way down be stored as its namespace wants it."""
+        encoding = self._of.get(record.ns, self._default)
+        if encoding.plain:
+            return
+        start = record.payload_offset
+        value = record.view[start : start + record.stored_len]
+        identity = _IDENTITY.pack(record.ns, record.version, record.epoch, record.seq) + record.key
+        number, payload = encoding.encode(value, identity)
+        if number != _RAW.id:
+            record.encode(payload, codec=number, seed=seed)
+
+    def decode_into(self, record: Record, payload: Buffer, out: Buffer) -> None:
+        """Fill `out` with the value of a record; raises CorruptRecord and WrongKey."""
+        encoding = self._of.get(record.ns, self._default)
+        identity = _IDENTITY.pack(record.ns, record.version, record.epoch, record.seq) + record.key
+        encoding.decode_into(record.codec, payload, identity, out)
+
+
+def check_keys(directory: Path, keys: Keyring | None) -> None:
+    """Raise WrongKey if values in the directory are encrypted, and under keys that aren't known."""
+    try:
+        used = [bytes.fromhex(number) for number in json.loads((directory / KEYS_FILE).read_bytes())]
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, TypeError):
+        return  # damaged: what can't be opened is told then
+    if keys is None:
+        raise WrongKey(f"the values in {directory} are encrypted; open the cache with the keys: encryption=...")
+    unknown = [number for number in used if not keys.knows(number)]
+    if len(unknown) == len(used):
+        listed = ", ".join(number.hex() for number in unknown)
+        raise WrongKey(f"the values in {directory} are encrypted under the keys {listed}; none of them is given")
+
+
+def keys_in_use(directory: Path, keys: Keyring) -> bytes | None:
+    """Return what KEYS_FILE has to say from now on; None when it says so."""
+    try:
+        used = list(json.loads((directory / KEYS_FILE).read_bytes()))
+    except (OSError, ValueError, TypeError):
+        used = []
+    newest = keys.newest[0].hex()
+    return None if newest in used else json.dumps([*used, newest]).encode()
