@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from support.stores import MemoryStore
 from support.values import make_value, serial_of
 
 import kvstrata
-from kvstrata.errors import ConfigError, TierUnavailable, UnknownOption
+from kvstrata.errors import ConfigError, MissingExtra, TierUnavailable, UnknownOption
 from kvstrata.remote_url import RemoteURL
 from kvstrata.tiers.base import StoreFault
 from kvstrata.tiers.breaker import Breaker
@@ -614,6 +615,15 @@ def test_secrets_are_told_to_nobody(
     told += [record.getMessage() for record in caplog.records]
     assert [text for text in told if "hunter2" in text] == []
     assert any("refuses this user or password" in text for text in told)
+
+
+@pytest.mark.parametrize(("package", "url"), [("valkey", "redis://host"), ("obstore", "s3://bucket")])
+def test_without_the_package_the_error_names_the_extra(
+    open_cache: OpenCache, monkeypatch: pytest.MonkeyPatch, package: str, url: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtra, match=r"kvstrata\[(valkey|s3)\]"):
+        open_cache(remote=url)
 
 
 def test_an_unknown_kind_or_option_is_an_error_that_names_the_nearest(open_cache: OpenCache) -> None:

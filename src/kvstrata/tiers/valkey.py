@@ -249,6 +249,7 @@ class ValkeyStore:
             kind = kinds.SSLConnection
         else:
             kind = kinds.Connection
+        options = {name: value for name, value in options.items() if name != "ssl"}  # the cluster client's word for it
         limits = {"socket_timeout": _HANDSHAKE_S}
         if "path" not in options:
             limits |= {"socket_connect_timeout": _HANDSHAKE_S}
