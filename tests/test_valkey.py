@@ -203,6 +203,7 @@ def test_a_server_that_is_not_there_is_a_fault_at_once() -> None:
         with opened(**options) as store, pytest.raises(StoreFault) as raised:
             store.read([b"name"], PATIENCE_S)
         assert raised.value.kind in ("ECONNREFUSED", "ENOENT")
+        assert str(raised.value) in ("the store: Connection refused", "the store: No such file or directory")
 
 
 def test_a_server_that_stands_still_is_a_timeout_and_its_late_answers_are_nobody_elses() -> None:

@@ -201,6 +201,8 @@ class ValkeyStore:
         except StoreFault as fault:
             self._stale = True
             # What was there before the fault counts for a read; a reply that didn't come is None already.
+            if str(fault).startswith(self.name):
+                raise
             raise StoreFault(fault.kind, f"{self.name}: {fault}", sent=fault.sent) from fault
         if failed is not None:
             raise StoreFault(
