@@ -317,15 +317,19 @@ def test_what_is_changed_while_it_is_being_read_there_does_not_come_back(
     assert cache.get("key") in ((None, b"new") if change == "put" else (None,))
 
 
-def test_of_two_processes_writes_the_newer_one_stays_whoever_is_late(host: Hosts, slow: type[SlowStore]) -> None:
+def test_of_two_processes_writes_the_newer_one_stays_though_the_older_one_arrives_last(
+    host: Hosts, slow: type[SlowStore], stores: SharedStores
+) -> None:
     one, other = host("same"), host("same")
-    slow.gate.clear()
+    its_store, _ = stores.opened[RemoteURL.parse(ONE).label]
+    assert isinstance(its_store, SlowStore)
+    its_store.gate, its_store.writing = threading.Event(), threading.Event()  # type: ignore[misc]
     one.put("key", b"older")
-    wait_for(lambda: one.stats()["remote"][0]["queued_records"] == 1)
+    assert its_store.writing.wait(PATIENCE_S)
     other.put("key", b"newer")
-    slow.gate.set()
-    one.flush()
     other.flush()
+    its_store.gate.set()
+    one.flush()
     push_out(one)
     assert one.get("key") in (None, b"newer")
 

@@ -240,13 +240,9 @@ class KeyedTier:
         assert generation is not None
         names = space.names([record.key for record in records], generation)
         now = time.time_ns()
-        items = []
-        for name, record in zip(names, records, strict=True):
-            view = record.view
-            frame = _core.readdressed_frame(
-                view, seed=space.seed, ns=0, version=space.version, epoch=generation & 0xFFFFFFFF, seq=now
-            )
-            items.append(NamedRecord(name, (frame, view[len(frame) :]), record.expires))
+        items = [
+            _readdressed(name, record, space, generation, now) for name, record in zip(names, records, strict=True)
+        ]
         if self._bloom is not None:
             self._bloom.add_many(names)
         asked_at = time.monotonic()
@@ -371,3 +367,12 @@ class KeyedTier:
     def _failed(self, fault: StoreFault) -> None:
         self._count(**{f"error {fault.kind}": 1})
         self.breaker.failure(fault.kind, fault)
+
+
+def _readdressed(name: bytes, record: DirtyRecord, space: KeyedSpace, generation: int, now: int) -> NamedRecord:
+    """A record under its name there; its payload is sent from where it lies."""
+    view = record.view
+    frame = _core.readdressed_frame(
+        view, seed=space.seed, ns=0, version=space.version, epoch=generation & 0xFFFFFFFF, seq=now
+    )
+    return NamedRecord(name, (frame, view[len(frame) :]), record.expires)

@@ -344,10 +344,13 @@ def _within(deadline: Deadline, call: Callable[[], T], late: Callable[[T], objec
         if not done:
             abandoned = True
             raise StoreFault("timeout", "no connection within the time limit", sent=False)
-    result = done[0]
-    if isinstance(result, BaseException):
-        raise result
-    return result
+    answer = done.pop()
+    if isinstance(answer, BaseException):
+        try:
+            raise answer
+        finally:
+            del answer  # else the exception and this frame would keep each other, and the callers' frames
+    return answer
 
 
 def _get(name: bytes) -> list[Buffer]:
