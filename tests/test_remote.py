@@ -317,6 +317,30 @@ def test_what_is_changed_while_it_is_being_read_there_does_not_come_back(
     assert cache.get("key") in ((None, b"new") if change == "put" else (None,))
 
 
+@pytest.mark.parametrize("change", ["clear", "delete_prefix"])
+def test_what_was_being_read_there_does_not_come_in_while_a_namespace_is_emptied(
+    host: Hosts, slow: type[SlowStore], change: str
+) -> None:
+    a = host("a")
+    a.put("key", b"old")
+    a.flush()
+    cache = host("b")
+    slow.read_gate.clear()
+    reader = threading.Thread(target=cache.get, args=("key",))
+    reader.start()
+    assert slow.reading.wait(PATIENCE_S)
+    slow.gate.clear()
+    slow.writing.clear()
+    changer = threading.Thread(target=cache.clear if change == "clear" else lambda: cache.delete_prefix("k"))
+    changer.start()
+    assert slow.writing.wait(PATIENCE_S)  # it is done here, and is being done there
+    slow.read_gate.set()
+    reader.join()
+    slow.gate.set()
+    changer.join()
+    assert cache.get("key") is None
+
+
 def test_of_two_processes_writes_the_newer_one_stays_though_the_older_one_arrives_last(
     host: Hosts, slow: type[SlowStore], stores: SharedStores
 ) -> None:
