@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from support.stores import MemoryStore
 from support.values import make_value, serial_of
 
 import kvstrata
-from kvstrata.errors import ConfigError, TierUnavailable, UnknownOption
+from kvstrata.errors import ConfigError, MissingExtra, TierUnavailable, UnknownOption
 from kvstrata.remote_url import RemoteURL
 from kvstrata.tiers.base import StoreFault
 from kvstrata.tiers.breaker import Breaker
@@ -316,15 +317,43 @@ def test_what_is_changed_while_it_is_being_read_there_does_not_come_back(
     assert cache.get("key") in ((None, b"new") if change == "put" else (None,))
 
 
-def test_of_two_processes_writes_the_newer_one_stays_whoever_is_late(host: Hosts, slow: type[SlowStore]) -> None:
-    one, other = host("same"), host("same")
+@pytest.mark.parametrize("change", ["clear", "delete_prefix"])
+def test_what_was_being_read_there_does_not_come_in_while_a_namespace_is_emptied(
+    host: Hosts, slow: type[SlowStore], change: str
+) -> None:
+    a = host("a")
+    a.put("key", b"old")
+    a.flush()
+    cache = host("b")
+    slow.read_gate.clear()
+    reader = threading.Thread(target=cache.get, args=("key",))
+    reader.start()
+    assert slow.reading.wait(PATIENCE_S)
     slow.gate.clear()
-    one.put("key", b"older")
-    wait_for(lambda: one.stats()["remote"][0]["queued_records"] == 1)
-    other.put("key", b"newer")
+    slow.writing.clear()
+    changer = threading.Thread(target=cache.clear if change == "clear" else lambda: cache.delete_prefix("k"))
+    changer.start()
+    assert slow.writing.wait(PATIENCE_S)  # it is done here, and is being done there
+    slow.read_gate.set()
+    reader.join()
     slow.gate.set()
-    one.flush()
+    changer.join()
+    assert cache.get("key") is None
+
+
+def test_of_two_processes_writes_the_newer_one_stays_though_the_older_one_arrives_last(
+    host: Hosts, slow: type[SlowStore], stores: SharedStores
+) -> None:
+    one, other = host("same"), host("same")
+    its_store, _ = stores.opened[RemoteURL.parse(ONE).label]
+    assert isinstance(its_store, SlowStore)
+    its_store.gate, its_store.writing = threading.Event(), threading.Event()  # type: ignore[misc]
+    one.put("key", b"older")
+    assert its_store.writing.wait(PATIENCE_S)
+    other.put("key", b"newer")
     other.flush()
+    its_store.gate.set()
+    one.flush()
     push_out(one)
     assert one.get("key") in (None, b"newer")
 
@@ -614,6 +643,15 @@ def test_secrets_are_told_to_nobody(
     told += [record.getMessage() for record in caplog.records]
     assert [text for text in told if "hunter2" in text] == []
     assert any("refuses this user or password" in text for text in told)
+
+
+@pytest.mark.parametrize(("package", "url"), [("valkey", "redis://host"), ("obstore", "s3://bucket")])
+def test_without_the_package_the_error_names_the_extra(
+    open_cache: OpenCache, monkeypatch: pytest.MonkeyPatch, package: str, url: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtra, match=r"kvstrata\[(valkey|s3)\]"):
+        open_cache(remote=url)
 
 
 def test_an_unknown_kind_or_option_is_an_error_that_names_the_nearest(open_cache: OpenCache) -> None:

@@ -6,10 +6,12 @@ import contextlib
 import secrets
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from record_store_contract import PATIENCE_S, RecordStoreContract, record
+from conftest import OpenCache
+from record_store_contract import PATIENCE_S, RecordStoreContract, pattern, record
 from support.servers import Server, free_ports, s3_server
 
 from kvstrata.tiers.base import StoreFault
@@ -76,3 +78,19 @@ def test_a_server_that_is_not_there_is_a_fault_within_the_time_limit() -> None:
         assert raised.value.found == [None, None]
     finally:
         store.close()
+
+
+def test_hosts_share_records_through_a_bucket(server: Server, open_cache: OpenCache, tmp_path: Path) -> None:
+    query = f"endpoint=http://127.0.0.1:{server.port}&region=us-east-1&lookup_timeout=20&change_timeout=20"
+    url = f"s3://{ACCESS}:{SECRET}@tests/{secrets.token_hex(4)}?{query}"
+    a, b = open_cache(tmp_path / "a", remote=url), open_cache(tmp_path / "b", remote=url)
+    values = {f"{size}": pattern(size) for size in (0, 5000, 1_000_000)}
+    a.put_many(values)
+    a.put("short", b"x", ttl=0.001)
+    a.flush()
+    assert b.get_many([*values, "absent"]) == [*values.values(), None]
+    a.delete("5000")
+    b.clear()
+    c = open_cache(tmp_path / "c", remote=url)
+    assert c.get_many([*values, "short"]) == [None] * 4
+    assert SECRET not in f"{a!r} {a.stats()}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import OpenCache
 from record_store_contract import PATIENCE_S, NativeExpiryContract, RecordStoreContract, pattern, record
 from support.servers import Server, TLSFront, valkey_cluster, valkey_server
 
@@ -196,6 +197,18 @@ def test_a_user_with_a_password_may_and_one_without_gets_a_fault_that_tells_no_s
             assert "secret" not in f"{raised.value} {store.stats()} {store!r} {raised.value.__cause__!r}"
 
 
+def test_hosts_share_records_through_a_cluster(cluster: list[Server], open_cache: OpenCache, tmp_path: Path) -> None:
+    url = f"redis+cluster://127.0.0.1:{cluster[1].port}?prefix=shared&lookup_timeout=20"
+    a, b = open_cache(tmp_path / "a", remote=url), open_cache(tmp_path / "b", remote=url)
+    values = {f"{i}": pattern(100 * i) for i in range(100)}
+    a.put_many(values)
+    a.flush()
+    assert b.contains_prefix([*values, "absent"]) == 100
+    assert b.get_many([*values, "absent"]) == [*values.values(), None]
+    a.clear()
+    assert open_cache(tmp_path / "c", remote=url).get_many(list(values)) == [None] * 100
+
+
 def test_a_server_that_is_not_there_is_a_fault_at_once() -> None:
     with valkey_server() as server:
         port = server.port
@@ -203,6 +216,7 @@ def test_a_server_that_is_not_there_is_a_fault_at_once() -> None:
         with opened(**options) as store, pytest.raises(StoreFault) as raised:
             store.read([b"name"], PATIENCE_S)
         assert raised.value.kind in ("ECONNREFUSED", "ENOENT")
+        assert str(raised.value) in ("the store: Connection refused", "the store: No such file or directory")
 
 
 def test_a_server_that_stands_still_is_a_timeout_and_its_late_answers_are_nobody_elses() -> None:

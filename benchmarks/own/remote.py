@@ -26,8 +26,7 @@ from kvstrata.remote_url import RemoteURL
 SECTION = "Tiers elsewhere: Valkey"
 REMARKS = [
     "Tiers elsewhere: kvstrata makes names, frames each record, checks header, key and checksum of what comes back, "
-    "and after a put looks whether the namespace was cleared meanwhile, which is a second round trip; the peers do "
-    "none of that.",
+    "and with a put looks whether the namespace was cleared meanwhile; the peers do none of that.",
 ]
 
 

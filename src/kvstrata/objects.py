@@ -61,8 +61,8 @@ class ObjectCache(_core.ObjectLayer):
 
     **pickle runs code.** The default serializer, pickle (protocol 5), gives every object back as it was, but whoever
     can write to the cache's files can run code in a process that reads it. They belong to their user alone (mode 0600).
-    Where others can write them, or the directory came from elsewhere, use serializer="msgpack": plain data only, and
-    tuples come back as lists when they were made from bytes.
+    Where others can write them, the directory came from elsewhere, or others can write to a tier elsewhere, use
+    serializer="msgpack": plain data only, and tuples come back as lists when they were made from bytes.
     """
 
     __slots__ = (

@@ -276,23 +276,7 @@ class KeyedTier:
         assert generation is not None
         names = space.names([record.key for record in records], generation)
         now = time.time_ns()
-        items = []
-        for name, record in zip(names, records, strict=True):
-            view = record.view
-            if not space.encoding.plain:
-                start = record.payload_offset
-                number, payload = space.encoding.encode(view[start : start + record.stored_len], _identity(name, now))
-                if number:
-                    whole = _core.encode_record(
-                        view, payload, codec=number, seed=space.seed, ns=0, version=space.version,
-                        epoch=generation & 0xFFFFFFFF, seq=now,
-                    )  # fmt: skip
-                    items.append(NamedRecord(name, (whole,), record.expires))
-                    continue
-            frame = _core.readdressed_frame(
-                view, seed=space.seed, ns=0, version=space.version, epoch=generation & 0xFFFFFFFF, seq=now
-            )
-            items.append(NamedRecord(name, (frame, view[len(frame) :]), record.expires))
+        items = [_addressed(name, record, space, generation, now) for name, record in zip(names, records, strict=True)]
         if self._bloom is not None:
             self._bloom.add_many(names)
         asked_at = time.monotonic()
@@ -417,3 +401,19 @@ class KeyedTier:
     def _failed(self, fault: StoreFault) -> None:
         self._count(**{f"error {fault.kind}": 1})
         self.breaker.failure(fault.kind, fault)
+
+
+def _addressed(name: bytes, record: DirtyRecord, space: KeyedSpace, generation: int, now: int) -> NamedRecord:
+    """A record under its name there; unless it is encoded, its payload is sent from where it lies."""
+    view = record.view
+    epoch = generation & 0xFFFFFFFF
+    if not space.encoding.plain:
+        start = record.payload_offset
+        number, payload = space.encoding.encode(view[start : start + record.stored_len], _identity(name, now))
+        if number:
+            whole = _core.encode_record(
+                view, payload, codec=number, seed=space.seed, ns=0, version=space.version, epoch=epoch, seq=now
+            )
+            return NamedRecord(name, (whole,), record.expires)
+    frame = _core.readdressed_frame(view, seed=space.seed, ns=0, version=space.version, epoch=epoch, seq=now)
+    return NamedRecord(name, (frame, view[len(frame) :]), record.expires)

@@ -103,9 +103,8 @@ class Wire:
             while first < len(views):
                 part = views[first : first + _PIECES]
                 sent = self._socket.send(part[0]) if self._tls else self._socket.sendmsg(part)
-                if sent < part[0].nbytes:
-                    deadline.left()
                 deadline.moved(sent)
+                deadline.left()
                 while first < len(views) and sent >= views[first].nbytes:
                     sent -= views[first].nbytes
                     first += 1
@@ -183,10 +182,10 @@ class Wire:
             received = self._socket.recv_into(into)
         except OSError as error:
             raise fault_of(error) from error
-        deadline.left()
         if not received:
             raise StoreFault("ECONNRESET", "the server closed the connection")
         deadline.moved(received)
+        deadline.left()  # who trickles doesn't keep anybody for ever
         return received
 
 

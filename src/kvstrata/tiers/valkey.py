@@ -201,6 +201,8 @@ class ValkeyStore:
         except StoreFault as fault:
             self._stale = True
             # What was there before the fault counts for a read; a reply that didn't come is None already.
+            if str(fault).startswith(self.name):
+                raise
             raise StoreFault(fault.kind, f"{self.name}: {fault}", sent=fault.sent) from fault
         if failed is not None:
             raise StoreFault(
@@ -249,6 +251,7 @@ class ValkeyStore:
             kind = kinds.SSLConnection
         else:
             kind = kinds.Connection
+        options = {name: value for name, value in options.items() if name != "ssl"}  # the cluster client's word for it
         limits = {"socket_timeout": _HANDSHAKE_S}
         if "path" not in options:
             limits |= {"socket_connect_timeout": _HANDSHAKE_S}
@@ -341,10 +344,13 @@ def _within(deadline: Deadline, call: Callable[[], T], late: Callable[[T], objec
         if not done:
             abandoned = True
             raise StoreFault("timeout", "no connection within the time limit", sent=False)
-    result = done[0]
-    if isinstance(result, BaseException):
-        raise result
-    return result
+    answer = done.pop()
+    if isinstance(answer, BaseException):
+        try:
+            raise answer
+        finally:
+            del answer  # else the exception and this frame would keep each other, and the callers' frames
+    return answer
 
 
 def _get(name: bytes) -> list[Buffer]:
