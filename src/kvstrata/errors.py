@@ -12,7 +12,8 @@ KVStrataError
 ├── TierError                       a tier could not do what was asked
 │   ├── TierFull                    no room, and nothing that may leave
 │   ├── TierUnavailable             locked, broken or gone; others go on
-│   └── CorruptRecord               a record that isn't what was stored
+│   ├── CorruptRecord               a record that isn't what was stored
+│   └── PrefixShortened             a prefix that is being loaded ends earlier than was said
 ├── UnsupportedModel                a model whose cache can't be represented
 └── MissingExtra (ImportError)      an optional part that isn't installed
 """
@@ -32,6 +33,7 @@ __all__ = [
     "InvalidValue",
     "KVStrataError",
     "MissingExtra",
+    "PrefixShortened",
     "TierError",
     "TierFull",
     "TierUnavailable",
@@ -125,6 +127,25 @@ class TierUnavailable(TierError):
 
 class CorruptRecord(TierError):
     """A record is damaged, or isn't the one that was asked for."""
+
+
+class PrefixShortened(TierError):
+    """Of a prefix that is being loaded layer by layer, only the first `tokens` tokens are there in all layers.
+
+    `layer` is the next one to come; the ones before it were given out for more tokens. What was computed with them has
+    to be computed again, over `tokens` tokens.
+    """
+
+    def __init__(self, tokens: int, layer: int) -> None:
+        self.tokens = tokens
+        self.layer = layer
+        super().__init__(
+            f"blocks were lost before layer {layer} came: the prefix now ends after {tokens} tokens, in the layers "
+            "before it, too; compute again what was computed over more"
+        )
+
+    def __reduce__(self) -> tuple[type[PrefixShortened], tuple[object, ...]]:
+        return type(self), (self.tokens, self.layer)
 
 
 class UnsupportedModel(KVStrataError):

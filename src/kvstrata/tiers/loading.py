@@ -19,7 +19,7 @@ from kvstrata.tiers.segments import SegmentSet
 if TYPE_CHECKING:
     from kvstrata._core import Pin, Store, Write
 
-__all__ = ["Loaded", "Loader", "key_bytes"]
+__all__ = ["Load", "Loaded", "Loader", "key_bytes"]
 
 Loaded = list["Pin | memoryview | None"]
 
@@ -59,8 +59,8 @@ class Loader:
         process, is waited for and not read again: then it is in memory.
         """
         results: Loaded = [None] * len(keys)
-        loads = self._located(ns, [(position, key_bytes(key)) for position, key in enumerate(keys)])
-        others: list[_Load] = []
+        loads = self.located(ns, [(position, key_bytes(key)) for position, key in enumerate(keys)])
+        others: list[Load] = []
         for start in range(0, len(loads), _AT_ONCE):
             others += self._load_some(ns, loads[start : start + _AT_ONCE], results, arrived)
         if others:
@@ -70,24 +70,24 @@ class Loader:
         while others:
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
-            there = self._located(ns, [(load.position, load.key) for load in others])  # still
+            there = self.located(ns, [(load.position, load.key) for load in others])  # still
             take_over = time.monotonic() >= patient_until
             others = []
             for start in range(0, len(there), _AT_ONCE):
                 others += self._load_some(ns, there[start : start + _AT_ONCE], results, arrived, take_over)
         return results
 
-    def _located(self, ns: int, keys: list[tuple[int, bytes]]) -> list[_Load]:
+    def located(self, ns: int, keys: list[tuple[int, bytes]]) -> list[Load]:
         """Return those that lie on disk only; `keys` are position and key."""
         locations = self._store.find_on_disk(ns, [key for _, key in keys])
-        return [_Load(*key, *at) for key, at in zip(keys, locations, strict=True) if at is not None]
+        return [Load(*key, *at) for key, at in zip(keys, locations, strict=True) if at is not None]
 
     def _load_some(
-        self, ns: int, wanted: list[_Load], results: Loaded, arrived: Arrived | None, take_over: bool = False
-    ) -> list[_Load]:
+        self, ns: int, wanted: list[Load], results: Loaded, arrived: Arrived | None, take_over: bool = False
+    ) -> list[Load]:
         """Load what nobody else is loading, or with `take_over` all; returns the others."""
-        loads: list[_Load] = []
-        others: list[_Load] = []
+        loads: list[Load] = []
+        others: list[Load] = []
         writes: list[Write | None] = []
         reads: list[Read] = []
         lost: list[tuple[bytes, int]] = []
@@ -106,22 +106,16 @@ class Loader:
             if error:
                 if write is not None:
                     write.abort()
-                if error in (errno.ENOENT, SHORT_READ):
+                if self.unread(load, error):
                     lost.append((load.key, load.seq))
-                    self._counters.add("vanished_records")
-                else:
-                    place = self._segments.path_of(load.segment)
-                    self._counters.fault(errno_name(error), f"{place} can't be read: {os.strerror(error)}")
                 return
             try:
-                value = self._checked(ns, load, reads[index].buffer) if write is None else write.commit()
+                value = self.checked(ns, load, reads[index].buffer) if write is None else write.commit()
             except CorruptRecord as corrupt:
                 if write is not None:
                     write.abort()
                 lost.append((load.key, load.seq))
-                self._store.count_corrupt()
-                self._counters.add("corrupt_records")
-                self._counters.fault("corrupt", f"segment {load.segment}, byte {load.offset}: {corrupt}")
+                self.damaged(load, corrupt)
                 return
             if value is not None:
                 results[load.position] = value
@@ -137,7 +131,26 @@ class Loader:
             self._forget(ns, lost)
         return others
 
-    def _checked(self, ns: int, load: _Load, data: memoryview) -> memoryview | None:
+    def unread(self, load: Load, error: int) -> bool:
+        """Count that a record could not be read; returns whether that is because it isn't there."""
+        if error in (errno.ENOENT, SHORT_READ):
+            self._counters.add("vanished_records")
+            return True
+        place = self._segments.path_of(load.segment)
+        self._counters.fault(errno_name(error), f"{place} can't be read: {os.strerror(error)}")
+        return False
+
+    def damaged(self, load: Load, corrupt: CorruptRecord) -> None:
+        """Count a record that isn't what was stored."""
+        self._store.count_corrupt()
+        self._counters.add("corrupt_records")
+        self._counters.fault("corrupt", f"segment {load.segment}, byte {load.offset}: {corrupt}")
+
+    def forget(self, ns: int, load: Load) -> None:
+        """Drop a record that proved to be wrong."""
+        self._forget(ns, [(load.key, load.seq)])
+
+    def checked(self, ns: int, load: Load, data: memoryview) -> memoryview | None:
         """Return the value of a record in private memory if it still counts, as the store would check it.
 
         Raises CorruptRecord.
@@ -158,7 +171,7 @@ class Loader:
         return payload_of(data, record).toreadonly()
 
 
-class _Load(NamedTuple):
+class Load(NamedTuple):
     """A record to be loaded, and where it lies; `position` among the keys that were asked for."""
 
     position: int
