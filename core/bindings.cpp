@@ -272,6 +272,7 @@ NB_MODULE(_core, m) {
     m.doc() = "The native core of kvstrata.";
     nb::register_exception_translator(translate);
     bind_record(m);
+    bind_io(m);
     bind_bloom(m);
     bind_codecs(m);
     bind_store(m);

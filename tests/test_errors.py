@@ -27,6 +27,7 @@ DISK = {"memory": "4MiB", "disk": "32MiB"}
 
 def instance(name: str) -> Exception:
     arguments: dict[str, tuple[Any, ...]] = {
+        "PrefixShortened": (64, 3),
         "TierFull": ("memory", 100, 10),
         "UnknownOption": ("policy", "lrru", ["lru", "lfu"]),
         "MissingExtra": ("transformers", "torch"),

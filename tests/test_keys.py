@@ -24,10 +24,10 @@ OTHERS = {
     "model": "LlamaForCausalLM:0f1f", "dtype": "float16", "layers": 31, "kv_heads": 4, "head_dim": 128,
     "block_tokens": 32, "attention": "eager", "rope": "", "adapter": "lora", "tp_size": 2, "salt": b"tenanu",
 }  # fmt: skip
-GOLDEN_SEED = "9de5c9c9247fe4a7ec19272e9703fbffa28fd12104a7e4fdb57a8bc8db1827d0"
+GOLDEN_SEED = "5b0b3f0ce21fe4aa3d89c6876b166c22bdf00d8dc98307a7dd1e3d0bdc4fa10f"
 GOLDEN_KEYS = [
-    "c15e2f4590ef28e901dcce1719a2fdcf9c953c918bdce173b1043f31c2d5c5dc",
-    "6880285cec40a353827426d0e5e4e7d172f4dd41991435da03938411e681758d",
+    "cef038ca6d5567e8bd7e5449f17fa358315487328d10b4f890eee93249e16069",
+    "3334991470fd1df53f48d04dca884eab69e497c805aaa6a32050a62d1a645ba0",
 ]
 
 tokens_lists = st.lists(st.integers(0, 2**32 - 1), max_size=100)
@@ -149,4 +149,6 @@ def test_a_seed_of_the_wrong_length_and_an_empty_block_are_refused() -> None:
 def test_sizes_follow_from_the_layout() -> None:
     assert LAYOUT.token_bytes == 23_040
     assert LAYOUT.block_bytes == 16 * 23_040
+    assert LAYOUT.layer_bytes == 16 * 23_040 // 30
+    assert LAYOUT.value_bytes == 16 * 23_040 + 4 * 31
     assert LAYOUT.block_shape == (30, 2, 3, 16, 64)

@@ -22,6 +22,7 @@ from kvstrata.config import CacheOptions, check_name, parse_duration, parse_jitt
 from kvstrata.errors import CacheClosed, ConfigError, TierUnavailable, UnknownOption
 from kvstrata.holder import Holder
 from kvstrata.movement.remotes import Remotes, RemoteSpace
+from kvstrata.movement.running import Running
 from kvstrata.movement.warm import HotSet, Progress, Warmed, warm
 from kvstrata.movement.write_behind import WriteBehind
 from kvstrata.namespace import Namespace, SpaceOptions
@@ -31,6 +32,7 @@ from kvstrata.tiers.base import Arrived, Key, Tier
 from kvstrata.tiers.disk import DiskTier
 from kvstrata.tiers.encodings import KEYS_FILE, Encoding, check_keys, keys_in_use
 from kvstrata.tiers.memory import MemoryTier
+from kvstrata.tiers.partial import PartLoader
 
 __all__ = ["Cache", "open"]
 
@@ -66,6 +68,7 @@ class Cache(Namespace):
         self._remotes: Remotes | None = None
         self._writer: WriteBehind | None = None
         self._hot: HotSet | None = None
+        self.running = Running()
         if path is not None and options.disk:
             check_keys(path, keys)
         try:
@@ -253,6 +256,11 @@ class Cache(Namespace):
         """Bring records up from the tier below; None where that can't be done."""
         return self._below.load(ns, keys, arrived) if self._below else [None] * len(keys)
 
+    def parts(self) -> PartLoader | None:
+        """Return what loads records of the tier below piece by piece, if that is possible there."""
+        self._check_open()
+        return self._below.parts() if isinstance(self._below, DiskTier) else None
+
     def forget_older(self, ns: int, keys: Sequence[tuple[Key, int | None]]) -> None:
         """Remove what the tier below has of keys that were deleted, or overwritten by a record of that number."""
         if self._below:
@@ -416,6 +424,7 @@ class Cache(Namespace):
     def _shut(self) -> None:
         if self._pid != os.getpid():
             return  # never attached in this child
+        self.running.stop()
         try:
             if self._remotes:
                 self._remotes.close()
@@ -464,6 +473,7 @@ class Cache(Namespace):
             if self._pid == os.getpid():
                 return
             self._below = None
+            self.running = Running()
             self._memory.attach_again(self._restore)
             if self._huge_pages:
                 self._memory.use_huge_pages()

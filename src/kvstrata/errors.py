@@ -13,7 +13,8 @@ KVStrataError
 │   ├── TierFull                    no room, and nothing that may leave
 │   ├── TierUnavailable             locked, broken or gone; others go on
 │   ├── CorruptRecord               a record that isn't what was stored
-│   └── WrongKey                    a record encrypted under a key that isn't known here
+│   ├── WrongKey                    a record encrypted under a key that isn't known here
+│   └── PrefixShortened             a prefix that is being loaded ends earlier than was said
 ├── UnsupportedModel                a model whose cache can't be represented
 └── MissingExtra (ImportError)      an optional part that isn't installed
 """
@@ -33,6 +34,7 @@ __all__ = [
     "InvalidValue",
     "KVStrataError",
     "MissingExtra",
+    "PrefixShortened",
     "TierError",
     "TierFull",
     "TierUnavailable",
@@ -131,6 +133,25 @@ class CorruptRecord(TierError):
 
 class WrongKey(TierError):
     """A record is encrypted under a key that isn't among those that are known."""
+
+
+class PrefixShortened(TierError):
+    """Of a prefix that is being loaded layer by layer, only the first `tokens` tokens are there in all layers.
+
+    `layer` is the next one to come; the ones before it were given out for more tokens. What was computed with them has
+    to be computed again, over `tokens` tokens.
+    """
+
+    def __init__(self, tokens: int, layer: int) -> None:
+        self.tokens = tokens
+        self.layer = layer
+        super().__init__(
+            f"blocks were lost before layer {layer} came: the prefix now ends after {tokens} tokens, in the layers "
+            "before it, too; compute again what was computed over more"
+        )
+
+    def __reduce__(self) -> tuple[type[PrefixShortened], tuple[object, ...]]:
+        return type(self), (self.tokens, self.layer)
 
 
 class UnsupportedModel(KVStrataError):

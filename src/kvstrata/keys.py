@@ -25,7 +25,7 @@ from kvstrata.errors import ConfigError, InvalidValue
 
 __all__ = ["DEFAULT_BLOCK_TOKENS", "LAYOUT_VERSION", "KVLayout", "block_tokens_array", "prefix_keys"]
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 """Raised whenever the bytes of a block or the derivation of its key change meaning."""
 
 DEFAULT_BLOCK_TOKENS = 32
@@ -48,7 +48,8 @@ class KVLayout(msgspec.Struct, frozen=True, kw_only=True):
     """What a block holds and everything that its content depends on besides the tokens.
 
     A block is the contiguous array [layers, 2 (keys, values), kv_heads, block_tokens, head_dim]
-    of `dtype`, little endian. Two layouts that differ in any field have no key in common.
+    of `dtype`, little endian, and behind it a checksum for each layer (docs/format.md). Two layouts
+    that differ in any field have no key in common.
 
     model: identity of the weights, from their content (not their path).
     attention, rope, adapter: free-form but canonical text; "" where there is none.
@@ -107,8 +108,18 @@ class KVLayout(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of a block's value."""
+        """Bytes of KV in a block."""
         return self.token_bytes * self.block_tokens
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes of KV of one layer in a block."""
+        return self.block_bytes // self.layers
+
+    @property
+    def value_bytes(self) -> int:
+        """Bytes of a block's value: its KV, a CRC32C for each layer, and one over these."""
+        return self.block_bytes + 4 * (self.layers + 1)
 
     def seed(self) -> bytes:
         """The 32-byte key of every digest under this layout."""

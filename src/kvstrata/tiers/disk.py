@@ -25,6 +25,7 @@ from kvstrata.tiers.counters import Counters, errno_name
 from kvstrata.tiers.encodings import Encodings
 from kvstrata.tiers.ledger import Ledger
 from kvstrata.tiers.loading import Loaded, Loader, key_bytes
+from kvstrata.tiers.partial import PartLoader
 from kvstrata.tiers.recovery import recovered
 from kvstrata.tiers.segment_format import read_header
 from kvstrata.tiers.segments import SegmentSet, segment_bytes_for
@@ -128,6 +129,7 @@ class DiskTier:
             describe=self._from_catalog,
             forget=self._forget,
         )
+        self._parts = PartLoader(store, self._segments, self._counters, self._loader, depth=depth)
 
     def recover(self) -> None:
         """Bring the directory in order and tell a store that is new what lies in it.
@@ -252,6 +254,10 @@ class DiskTier:
         called for each value as soon as it is there, from any thread.
         """
         return self._loader.load(ns, keys, arrived)
+
+    def parts(self) -> PartLoader:
+        """Return what loads records piece by piece."""
+        return self._parts
 
     def delete(self, ns: int, keys: Sequence[tuple[Key, int | None]]) -> None:
         """Forget records, also after a restart; where a number is given only those with a lower one.

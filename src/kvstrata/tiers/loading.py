@@ -21,7 +21,7 @@ from kvstrata.tiers.segments import SegmentSet
 if TYPE_CHECKING:
     from kvstrata._core import LoadClaim, Pin, Store, Write
 
-__all__ = ["Loaded", "Loader", "key_bytes"]
+__all__ = ["Load", "Loaded", "Loader", "key_bytes"]
 
 Loaded = list["Pin | memoryview | None"]
 
@@ -65,7 +65,7 @@ class Loader:
         process, is waited for and not read again: then it is in memory.
         """
         results: Loaded = [None] * len(keys)
-        others = self._load_all(ns, self._located(ns, list(enumerate(map(key_bytes, keys)))), results, arrived)
+        others = self._load_all(ns, self.located(ns, list(enumerate(map(key_bytes, keys)))), results, arrived)
         if others:
             self._counters.add("shared_loads", len(others))
         pause = _FIRST_PAUSE_S
@@ -73,25 +73,25 @@ class Loader:
         while others:
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
-            there = self._located(ns, [(load.position, load.key) for load in others])  # still
+            there = self.located(ns, [(load.position, load.key) for load in others])  # still
             others = self._load_all(ns, there, results, arrived, take_over=time.monotonic() >= patient_until)
         return results
 
-    def _located(self, ns: int, keys: list[tuple[int, bytes]]) -> list[_Load]:
+    def located(self, ns: int, keys: list[tuple[int, bytes]]) -> list[Load]:
         """Return those that lie on disk only; `keys` are position and key."""
         locations = self._store.find_on_disk(ns, [key for _, key in keys])
-        return [_Load(place, key, *at) for (place, key), at in zip(keys, locations, strict=True) if at is not None]
+        return [Load(place, key, *at) for (place, key), at in zip(keys, locations, strict=True) if at is not None]
 
     def _load_all(
-        self, ns: int, loads: list[_Load], results: Loaded, arrived: Arrived | None, *, take_over: bool = False
-    ) -> list[_Load]:
+        self, ns: int, loads: list[Load], results: Loaded, arrived: Arrived | None, *, take_over: bool = False
+    ) -> list[Load]:
         """Load what nobody else is loading, or with `take_over` all; returns the others."""
-        others: list[_Load] = []
+        others: list[Load] = []
         for start in range(0, len(loads), _AT_ONCE):
             if not self._breaker.allow():
                 self._counters.add("refused_loads", len(loads) - start)
                 break
-            mine: list[tuple[_Load, Write | LoadClaim | None]] = []
+            mine: list[tuple[Load, Write | LoadClaim | None]] = []
             for load in loads[start : start + _AT_ONCE]:
                 claim = self._claim(ns, load, take_over)
                 if claim is _core.LOADING:
@@ -102,19 +102,19 @@ class Loader:
                 self._breaker.success()
         return others
 
-    def _claim(self, ns: int, load: _Load, take_over: bool) -> Any:
+    def _claim(self, ns: int, load: Load, take_over: bool) -> Any:
         """Return where to read it to, None for private memory, or a claim of what has to be decoded first."""
         if load.encoded:
             return self._store.claim_load(load.entry, load.seq, take_over)
         return self._store.begin_load(ns, load.key, load.entry, load.seq, load.length, take_over)
 
     def _load_some(
-        self, ns: int, loads: list[tuple[_Load, Write | LoadClaim | None]], results: Loaded, arrived: Arrived | None
+        self, ns: int, loads: list[tuple[Load, Write | LoadClaim | None]], results: Loaded, arrived: Arrived | None
     ) -> bool:
         """Load some; returns whether the device did what it should."""
         reads: list[Read] = []
         lost: list[tuple[bytes, int]] = []
-        faults: dict[int, str] = {}  # errno -> where
+        faults: list[tuple[Load, int]] = []
         for load, place in loads:
             buffer = place.view() if isinstance(place, _core.Write) else aligned_buffer(load.length)
             reads.append(Read(load.segment, load.offset, buffer))
@@ -124,13 +124,10 @@ class Loader:
             if error:
                 if isinstance(place, _core.Write):
                     place.abort()
-                if error in (errno.ENOENT, SHORT_READ):
+                if self.unread(load, error):
                     lost.append((load.key, load.seq))
-                    self._counters.add("vanished_records")
                 else:
-                    told = self._segments.path_of(load.segment)
-                    faults[error] = f"{told} can't be read: {os.strerror(error)}"
-                    self._counters.fault(errno_name(error), faults[error])
+                    faults.append((load, error))
                 return
             try:
                 if isinstance(place, _core.Write):
@@ -141,9 +138,7 @@ class Loader:
                 if isinstance(place, _core.Write):
                     place.abort()
                 lost.append((load.key, load.seq))
-                self._store.count_corrupt()
-                self._counters.add("corrupt_records")
-                self._counters.fault("corrupt", f"segment {load.segment}, byte {load.offset}: {corrupt}")
+                self.damaged(load, corrupt)
                 return
             except WrongKey as wrong:  # somebody may have the right one
                 self._counters.add("sealed_records")
@@ -161,12 +156,48 @@ class Loader:
         self._segments.read(reads, done)
         if lost and not self._forget(ns, lost):
             return False
-        for code, told in faults.items():
-            self._breaker.failure(errno_name(code), told)
-            break
+        if faults:
+            self.failed(*faults[0])
         return not faults
 
-    def _decoded(self, ns: int, load: _Load, data: memoryview, claim: LoadClaim | None) -> Pin | memoryview | None:
+    def allowed(self) -> bool:
+        """Say whether the device is asked at all."""
+        return self._breaker.allow()
+
+    def succeeded(self) -> None:
+        """Note that the device did what it should."""
+        self._breaker.success()
+
+    def failed(self, load: Load, error: int) -> None:
+        """Note that the device failed."""
+        self._breaker.failure(errno_name(error), self._told(load, error))
+
+    def unread(self, load: Load, error: int) -> bool:
+        """Count that a record could not be read; returns whether that is because it isn't there."""
+        if error in (errno.ENOENT, SHORT_READ):
+            self._counters.add("vanished_records")
+            return True
+        self._counters.fault(errno_name(error), self._told(load, error))
+        return False
+
+    def _told(self, load: Load, error: int) -> str:
+        return f"{self._segments.path_of(load.segment)} can't be read: {os.strerror(error)}"
+
+    def damaged(self, load: Load, corrupt: CorruptRecord) -> None:
+        """Count a record that isn't what was stored."""
+        self._store.count_corrupt()
+        self._counters.add("corrupt_records")
+        self._counters.fault("corrupt", f"segment {load.segment}, byte {load.offset}: {corrupt}")
+
+    def forget(self, ns: int, load: Load) -> None:
+        """Drop a record that proved to be wrong."""
+        self._forget(ns, [(load.key, load.seq)])
+
+    def checked(self, ns: int, load: Load, data: memoryview) -> bool:
+        """Say whether a raw record in private memory still counts; raises CorruptRecord."""
+        return self._counts(self._parsed(ns, load, data))
+
+    def _decoded(self, ns: int, load: Load, data: memoryview, claim: LoadClaim | None) -> Pin | memoryview | None:
         """Return the value of a record that was read to private memory; promoted where it had to be decoded.
 
         None where it doesn't count any more. Raises CorruptRecord, and WrongKey where it was encrypted under a key that
@@ -196,7 +227,7 @@ class Loader:
             write.abort()
             raise
 
-    def _parsed(self, ns: int, load: _Load, data: memoryview) -> Record:
+    def _parsed(self, ns: int, load: Load, data: memoryview) -> Record:
         """Check that it is the record that should be there; raises CorruptRecord."""
         try:
             record = parse_record(data, seed=self._store.seed)
@@ -216,7 +247,7 @@ class Loader:
         return not 0 < record.expires <= time.time_ns() // 1_000_000
 
 
-class _Load(NamedTuple):
+class Load(NamedTuple):
     """A record to be loaded, and where it lies; `position` among the keys that were asked for."""
 
     position: int

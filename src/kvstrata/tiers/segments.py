@@ -254,6 +254,10 @@ class SegmentSet:
         """Fill the buffers of `reads`, as Reader.read does."""
         self._reader.read(reads, done)
 
+    def run(self, jobs: Sequence[Callable[[], None]]) -> None:
+        """Run jobs that read in threads of their own, as many at a time as there are transfers, in their order."""
+        self._workers.run(jobs)
+
     def scan(self, number: int) -> Iterator[tuple[int, Record, memoryview | None]]:
         """Yield (offset, record, payload of a descriptor) for every record, in order, payloads unchecked.
 

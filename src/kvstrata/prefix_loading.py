@@ -1,0 +1,193 @@
+"""Copying the blocks of a prefix to where they are wanted, from whichever tier they lie in."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kvstrata.errors import TierError
+from kvstrata.keys import KVLayout
+from kvstrata.prefix_blocks import Words, check_out, kv_of
+
+if TYPE_CHECKING:
+    from kvstrata._core import Pin
+    from kvstrata.namespace import Namespace
+
+__all__ = ["LoadedKV", "PrefixLoader", "Tally", "release"]
+
+_BATCH_BYTES = 256 << 20
+"""How much is pinned at once: enough for any queue depth, a bound on what a load claims."""
+
+_PARALLEL_BYTES = 4 << 20
+"""Below this a copy is quicker than waking another thread."""
+
+
+@dataclass(frozen=True)
+class LoadedKV:
+    """What a load really brought.
+
+    tokens: length of the loaded prefix, a multiple of the layout's block_tokens, maybe 0.
+    kv: [layers, 2, kv_heads, tokens, head_dim], a view of `out` where one was
+        given; bfloat16 as uint16 words.
+    disk_blocks: how many of the blocks had to come from below memory.
+    """
+
+    tokens: int
+    kv: Words
+    nbytes: int
+    disk_blocks: int
+
+    @property
+    def tier(self) -> str:
+        """The lowest tier that had to be read: "none", "memory" or "disk"."""
+        if not self.tokens:
+            return "none"
+        return "disk" if self.disk_blocks else "memory"
+
+
+class Tally:
+    """Numbers by name, for all threads."""
+
+    def __init__(self, *names: str) -> None:
+        self._lock = threading.Lock()
+        self._numbers = dict.fromkeys(names, 0)
+
+    def add(self, **amounts: int) -> None:
+        """Add to numbers."""
+        with self._lock:
+            for name, amount in amounts.items():
+                self._numbers[name] = self._numbers.get(name, 0) + amount
+
+    def snapshot(self) -> dict[str, int]:
+        """Return all numbers."""
+        with self._lock:
+            return dict(self._numbers)
+
+
+class PrefixLoader:
+    """Loads blocks of one layout from a namespace. Thread-safe."""
+
+    def __init__(self, ns: Namespace, layout: KVLayout, tally: Tally, threads: int | None) -> None:
+        self.ns = ns
+        self.layout = layout
+        self.tally = tally
+        # "auto" takes blocks that come head to tail for one use of a prefix. All others evict sooner what came sooner.
+        self.head_first = ns._options.policy == "auto"
+        self._copier = _Copier(threads or min(4, len(os.sched_getaffinity(0))))
+
+    def load(self, keys: Sequence[bytes], out: Words | None) -> LoadedKV:
+        """Copy the leading run of blocks that is there to `out`, or to a new array."""
+        layout = self.layout
+        wanted = len(keys) * layout.block_tokens
+        if out is None:
+            out = np.empty((layout.layers, 2, layout.kv_heads, wanted, layout.head_dim), layout.words)
+        else:
+            check_out(out, layout, wanted)
+        done = disk_blocks = 0
+        batch = max(1, _BATCH_BYTES // layout.block_bytes)
+        while done < len(keys):
+            wave = keys[done : done + batch]
+            try:
+                got, from_disk = self._load_wave(wave, out, done)
+            except TierError:
+                self.tally.add(load_errors=1)
+                break
+            done += got
+            disk_blocks += from_disk
+            if not got:
+                break
+        tokens = done * layout.block_tokens
+        nbytes = done * layout.block_bytes
+        self.tally.add(loads=1, loaded_tokens=tokens, loaded_bytes=nbytes, short_loads=int(done < len(keys)))
+        return LoadedKV(tokens, out[:, :, :, :tokens], nbytes, disk_blocks)
+
+    def _load_wave(self, keys: Sequence[bytes], out: Words, first: int) -> tuple[int, int]:
+        """Copy the leading run of `keys` that is there to block `first` of `out` and on.
+
+        Returns the length of the run and how many of it came from below memory.
+        """
+        pins, below = self.pin(keys)
+        copied: set[int] = set()
+
+        def arrived(position: int, value: Pin | memoryview) -> None:
+            """Copy a block while others are still being read."""
+            if len(value) == self.layout.value_bytes:
+                _scatter([self._place(below[position], first, value)], out)
+                copied.add(below[position])
+
+        try:
+            if below:
+                loaded = self.ns._load([keys[index] for index in below], arrived)
+                for index, pin in zip(below, loaded, strict=True):
+                    pins[index] = pin
+            below = sorted([*below, *self.ns._fetch_absent(keys, pins)])
+            places = []
+            run = 0
+            for pin in pins:
+                if pin is None or len(pin) != self.layout.value_bytes:
+                    break
+                if run not in copied:
+                    places.append(self._place(run, first, pin))
+                run += 1
+            self._copier.scatter(places, out)
+            return run, sum(index < run for index in below)
+        finally:
+            release(pins)
+
+    def _place(self, index: int, first: int, value: Pin | memoryview) -> tuple[int, Words]:
+        """The token in `out` at which block `first + index` starts, and the block as an array."""
+        return (first + index) * self.layout.block_tokens, kv_of(memoryview(value), self.layout)
+
+    def pin(self, keys: Sequence[bytes]) -> tuple[list[Pin | None], list[int]]:
+        """Pin the blocks that are in memory, in the order in which the policy evicts the head last.
+
+        Returns a pin or None for each key, and the indices of those that lie below memory only.
+        """
+        if self.head_first:
+            return self.ns._space.pin_many(keys)
+        pins, below = self.ns._space.pin_many(keys[::-1])
+        return pins[::-1], sorted(len(keys) - 1 - index for index in below)
+
+
+class _Copier:
+    """Copies blocks into their places, in several threads where it is worth waking them."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._pool: ThreadPoolExecutor | None = None
+        self._pid = 0
+
+    def scatter(self, places: Sequence[tuple[int, Words]], out: Words) -> None:
+        """Copy blocks, [layers, 2, kv_heads, block_tokens, head_dim] each, to `out`, each from its token on."""
+        workers = min(self._threads, len(places))
+        if workers < 2 or sum(block.nbytes for _, block in places) < _PARALLEL_BYTES:
+            _scatter(places, out)
+            return
+        if self._pool is None or self._pid != os.getpid():  # threads don't survive a fork
+            self._pool = ThreadPoolExecutor(self._threads - 1, "kvstrata-copy")
+            self._pid = os.getpid()
+        step = -(-len(places) // workers)
+        rest = [
+            self._pool.submit(_scatter, places[start : start + step], out) for start in range(step, len(places), step)
+        ]
+        _scatter(places[:step], out)
+        for part in rest:
+            part.result()
+
+
+def release(pins: Sequence[Pin | None]) -> None:
+    """Let go of pins."""
+    for pin in pins:
+        if pin is not None:
+            pin.release()
+
+
+def _scatter(places: Sequence[tuple[int, Words]], out: Words) -> None:
+    for token, block in places:
+        np.copyto(out[:, :, :, token : token + block.shape[3]], block)
