@@ -420,6 +420,7 @@ def test_what_a_killed_process_had_not_sent_does_not_come_back_in_an_older_state
             again = open_cache(tmp_path / "a", remote=url)
             assert again.get("key") is None
             again.put("key", b"newest")
+            again.flush()  # while there is a server
 
 
 def test_what_was_not_sent_when_the_last_process_left_is_not_served_in_an_older_state_later(
@@ -541,6 +542,7 @@ def test_a_server_that_is_killed_and_started_again_under_load_costs_hits_only(
         wait_for(lambda: (write(1), figures()["hits"] > hits)[1] or bool(failures))
         stop.set()
         reader.join()
+        cache.flush()  # while there is a server
         assert failures == []
         assert slowest[0] < 20
         assert figures()["misses"] > 0
@@ -563,6 +565,7 @@ def test_a_server_that_stands_still_costs_no_more_than_the_time_limit(open_cache
         assert time.monotonic() - start < 20
         server.resume()
         wait_for(lambda: cache.get("key") == b"value")
+        cache.flush()  # while there is a server
 
 
 # ---- Life
