@@ -1,4 +1,4 @@
-# make demo | test | bench | check | sanitize | clean
+# make demo | test | bench | quality | check | sanitize | clean
 #
 # Everything goes into .venv and build/. Steps that have been done are remembered in .venv/.steps and done again
 # when what they depend on changes. The package is installed as users get it, not editable: an editable
@@ -29,12 +29,13 @@ SOURCES := CMakeLists.txt pyproject.toml $(shell find core src -type f \
 # What pip needs to hear about C++ and Python, checked before anything is downloaded.
 preflight = found=$$(PYTHON="$(PYTHON)" CXX="$(if $(filter default,$(origin CXX)),,$(CXX))" scripts/preflight)
 
-.PHONY: help demo test bench check sanitize clean
+.PHONY: help demo test bench quality check sanitize clean
 
 help:
 	@echo "make demo      install into $(VENV) and let a real model skip its prefill (DEMO_ARGS=--json, ...)"
 	@echo "make test      install, then check style and types, and run every test: core, sanitizers, Python (PYTEST_ARGS=...)"
 	@echo "make bench     measure against raw memory, raw disk and peers (BENCH_ARGS=...)"
+	@echo "make quality   measure what lossy codecs cost a model, and write docs/quality.md"
 	@echo "make check     format, lint, strict types"
 	@echo "make sanitize  the core's tests under ASan+UBSan and under TSan"
 	@echo "make clean     remove $(VENV) and build/"
@@ -52,6 +53,10 @@ test: $(STEPS)/package $(STEPS)/model $(STEPS)/test-tools $(STEPS)/lint-tools
 bench: $(STEPS)/package $(STEPS)/model $(STEPS)/bench-tools
 	@echo "==> benchmarks"
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+quality: $(STEPS)/package $(STEPS)/model
+	@echo "==> quality"
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.quality --markdown docs/quality.md $(QUALITY_ARGS)
 
 check: $(STEPS)/package $(STEPS)/lint-tools
 	@scripts/check

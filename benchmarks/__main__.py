@@ -18,14 +18,16 @@ from rich.console import Console
 from benchmarks.measure import Settings
 from benchmarks.table import Row, machine, show, write_markdown
 
-# In the order of the table. Imported when asked for: the last one needs torch and transformers.
+# In the order of the table. Imported when asked for: codecs and ttft need torch and transformers.
 PARTS = {
     "memory": "benchmarks.own.memory",
     "policies": "benchmarks.own.policies",
     "objects": "benchmarks.own.objects",
+    "codecs": "benchmarks.own.codecs",
     "scaling": "benchmarks.own.scaling",
     "peers": "benchmarks.own.peers",
     "disk": "benchmarks.own.disk",
+    "remote": "benchmarks.own.remote",
     "ttft": "benchmarks.own.ttft",
 }
 

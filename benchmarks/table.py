@@ -29,7 +29,7 @@ _LEGEND = (
 
 @dataclass(frozen=True)
 class Row:
-    """One line. `at_least` is a part of the peer's speed, `at_most` a figure in the row's own unit.
+    """One line. `at_least` is a part of the peer's speed, `at_most` and `no_less` figures in the row's own unit.
 
     Of seconds and bytes less is better, of bytes per second more.
     """
@@ -42,6 +42,7 @@ class Row:
     theirs: Sample | None = None
     at_least: float | None = None
     at_most: float | None = None
+    no_less: float | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -63,6 +64,8 @@ class Row:
             return self.ratio is not None and self.ratio >= self.at_least
         if self.at_most is not None:
             return self.ours.median <= self.at_most
+        if self.no_less is not None:
+            return self.ours.median >= self.no_less
         return None
 
     @property
@@ -72,6 +75,8 @@ class Row:
             return f">= {_number(self.at_least)}x"
         if self.at_most is not None:
             return f"<= {_figure(self.at_most, self.unit)}"
+        if self.no_less is not None:
+            return f">= {_figure(self.no_less, self.unit)}"
         return ""
 
     def cells(self) -> tuple[str, ...]:

@@ -17,6 +17,24 @@ void Store::enqueue_dirty(const Waiting& waiting) {
     dirty_ready_.notify_one();
 }
 
+// Hands a lazy record to this process's writer. Its shard is locked.
+void Store::write_now(u32 at) {
+    Entry& entry = index_.entry(at);
+    entry.flags &= static_cast<u8>(~kLazy);
+    entry.owner = static_cast<u8>(clients_.self());
+    clients_.mine().dirty_bytes.fetch_add(u64{entry.units} * kUnit);
+    enqueue_dirty({at, entry.units, entry.seq});
+}
+
+void Store::write_lazy() {
+    for (u32 number = 0; number < kShards; ++number) {
+        const RobustLock held = index_.lock(number);
+        index_.each_of(number, [&](u32 at, const Entry& entry) {
+            if (entry.state == EntryState::live && entry.flags & kLazy && entry.owner == clients_.self()) write_now(at);
+        });
+    }
+}
+
 void Store::wake_writer() {
     {
         const std::lock_guard lock(dirty_mutex_);
@@ -109,6 +127,44 @@ bool Store::wait_until_settled(double timeout) {
                                    [this] { return clients_.mine().dirty_bytes.load() == 0; });
 }
 
+size_t Store::wait_until_durable(Space wanted, size_t count, const Key* keys, double timeout) {
+    const auto until = std::chrono::steady_clock::now() + std::chrono::duration<double>(timeout);
+    size_t missing = 0;
+    for (size_t i = 0; i < count; ++i) {
+        const u32 hash = index_.hash(wanted.id, keys[i]);
+        for (;;) {
+            u64 before;
+            {
+                const std::lock_guard lock(dirty_mutex_);
+                before = settled_;
+            }
+            bool waiting = false, there = false, below = false;
+            {
+                const RobustLock held = index_.lock(Index::shard_of(hash));
+                const u32 at = index_.find(hash, wanted.id, keys[i]);
+                if (at) {
+                    if (index_.entry(at).flags & kLazy) write_now(at);
+                    there = true;
+                    waiting = index_.entry(at).flags & kDirty;
+                    below = index_.entry(at).segment;
+                }
+            }
+            if (!waiting) {
+                missing += there && !below;
+                break;
+            }
+            std::unique_lock lock(dirty_mutex_);
+            // Another process's is not signalled here: look again after a while.
+            dirty_settled_.wait_for(lock, std::chrono::milliseconds(50), [&] { return settled_ != before; });
+            if (std::chrono::steady_clock::now() >= until) {
+                ++missing;
+                break;
+            }
+        }
+    }
+    return missing;
+}
+
 // ---- Up -----------------------------------------------------------------------------------------
 
 std::optional<Location> Store::locate(Space wanted, Key key) {
@@ -122,8 +178,38 @@ std::optional<Location> Store::locate(Space wanted, Key key) {
     return Location{at, entry.seq, entry.segment, u64{entry.position} * kUnit, u64{entry.units} * kUnit};
 }
 
-std::optional<Loading> Store::begin_load(Space wanted, Key key, const Location& location) {
-    Loading loading{wanted, {key.begin(), key.end()}, location.entry, location.seq, {}};
+LoadClaim::~LoadClaim() {
+    if (store_) store_->end_load(entry_, seq_);
+}
+
+bool Store::claim_load(const Location& location, bool take_over, LoadClaim& claim) {
+    const RobustLock held = index_.lock(index_.shard_holding(location.entry));
+    Entry& entry = index_.entry(location.entry);
+    if (entry.state != EntryState::live || entry.seq != location.seq || entry.memory) return false;
+    const bool others = entry.flags & kLoading && !clients_.is_dead(entry.owner) && clients_[entry.owner].used.load();
+    if (others && !take_over) return false;
+    entry.flags |= kLoading;
+    entry.owner = static_cast<u8>(clients_.self());
+    claim.store_ = this;
+    claim.entry_ = location.entry;
+    claim.seq_ = location.seq;
+    return true;
+}
+
+void Store::end_load(u32 at, u64 seq) noexcept {
+    if (clients_.self() == ~0u) return;  // a forked child: the claim is the parent's
+    try {
+        const RobustLock held = index_.lock(index_.shard_holding(at));
+        Entry& entry = index_.entry(at);
+        if (entry.state != EntryState::free && entry.seq == seq && entry.flags & kLoading && entry.owner == clients_.self())
+            entry.flags &= static_cast<u8>(~kLoading);
+    } catch (...) {
+        return;  // the lock can't be had: others take it over when they have waited long enough
+    }
+}
+
+std::optional<Loading> Store::begin_load(Space wanted, Key key, const Location& location, LoadClaim&& claim) {
+    Loading loading{wanted, {key.begin(), key.end()}, location.entry, location.seq, {}, std::move(claim)};
     loading.block = take_block(static_cast<u32>(location.length / kUnit), wanted, false);
     if (!loading.block) return std::nullopt;
     return loading;
@@ -163,6 +249,7 @@ Pin Store::commit_load(Loading& loading) {
                 KVSTRATA_COMMIT("store.loaded");
                 entry.memory = flight.block;
                 allocator_.set_owner(flight.block, flight.units, at);
+                entry.flags &= static_cast<u8>(~kLoading);
                 KVSTRATA_COMMIT("store.promoted");
                 flight.block = kNone;
                 put_in_order(ns, at, Policy::kSameDepth);
@@ -175,6 +262,7 @@ Pin Store::commit_load(Loading& loading) {
     if (loaded) {
         clients_.end_arrival(loading.block.slot_);
         loading.block.store_ = nullptr;
+        loading.claim.store_ = nullptr;  // nothing is left to be ended
         header_.loads.fetch_add(1);
         header_.load_bytes.fetch_add(length);
     }

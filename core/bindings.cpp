@@ -1,8 +1,11 @@
 // kvstrata._core: the module, its exceptions, records and checksums. Only the bindings*.cpp know Python.
 #include "bindings.hpp"
 
+#include <cstring>
+
 #include <nanobind/stl/optional.h>
 
+#include "clock.hpp"
 #include "crc32c.hpp"
 #include "errors.hpp"
 #include "record.hpp"
@@ -43,6 +46,62 @@ nb::bytes build_record(nb::handle key, nb::handle payload, u32 seed, u32 ns, u32
     return record;
 }
 
+// The record's bytes up to its payload, as they are under another address. The payload is not looked at.
+nb::bytes readdressed_frame(nb::handle record, u32 seed, u32 ns, u32 version, u32 epoch, u64 seq) {
+    const Buffer bytes(record);
+    RecordHeader header;
+    if (bytes.size() < sizeof header) throw InvalidValue("this is no record");
+    std::memcpy(&header, bytes.data(), sizeof header);
+    if (header.payload_offset < sizeof header + header.key_len || header.payload_offset > bytes.size())
+        throw InvalidValue("this is no record");
+    header.ns = ns;
+    header.version = version;
+    header.epoch = epoch;
+    header.seq = seq;
+    nb::bytes frame = nb::steal<nb::bytes>(PyBytes_FromStringAndSize(nullptr, header.payload_offset));
+    if (!frame.is_valid()) throw nb::python_error();
+    u8* const at = reinterpret_cast<u8*>(PyBytes_AsString(frame.ptr()));
+    seal(header, bytes.data() + sizeof header, seed);
+    std::memcpy(at, bytes.data(), header.payload_offset);
+    std::memcpy(at, &header, sizeof header);
+    return frame;
+}
+
+// Checks each record against what was asked for: key, namespace, version, epoch, and that it is a plain one, none of
+// `not_flags`. For each (where the value starts, its length, expires, seq), or what is wrong with it; None stays None.
+nb::list check_records(nb::handle records, nb::handle keys, u32 seed, u32 ns, u32 version, u32 epoch, u8 not_flags) {
+    const nb::object all = nb::steal(PySequence_Tuple(records.ptr())), names = nb::steal(PySequence_Tuple(keys.ptr()));
+    if (!all.is_valid() || !names.is_valid()) throw nb::python_error();
+    const Py_ssize_t count = PyTuple_GET_SIZE(all.ptr());
+    if (count != PyTuple_GET_SIZE(names.ptr())) throw InvalidValue("one key for each record is needed");
+    const u64 now = now_ms();
+    nb::list found;
+    for (Py_ssize_t i = 0; i < count; ++i) {
+        PyObject* const object = PyTuple_GET_ITEM(all.ptr(), i);
+        if (object == Py_None) {
+            found.append(nb::none());
+            continue;
+        }
+        const Buffer bytes{nb::handle(object)};
+        const Key key = key_of(PyTuple_GET_ITEM(names.ptr(), i));
+        RecordHeader h;
+        RecordCheck check;
+        {
+            const WithoutGil free(bytes.size());
+            check = check_record(bytes.data(), bytes.size(), seed, true, h);
+        }
+        if (check != RecordCheck::ok || h.ns != ns || h.version != version || h.epoch != epoch || (h.flags & not_flags) ||
+            h.codec || h.value_len != h.stored_len || h.key_len != key.size() ||
+            std::memcmp(bytes.data() + sizeof h, key.data(), key.size()) != 0)
+            found.append("rejected_records");
+        else if (h.expires && h.expires <= now)
+            found.append("expired_records");
+        else
+            found.append(nb::make_tuple(u32{h.payload_offset}, h.stored_len, h.expires, h.seq));
+    }
+    return found;
+}
+
 nb::tuple parse_record(nb::handle data, u32 seed, bool with_payload, size_t offset) {
     const Buffer bytes(data);
     const size_t there = offset < bytes.size() ? bytes.size() - offset : 0;
@@ -75,6 +134,13 @@ void bind_record(nb::module_& m) {
           nb::arg("ns"), nb::arg("version") = 0, nb::arg("epoch") = 0, nb::arg("seq") = 0, nb::arg("expires") = 0,
           nb::arg("flags") = 0, nb::arg("codec") = 0, nb::arg("value_len") = nb::none(),
           "The bytes of a record, padding included.");
+    m.def("readdressed_frame", &readdressed_frame, nb::arg("record"), nb::kw_only(), nb::arg("seed"), nb::arg("ns"),
+          nb::arg("version"), nb::arg("epoch"), nb::arg("seq"),
+          "The bytes of a record up to its payload, with another namespace, version, epoch and number, under another seed.");
+    m.def("check_records", &check_records, nb::arg("records"), nb::arg("keys"), nb::arg("seed"), nb::arg("ns"),
+          nb::arg("version"), nb::arg("epoch"), nb::arg("not_flags"),
+          "Check each record against what was asked for. For each (start of the value, its length, expires, seq), or what\n"
+          "is wrong with it: \"rejected_records\" or \"expired_records\"; None for None.");
     m.def("parse_record", &parse_record, nb::arg("data"), nb::arg("seed"), nb::arg("with_payload") = true,
           nb::arg("offset") = 0,
           "Check the record at `offset`. The result starts with (check, what it means), 0 meaning that it is in order;\n"
@@ -151,6 +217,7 @@ NB_MODULE(_core, m) {
     nb::register_exception_translator(translate);
     bind_record(m);
     bind_bloom(m);
+    bind_codecs(m);
     bind_store(m);
     bind_objects(m);
     bind_simulator(m);

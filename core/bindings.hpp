@@ -67,6 +67,7 @@ struct SpaceHandle {
 std::optional<Identity> identity_of(nb::handle pin);
 
 void bind_bloom(nb::module_& m);
+void bind_codecs(nb::module_& m);
 void bind_objects(nb::module_& m);
 void bind_store(nb::module_& m);
 void bind_simulator(nb::module_& m);

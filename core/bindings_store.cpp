@@ -21,7 +21,8 @@ namespace {
 constexpr size_t kAhead = 16;         // puts whose memory is fetched ahead
 constexpr size_t kSmallValue = 4096;  // bytes; up to here a copy costs less than a pin
 
-nb::object* below_marker = nullptr;  // what lookups return for a record that lies below only
+nb::object* below_marker = nullptr;    // what lookups return for a record that lies below only
+nb::object* loading_marker = nullptr;  // what begin_load returns for one that somebody else is bringing up
 
 // ---- Memory of the arena, exported ----------------------------------------------------------------
 
@@ -210,6 +211,7 @@ public:
     }
     size_t size() const { return keys_.size(); }
     Key operator[](size_t i) const { return keys_[i]; }
+    const Key* data() const { return keys_.data(); }
 
 private:
     nb::tuple objects_;
@@ -632,6 +634,34 @@ nb::object reserve(const SpaceHandle& self, nb::handle key_object, u64 size, u64
     return nb::cast(std::move(write));
 }
 
+// ---- Tiers elsewhere ------------------------------------------------------------------------------
+
+// Stores what was found there. Returns (what became of it, what a put returns, a pin of it): 0 = stored, 1 = the key is
+// there, 2 = it may be older than a change made here, 3 = it counts, but there is no room in memory.
+nb::tuple promote(const SpaceHandle& self, nb::handle key_object, nb::handle value, u64 expires, u64 written, u64 low, u32 epoch) {
+    const std::shared_ptr<Store> store = self.owner->live();
+    const Key key = key_of(key_object);
+    const Buffer content(value);
+    const Promotion promotion{written, low, epoch};
+    std::optional<Reservation> reservation;
+    try {
+        reservation = store->reserve(self.space, key, content.size(), {expires, 1, 0, {}}, false);
+    } catch (const TierFull&) {
+        // Too large for memory, or for the quota.
+    }
+    if (!reservation) return nb::make_tuple(store->trusts(self.space, key, promotion) ? 3 : 2, 0, nb::none());
+    Pin pin;
+    Published published;
+    {
+        const WithoutGil free(content.size());
+        reservation->header.payload_crc = copy_crc32c(reservation->payload(), content.data(), content.size(), 0);
+        published = store->publish(*reservation, &pin, &promotion);
+    }
+    if (published == Published::present || published == Published::refused)
+        return nb::make_tuple(published == Published::present ? 1 : 2, 0, nb::none());
+    return nb::make_tuple(0, replaced(published, *reservation), pin_object(store, std::move(pin)));
+}
+
 // ---- The tier below -------------------------------------------------------------------------------
 
 struct DirtyHandle {
@@ -660,6 +690,25 @@ nb::list take_dirty(StoreHandle& self, size_t most, u64 most_bytes, double timeo
         const RecordHeader header = dirty.pin.header();
         nb::bytes key(reinterpret_cast<const char*>(dirty.pin.record()) + sizeof header, header.key_len);
         DirtyHandle handle{store, std::move(dirty), header, std::move(key), {}};
+        store->tags_of(handle.dirty->pin, handle.tags);
+        list.append(nb::cast(std::move(handle)));
+    }
+    return list;
+}
+
+// The records of keys, pinned whole, for who copies them elsewhere; None for what isn't in memory.
+nb::list records(const SpaceHandle& self, nb::handle keys_object) {
+    const std::shared_ptr<Store> store = self.owner->live();
+    const Keys keys(keys_object);
+    auto [pins, below] = acquire_all(*store, self.space, keys, false);
+    nb::list list;
+    for (size_t i = 0; i < pins.size(); ++i) {
+        if (!pins[i]) {
+            list.append(nb::none());
+            continue;
+        }
+        const RecordHeader header = pins[i].header();
+        DirtyHandle handle{store, Dirty{std::move(pins[i]), header.seq}, header, nb::bytes(reinterpret_cast<const char*>(keys[i].data()), keys[i].size()), {}};
         store->tags_of(handle.dirty->pin, handle.tags);
         list.append(nb::cast(std::move(handle)));
     }
@@ -696,9 +745,13 @@ nb::list find_on_disk(StoreHandle& self, u32 ns, nb::handle keys_object) {
     return list;
 }
 
-nb::object begin_load(StoreHandle& self, u32 ns, nb::handle key, u32 entry, u64 seq, u64 length) {
+// LOADING when somebody else is at it.
+nb::object begin_load(StoreHandle& self, u32 ns, nb::handle key, u32 entry, u64 seq, u64 length, bool take_over) {
     const std::shared_ptr<Store> store = self.live();
-    auto loading = store->begin_load(store->current_space(ns), key_of(key), {entry, seq, 0, 0, length});
+    const Location location{entry, seq, 0, 0, length};
+    LoadClaim claim;
+    if (!store->claim_load(location, take_over, claim)) return *loading_marker;
+    auto loading = store->begin_load(store->current_space(ns), key_of(key), location, std::move(claim));
     if (!loading) return nb::none();
     WriteHandle write;
     write.store = store;
@@ -788,6 +841,8 @@ std::optional<Identity> identity_of(nb::handle object) {
 void bind_store(nb::module_& m) {
     below_marker = new nb::object(nb::module_::import_("builtins").attr("object")());
     m.attr("BELOW") = *below_marker;
+    loading_marker = new nb::object(nb::module_::import_("builtins").attr("object")());
+    m.attr("LOADING") = *loading_marker;
     m.def("policy_names", [] {
         nb::list names;
         for (u32 i = 0; i < policy_count(); ++i) names.append(policy_by_number(i).name());
@@ -889,7 +944,33 @@ void bind_store(nb::module_& m) {
             for (size_t i = 0; i < keys.size(); ++i) let_go += store->let_go(s.space, keys[i], holder);
             return let_go;
         }, nb::arg("keys").none(), nb::arg("holder"))
-        .def("clear", [](const SpaceHandle& s) { return s.owner->live()->clear(s.space); });
+        .def("records", &records, nb::arg("keys").none())
+        .def("promote", &promote, nb::arg("key").none(), nb::arg("value"), nb::arg("expires"), nb::arg("written"), nb::arg("low"),
+             nb::arg("epoch"))
+        .def("last_changes", [](const SpaceHandle& s, nb::handle keys_object) {
+            const std::shared_ptr<Store> store = s.owner->live();
+            const Keys keys(keys_object);
+            nb::list list;
+            for (size_t i = 0; i < keys.size(); ++i) list.append(store->last_change(s.space, keys[i]));
+            return list;
+        }, nb::arg("keys").none())
+        .def_prop_ro("moved_on", [](const SpaceHandle& s) {
+            const std::shared_ptr<Store> store = s.owner->live();
+            return store->current_space(s.space.id).version != s.space.version;
+        })
+        .def("change_all", [](const SpaceHandle& s) { s.owner->live()->change_all(s.space); })
+        .def_prop_ro("last_change_of_all", [](const SpaceHandle& s) { return s.owner->live()->last_change_of_all(s.space); })
+        .def("clear", [](const SpaceHandle& s) { return s.owner->live()->clear(s.space); })
+        .def("promise", [](const SpaceHandle& s, nb::handle key, u64 ms) { return s.owner->live()->promise(s.space, key_of(key), ms); },
+             nb::arg("key").none(), nb::arg("ms"))
+        .def("withdraw", [](const SpaceHandle& s, nb::handle key, u64 token) { s.owner->live()->withdraw(s.space, key_of(key), token); },
+             nb::arg("key").none(), nb::arg("token"))
+        .def("wait_until_durable", [](const SpaceHandle& s, nb::handle keys_object, double timeout) {
+            const std::shared_ptr<Store> store = s.owner->live();
+            const Keys keys(keys_object);
+            const nb::gil_scoped_release free;
+            return store->wait_until_durable(s.space, keys.size(), keys.data(), timeout);
+        }, nb::arg("keys").none(), nb::arg("timeout_s"));
 
     nb::class_<StoreHandle>(m, "Store")
         .def_static("open_private", [](u64 memory, u64 disk, std::optional<u32> seed) {
@@ -914,10 +995,10 @@ void bind_store(nb::module_& m) {
         .def("close", [](StoreHandle& self) { self.store.reset(); })
         .def_prop_ro("closed", [](const StoreHandle& self) { return !self.store; })
         .def("open_namespace", [](const std::shared_ptr<StoreHandle>& self, u32 id, const std::string& name, u32 version,
-                                  const std::string& policy, u64 quota, u64 guarantee, bool immutable, bool proven_only) {
-            return SpaceHandle{self, self->live()->open_namespace(id, name, version, {policy, quota, guarantee, immutable, proven_only})};
+                                  const std::string& policy, u64 quota, u64 guarantee, bool immutable, bool proven_only, bool write_back) {
+            return SpaceHandle{self, self->live()->open_namespace(id, name, version, {policy, quota, guarantee, immutable, proven_only, write_back})};
         }, nb::arg("id"), nb::arg("name"), nb::arg("version"), nb::arg("policy"), nb::arg("quota"), nb::arg("guarantee"),
-             nb::arg("immutable"), nb::arg("proven_only") = false)
+             nb::arg("immutable"), nb::arg("proven_only") = false, nb::arg("write_back") = false)
         .def("restore_namespace", [](StoreHandle& self, u32 id, const std::string& name, u32 version, u32 epoch, bool immutable) {
             self.live()->restore_namespace(id, name, version, epoch, immutable);
         }, nb::arg("id"), nb::arg("name"), nb::arg("version"), nb::arg("epoch"), nb::arg("immutable"))
@@ -959,10 +1040,27 @@ void bind_store(nb::module_& m) {
             const nb::gil_scoped_release free;
             return store->wait_until_settled(timeout);
         }, nb::arg("timeout_s"))
+        .def("space", [](const std::shared_ptr<StoreHandle>& self, u32 ns) {
+            return SpaceHandle{self, self->live()->current_space(ns)};
+        }, nb::arg("ns"))
+        .def("write_lazy", [](StoreHandle& self) { self.live()->write_lazy(); })
+        .def("hottest", [](StoreHandle& self, size_t most) {
+            const std::shared_ptr<Store> store = self.live();
+            std::vector<Store::Used> used;
+            {
+                const nb::gil_scoped_release free;
+                used = store->hottest(most);
+            }
+            nb::list list;
+            for (const auto& one : used)
+                list.append(nb::make_tuple(one.ns, nb::bytes(reinterpret_cast<const char*>(one.key.data()), one.key.size())));
+            return list;
+        }, nb::arg("most"))
         .def("demote_all", [](StoreHandle& self) { return self.live()->demote_all(); })
         .def("insert_disk", &insert_disk, nb::arg("rows"))
         .def("find_on_disk", &find_on_disk, nb::arg("ns"), nb::arg("keys"))
-        .def("begin_load", &begin_load, nb::arg("ns"), nb::arg("key"), nb::arg("entry"), nb::arg("seq"), nb::arg("length"))
+        .def("begin_load", &begin_load, nb::arg("ns"), nb::arg("key"), nb::arg("entry"), nb::arg("seq"), nb::arg("length"),
+             nb::arg("take_over") = false)
         .def("forget_disk", [](StoreHandle& self, u32 ns, nb::handle key, u64 seq) {
             return self.live()->forget_disk(ns, key_of(key), seq);
         }, nb::arg("ns"), nb::arg("key"), nb::arg("seq"))
@@ -974,6 +1072,12 @@ void bind_store(nb::module_& m) {
         }, nb::arg("ns"), nb::arg("keys"))
         .def("raise_seq", [](StoreHandle& self, u64 above) { self.live()->raise_seq(above); }, nb::arg("above"))
         .def("next_seq", [](StoreHandle& self) { return self.live()->next_seq(); })
+        .def("watch", [](StoreHandle& self) { self.live()->watch(); })
+        .def("next_number", [](StoreHandle& self) { return self.live()->next_number(); })
+        .def("set_unsent", [](StoreHandle& self, u64 from) { self.live()->set_unsent(from); }, nb::arg("number"))
+        .def("low", [](StoreHandle& self) { return self.live()->low(); })
+        .def("distrust", [](StoreHandle& self, u64 before) { self.live()->distrust(before); }, nb::arg("written_before"))
+        .def("distrusted", [](StoreHandle& self) { return self.live()->distrusted(); })
         .def("count_corrupt", [](StoreHandle& self) { self.live()->count_corrupt(); })
         .def_prop_ro("seed", [](StoreHandle& self) { return self.live()->seed(); })
         .def("reap", [](StoreHandle& self) { return self.live()->reap(); })

@@ -80,6 +80,7 @@ void Clients::claim(u32 slot) {
     Client& client = mine();
     client.pid = static_cast<u32>(getpid());
     client.dirty_bytes.store(0);
+    client.unsent.store(0);
     client.used.store(1);
 }
 

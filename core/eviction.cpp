@@ -9,6 +9,7 @@
 namespace kvstrata {
 namespace {
 constexpr u32 kTriesALock = 64;          // records looked at before the policy's lock is let go
+constexpr u32 kWrittenAhead = 16384;     // units of lazy records that are written when one is to leave
 constexpr double kPatience = 5;          // seconds a put waits for the tier below
 constexpr double kHot = 5;               // how much worse it is to lose what was used just now than what is due to go
 constexpr int kMostEvictions = 1 << 20;  // a bound on the loop that makes room for one block
@@ -157,17 +158,21 @@ bool Store::clear_window(u32 victim, u32 units, bool guaranteed_too) {
 // nothing of the namespace may leave.
 bool Store::evict_from(u32 id, u32 units, bool guaranteed_too) {
     Namespace& ns = space(id);
-    u32 looked_at = 0, count = 1;
+    u32 looked_at = 0, count = 1, written = 0;
     u32 victim = kNone;
-    while (looked_at < count && !victim) {
+    while (looked_at < count && !victim && written < kWrittenAhead) {
         const RobustLock policy_held = lock_policy(id);
         const Policy& policy = policy_of(ns);
         count = ns.order.count;
-        for (u32 tries = 0; tries < kTriesALock && looked_at < count && !victim; ++tries, ++looked_at) {
+        for (u32 tries = 0; tries < kTriesALock && looked_at < count && !victim && written < kWrittenAhead; ++tries, ++looked_at) {
             const u32 at = policy.victim(order_of(ns));
             if (!at) return false;
             const RobustLock held = index_.lock(index_.shard_holding(at));
             if (!may_leave(index_.entry(at))) {
+                if (index_.entry(at).flags & kLazy) {
+                    write_now(at);
+                    written += index_.entry(at).units;
+                }
                 policy.spare(order_of(ns), at);
             } else if (!units) {
                 leave_memory(at);

@@ -1,7 +1,7 @@
 // What lies in the mapping, byte for byte. Offsets and numbers only, never pointers: every process maps it elsewhere.
 //
-//   Header | clients | namespaces | shards | owners of entry chunks | debts | seen keys | holders | tags | buckets
-//   | entries | scratch memory of policies | page table | guard | data | guard
+//   Header | clients | namespaces | shards | owners of entry chunks | debts | seen keys | holders | promises | tags
+//   | changes | buckets | entries | scratch memory of policies | page table | guard | data | guard
 //
 // Order of locks: admin, then a namespace's policy, then a shard, then the allocator. A thread holds at most one of each.
 // On a hit the policy is only tried, never waited for, while a shard is held.
@@ -34,6 +34,7 @@ inline constexpr u32 kSmallUnits = 128;  // blocks above this many units are run
 inline constexpr u32 kSlabPages = 16;
 inline constexpr u32 kTags = 4;          // tags one record can have
 inline constexpr u32 kTagSlots = 65536;
+inline constexpr u32 kChangeSlots = 65536;
 inline constexpr u32 kHolders = 32;      // number 0 is nobody
 inline constexpr u32 kNone = 0;          // no entry, no page, no block: number 0 is never handed out
 
@@ -49,6 +50,8 @@ enum EntryFlags : u8 {
     kDirty = 2,    // the tier below does not have it yet, so it must not leave memory
     kWriting = 4,  // and is being given it right now
     kUnproven = 8, // nobody has used it since it came: the tier below doesn't get it before somebody does
+    kLoading = 16, // `owner` is bringing it up from the tier below: others wait for that
+    kLazy = 32,    // dirty, but the tier below gets it only when it is to leave memory
 };
 
 // One version of one key. Written under the lock of its shard; `node` under the lock of its namespace's policy;
@@ -67,7 +70,7 @@ struct alignas(64) Entry {
     u16 key_len;
     EntryState state;
     u8 flags;
-    u8 owner;           // client that has to write it below, while dirty
+    u8 owner;           // client that has to write it below, while dirty; or that brings it up, while loading
     u8 holder;          // who wants it to stay in memory, 0 = nobody
     union {
         u8 key[kInlineKey];
@@ -116,6 +119,16 @@ inline constexpr double kDebtsForNothing = 0.001;  // of the keys that owe nothi
 inline constexpr u32 kTagPages = kTagSlots * sizeof(u64) / kPage;
 static_assert(kTagPages <= 128);
 
+// ---- Changes, for tiers that the index knows nothing of (remote.cpp) ---------------------------------------------
+
+// What was put or removed here may lie elsewhere in an older state. A slot for the hash of a key. It has memory once
+// somebody watches.
+struct Changes {
+    std::atomic<u64> last;      // the number of the last put or removal; written under the lock of the key's shard
+    std::atomic<u64> distrust;  // ns since the Unix epoch: what was written elsewhere before may be older than a change here
+};
+static_assert(sizeof(Changes) == 16);
+
 // ---- Holders ------------------------------------------------------------------------------------
 
 // Somebody who wants records to stay in memory: as many bytes as `limit`. Guarded by the admin lock; how much he holds
@@ -124,6 +137,24 @@ struct Holder {
     std::atomic<u64> limit;  // 0: there is no such holder
     u32 name_len;
     char name[kMaxName];
+};
+
+// ---- Promises -----------------------------------------------------------------------------------
+
+// Who computes a value that isn't there, so that others wait for it and don't compute it, too: until the value is put, the
+// promise is withdrawn or has run out, or the client is dead. In a table by the hash of namespace and key.
+struct Promise {
+    u64 key;      // 64 bits of its hash
+    u64 expires;  // ms since the epoch
+    u64 token;    // 0: nobody's
+    u32 client;
+    u32 spare;
+};
+inline constexpr u32 kPromises = 2048;
+struct alignas(64) Promises {
+    RobustMutex mutex;
+    std::atomic<u64> next_token;
+    Promise at[kPromises];
 };
 
 // ---- Namespaces ---------------------------------------------------------------------------------
@@ -142,6 +173,7 @@ struct alignas(64) Namespace {
     u32 configured;             // policy, quota and immutable hold for everybody (someone has it open)
     u32 immutable;
     u32 proven_only;            // only what is used again goes to the tier below
+    u32 write_back;             // and only when it is to leave memory
     u64 quota;                  // bytes in memory, 0 = no limit
     std::atomic<u64> guarantee; // bytes in memory that no other namespace takes from it
     std::atomic<u64> bytes;     // of records in memory
@@ -168,6 +200,7 @@ struct alignas(64) Client {
     u32 pid;  // for people to read
     std::atomic<u64> dirty_bytes;
     std::atomic<u64> hits, misses;
+    std::atomic<u64> unsent;  // changes from this number on may not have reached the tiers elsewhere; 0 = all have
     InFlight in_flight[kInFlight];
     std::atomic<u32> pins[kPins];  // entries
 };
@@ -227,7 +260,7 @@ struct alignas(64) Header {
     BloomShape seen;            // of each of two generations
     std::atomic<u32> seen_now;  // which of them is the younger one
     std::atomic<u64> seen_keys; // in that
-    u64 clients_at, namespaces_at, shards_at, owners_at, debts_at, seen_at, holders_at, tags_at, buckets_at, entries_at, scratch_at, pages_at, data_at, end;
+    u64 clients_at, namespaces_at, shards_at, owners_at, debts_at, seen_at, holders_at, promises_at, tags_at, changes_at, buckets_at, entries_at, scratch_at, pages_at, data_at, end;
     std::atomic<u64> seq;
     std::atomic<u32> tick;      // accesses, for recency
     std::atomic<u32> chunks;    // entry chunks handed out (under the allocator's lock)
@@ -238,6 +271,8 @@ struct alignas(64) Header {
     std::atomic<u32> namespaces;  // one more than the highest number in use
     std::atomic<u32> segments_changed;  // grows when a segment is dropped
     std::atomic<u64> tag_pages[kTagPages / 64];  // bit p: page p of the table of tags has memory
+    std::atomic<u32> watched;   // changes are written down
+    std::atomic<u64> distrusted;  // as Changes::distrust, for all keys
     std::atomic<u64> next_expiry;  // ms since the epoch: not before then somebody looks for what has expired; 0 = nothing ever expires
     RobustMutex admin;          // attaching, reaping, defining namespaces
     AllocatorState allocator;

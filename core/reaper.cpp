@@ -35,7 +35,9 @@ void Store::reap_client(u32 slot) {
         }
     }
     sweep(slot);
+    forget_promises(slot);
     dead.dirty_bytes.store(0);
+    distrust_unsent(dead);
     clients_.settle_counts(dead);
     dead.used.store(0);
 }
@@ -48,13 +50,15 @@ void Store::sweep(u32 dead_owner) {
         {
             const RobustLock held = index_.lock(number);
             index_.each_of(number, [&](u32 at, Entry& entry) {
+                if (entry.flags & kLoading && entry.owner == dead_owner) entry.flags &= static_cast<u8>(~kLoading);
                 if (entry.state == EntryState::zombie && entry.pins == 0) bury(at);
                 if (entry.state != EntryState::live || !(entry.flags & kDirty) || entry.owner != dead_owner) return;
                 if (leaving) {  // nobody will write it: it may leave memory all the same
-                    entry.flags &= static_cast<u8>(~(kDirty | kWriting));
+                    entry.flags &= static_cast<u8>(~(kDirty | kWriting | kLazy));
                     return;
                 }
                 // kWriting stays: the dead may have got as far as the row of it.
+                entry.flags &= static_cast<u8>(~kLazy);
                 entry.owner = static_cast<u8>(clients_.self());
                 clients_.mine().dirty_bytes.fetch_add(u64{entry.units} * kUnit);
                 adopted.push_back({at, entry.units, entry.seq});

@@ -50,7 +50,9 @@ void lay_out(Header& header, const StoreOptions& options) {
     header.seen = BloomShape::of(options.disk ? std::clamp<u64>(options.disk / 65536, 4096, 1 << 20) : 64, 0.01);
     header.seen_at = place(2 * header.seen.bytes());
     header.holders_at = place(kHolders * sizeof(Holder));
+    header.promises_at = place(sizeof(Promises));
     header.tags_at = place(kTagSlots * sizeof(u64));  // memory comes as tags are used
+    header.changes_at = place(kChangeSlots * sizeof(Changes));  // memory comes when somebody watches
     header.buckets_at = place(u64{header.max_buckets} * kShards * sizeof(u32));
     header.entries_at = place(u64{header.max_entries} * sizeof(Entry));
     // Of address space; how much memory is behind it depends on the policies (core/scratch.cpp).
@@ -181,7 +183,9 @@ std::unique_ptr<Region> Region::create(int descriptor, const StoreOptions& optio
     header.seen = plan.seen;
     header.seen_at = plan.seen_at;
     header.holders_at = plan.holders_at;
+    header.promises_at = plan.promises_at;
     header.tags_at = plan.tags_at;
+    header.changes_at = plan.changes_at;
     header.buckets_at = plan.buckets_at;
     header.entries_at = plan.entries_at;
     header.scratch_at = plan.scratch_at;

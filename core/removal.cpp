@@ -26,6 +26,7 @@ Store::Removed Store::remove(Space wanted, Key key) {
     const u32 at = index_.find(hash, wanted.id, key);
     const bool on_disk = (at && may_be_on_disk(index_.entry(at))) || index_.owes(hash) || undurable_epoch(wanted.id);
     if (on_disk) index_.borrow(hash);
+    note_change(hash);
     KVSTRATA_COMMIT("store.borrowed");
     if (!at) return {false, on_disk};
     Entry& entry = index_.entry(at);

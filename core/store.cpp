@@ -29,6 +29,7 @@ std::shared_ptr<Store> Store::start(std::unique_ptr<Region> region, bool fresh) 
         store->header_.seed = static_cast<u32>(store->header_.secret[1]);
         store->allocator_.init();
         store->index_.init();
+        store->promises().mutex.init();
         for (u32 id = 0; id < kMaxNamespaces; ++id) store->namespaces_[id].mutex.init();
     }
     store->attach();
@@ -61,6 +62,7 @@ Store::~Store() {
         const RobustLock held(header_.admin, [] {});
         sweep(clients_.self());
         give_back_spares();
+        distrust_unsent(clients_.mine());
         clients_.detach();
     } catch (...) {
         // The lock on the slot goes with the descriptor; the next reaper finds a dead client.
@@ -130,6 +132,7 @@ Space Store::open_namespace(u32 id, const std::string& name, u32 version, const 
         ns.quota = options.quota;
         ns.immutable = options.immutable;
         ns.proven_only = options.proven_only;
+        ns.write_back = options.write_back;
         ns.configured = 1;
         ns.defined.store(1);
         if (reorder) change_policy(chosen);
@@ -141,6 +144,7 @@ Space Store::open_namespace(u32 id, const std::string& name, u32 version, const 
         else if (ns.immutable != u32{options.immutable}) differs = ns.immutable ? "immutable=True" : "immutable=False";
         else if (ns.proven_only != u32{options.proven_only})
             differs = ns.proven_only ? "admission='reused'" : "admission='all'";
+        else if (ns.write_back != u32{options.write_back}) differs = ns.write_back ? "write='back'" : "another write than 'back'";
         if (!differs.empty())
             throw ConfigMismatch("namespace '" + name + "' is already open with " + differs + "; use the same");
     }
@@ -233,7 +237,7 @@ std::optional<Reservation> Store::reserve(Space wanted, Key key, u64 bytes, cons
     return reservation;
 }
 
-Published Store::publish(Reservation& reservation, Pin* keep) {
+Published Store::publish(Reservation& reservation, Pin* keep, const Promotion* promotion) {
     std::optional<Lease> lease;
     if (keep) lease.emplace(clients_.pins);
     const Space wanted = reservation.space;
@@ -244,22 +248,26 @@ Published Store::publish(Reservation& reservation, Pin* keep) {
     RecordHeader& header = reservation.header;
     const u64 length = u64{reservation.block.units()} * kUnit;
     if (ns.hungry.load(std::memory_order_relaxed)) feed_policy(wanted.id);
-    const bool writes = header_.disk && (!ns.proven_only || seen_before(hash));
+    const bool writes = header_.disk && (!ns.proven_only || seen_before(hash)), at_once = writes && !ns.write_back;
     Published result = Published::stored;
     u32 at = kNone;
     for (int tries = 0;; ++tries) {
         {
             const RobustLock policy_held = lock_policy(wanted.id);
-            if (wanted.version != ns.version.load())
+            if (wanted.version != ns.version.load()) {
+                if (promotion) return Published::refused;
                 throw VersionConflict("this namespace has moved on to version " + std::to_string(ns.version.load()));
+            }
             const RobustLock held = index_.lock(shard_number);
             Shard& shard = index_.shard(shard_number);
             const u32 old = index_.find(hash, wanted.id, key);
-            if (old && ns.immutable && current(index_.entry(old), ns)) return Published::present;
+            if (old && (ns.immutable || promotion) && current(index_.entry(old), ns)) return Published::present;
+            if (promotion && !trusts(wanted, hash, *promotion)) return Published::refused;
             at = index_.take_entry(shard_number);
             if (at) {
                 header.epoch = ns.epoch.load();
                 header.seq = next_seq();  // here, so that the newest number is the one that stays
+                if (!promotion && !ns.immutable) note_change(hash, header.seq);
                 seal(header, key.data(), header_.seed);
                 std::memcpy(reservation.block.bytes(), &header, sizeof header);
                 if ((old && may_be_on_disk(index_.entry(old))) || index_.owes(hash) || undurable_epoch(wanted.id)) {
@@ -280,7 +288,8 @@ Published Store::publish(Reservation& reservation, Pin* keep) {
                 entry.epoch = header.epoch;
                 entry.ns = static_cast<u16>(wanted.id);
                 entry.key_len = static_cast<u16>(key.size());
-                entry.flags = static_cast<u8>((ns.immutable ? kImmutable : 0) | (writes ? kDirty : header_.disk ? kUnproven : 0));
+                entry.flags = static_cast<u8>((ns.immutable ? kImmutable : 0) | (writes ? kDirty : header_.disk ? kUnproven : 0) |
+                                                (writes && !at_once ? kLazy : 0));
                 entry.owner = static_cast<u8>(clients_.self());
                 entry.holder = 0;
                 std::memcpy(entry.tags, reservation.options.tags, sizeof entry.tags);
@@ -316,7 +325,7 @@ Published Store::publish(Reservation& reservation, Pin* keep) {
         clients_.end_arrival(block->slot_);
         block->store_ = nullptr;
     }
-    if (writes) {
+    if (at_once) {
         clients_.mine().dirty_bytes.fetch_add(length);
         enqueue_dirty({at, static_cast<u32>(length / kUnit), header.seq});
     }

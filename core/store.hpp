@@ -30,6 +30,7 @@ struct NamespaceOptions {
     u64 guarantee = 0;      // bytes in memory that others leave to it
     bool immutable = false;
     bool proven_only = false;  // to the tier below goes only what is used again (admission.cpp)
+    bool write_back = false;   // and only when it is to leave memory
 };
 
 // What a put says of its record.
@@ -133,6 +134,29 @@ struct Reservation {
     u8* payload() const { return block.bytes() + header.payload_offset; }
 };
 
+// That this process brings a record up, and others wait for it. Ends when it goes.
+class LoadClaim {
+public:
+    LoadClaim() = default;
+    LoadClaim(LoadClaim&& other) noexcept { swap(other); }
+    LoadClaim& operator=(LoadClaim&& other) noexcept {
+        swap(other);
+        return *this;
+    }
+    ~LoadClaim();
+
+private:
+    friend class Store;
+    void swap(LoadClaim& other) {
+        std::swap(store_, other.store_);
+        std::swap(entry_, other.entry_);
+        std::swap(seq_, other.seq_);
+    }
+    Store* store_ = nullptr;
+    u32 entry_ = kNone;
+    u64 seq_ = 0;
+};
+
 // A record on its way from below into memory: fill block.bytes(), then Store::commit_load.
 struct Loading {
     Space space;
@@ -140,6 +164,7 @@ struct Loading {
     u32 entry;
     u64 seq;
     Block block;
+    LoadClaim claim;
 };
 
 // A record that the tier below doesn't have yet.
@@ -185,7 +210,16 @@ struct Small {
 
 enum class Lookup : u8 { hit, miss, below };
 // replaced_on_disk: the caller has to delete an older record's row, and then to pay().
-enum class Published : u8 { stored, replaced_on_disk, present };
+// refused: a promotion of what may be older than a change made here.
+enum class Published : u8 { stored, replaced_on_disk, present, refused };
+
+// A record that was found in a tier that the index knows nothing of: it is stored if the key is absent, and if it can't be
+// older than what was put or removed here.
+struct Promotion {
+    u64 written;  // when, in ns since the Unix epoch
+    u64 low;      // Store::low() before that tier was asked
+    u32 epoch;    // of the namespace, then
+};
 
 struct StoreStats {
     u64 hits = 0, misses = 0, puts = 0, deletes = 0, evictions = 0, expired = 0, demotions = 0, entries = 0;
@@ -267,7 +301,8 @@ public:
     std::optional<Reservation> reserve(Space space, Key key, u64 bytes, const PutOptions& options, bool may_wait);
     // With `keep`, the record is pinned as it is published: for writers whose view of the block outlives the put.
     // Afterwards reservation.header.seq is the number of the record.
-    Published publish(Reservation& reservation, Pin* keep = nullptr);
+    // With `promotion`, only on the conditions that it states.
+    Published publish(Reservation& reservation, Pin* keep = nullptr, const Promotion* promotion = nullptr);
     // Whether an immutable namespace has the key already; counts as an access.
     bool present_immutable(Space space, Key key);
 
@@ -295,16 +330,34 @@ public:
     void close_holder(u8 holder);
     std::vector<HolderState> holders() const;
 
+    // ---- Promises (promises.cpp)
+    // A token when the caller is the one to compute the value now, and has to withdraw() the promise then; nothing when
+    // somebody else is at it. When the table is full, everybody may compute.
+    std::optional<u64> promise(Space space, Key key, u64 ms);
+    void withdraw(Space space, Key key, u64 token);
+
+    // The keys that were used last, youngest first, of all namespaces.
+    struct Used {
+        u32 ns;
+        std::vector<u8> key;
+    };
+    std::vector<Used> hottest(size_t most);
+
     // ---- The tier below
     std::vector<Dirty> take_dirty(size_t most, u64 most_bytes, double timeout);
     void wake_writer();  // lets take_dirty return at once, though there's nothing
+    void write_lazy();   // what this process had better not write before it leaves memory
+    // How many of the keys are neither below nor gone, `timeout` s at most being waited for those on their way.
+    size_t wait_until_durable(Space space, size_t count, const Key* keys, double timeout);
     bool still_live(const Dirty& dirty);
     void tags_of(const Pin& pin, u16* tags) const { std::memcpy(tags, index_.entry(pin.entry()).tags, sizeof(Entry::tags)); }
     void settle(Dirty& dirty, u32 segment, u64 offset);  // segment 0: it could not be written
     bool wait_until_settled(double timeout);             // whether all that this process has put is below
     u64 demote_all();                                    // what lies below leaves memory, where nobody has it pinned
     std::optional<Location> locate(Space space, Key key);
-    std::optional<Loading> begin_load(Space space, Key key, const Location& location);
+    // Claims the loading of a record; false when somebody else is at it, unless `take_over`.
+    bool claim_load(const Location& location, bool take_over, LoadClaim& claim);
+    std::optional<Loading> begin_load(Space space, Key key, const Location& location, LoadClaim&& claim = {});
     Pin commit_load(Loading& loading);                    // throws CorruptRecord
     bool insert_disk(const DiskRow& row);                 // false when there's no room for its entry
     bool forget_disk(u32 ns, Key key, u64 seq);
@@ -315,6 +368,21 @@ public:
     void count_corrupt() { header_.corrupt.fetch_add(1); }
     u32 seed() const { return header_.seed; }
     void set_seed(u32 seed) { header_.seed = seed; }
+
+    // ---- Tiers elsewhere, which the index knows nothing of (remote.cpp)
+    void watch();                          // from now on changes are written down
+    u64 last_change(Space space, Key key) const;  // the number of the last put or removal of the key, or of another in its slot
+    void change_all(Space space) { note_change(index_.hash(space.id, {})); }  // as if every key were removed, for promotions
+    u64 last_change_of_all(Space space) const;
+    u64 next_number() const { return header_.seq.load(); }
+    // Changes of this process from this number on may not have got there. Set before the change; 0: all have.
+    void set_unsent(u64 from) { clients_.mine().unsent.store(from); }
+    u64 low() const;                       // all changes below this number have got there
+    bool trusts(Space space, Key key, const Promotion& promotion) const {
+        return trusts(space, index_.hash(space.id, key), promotion);
+    }
+    void distrust(u64 written_before) { raise_to(header_.distrusted, written_before); }  // ns since the Unix epoch
+    u64 distrusted() const;                // the latest such time of any key
 
     // ---- Life
     u32 reap();          // undoes what dead processes left; returns how many there were
@@ -332,6 +400,7 @@ private:
     friend class Pin;
     friend class Block;
     friend class Uses;
+    friend class LoadClaim;
     explicit Store(std::unique_ptr<Region> region);
     static std::shared_ptr<Store> start(std::unique_ptr<Region> region, bool fresh);
     void attach();
@@ -352,9 +421,24 @@ private:
     bool outlived(const Identity& identity) const;
     bool any_removed(const u16* tags, u64 seq) const;  // since the record of that number was put
     u64 held_by(u8 holder) const;
+    Promises& promises() const { return *reinterpret_cast<Promises*>(region_->at(header_.promises_at)); }
+    void forget_promises(u32 client);
+    void write_now(u32 at);
+    void end_load(u32 at, u64 seq) noexcept;
     Holder& holder(u8 number) const { return reinterpret_cast<Holder*>(region_->at(header_.holders_at))[number]; }
     std::atomic<u64>& tag(u16 slot) const { return reinterpret_cast<std::atomic<u64>*>(region_->at(header_.tags_at))[slot]; }
     void raise_tag(const TagState& state);
+    Changes& changes(u32 hash) const {
+        return reinterpret_cast<Changes*>(region_->at(header_.changes_at))[(hash * 0x9E3779B1u) >> 16];
+    }
+    void note_change(u32 hash, u64 number) {
+        if (header_.watched.load(std::memory_order_relaxed)) raise_to(changes(hash).last, number);
+    }
+    void note_change(u32 hash) {
+        if (header_.watched.load(std::memory_order_relaxed)) raise_to(changes(hash).last, next_seq());
+    }
+    bool trusts(Space space, u32 hash, const Promotion& promotion) const;
+    void distrust_unsent(Client& client);  // of one that ends
     void tell(Uses& uses);
     bool in_order(u32 id, const Uses::Hit& hit) const;
     void claim(u32 at, Lease& lease, Pin& pin);

@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 from cache_contract import NamespaceContract
 from conftest import OpenCache
+from support.stores import MemoryStore
 
 from kvstrata import Cache, Namespace
+from kvstrata.remote_url import RemoteURL
+from kvstrata.tiers.keyed import KeyedTier
 
 
 class FromDisk:
@@ -54,11 +57,17 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "shared with disk": {"disk": "64MiB"},
     "exclusive with disk": {"disk": "64MiB", "shared": False},
     "from disk": {"disk": "64MiB"},
+    "with a remote tier": {"remote": "redis://in.memory"},
+    "with disk and a remote tier": {"disk": "64MiB", "remote": "redis://in.memory"},
 }
 
 
 @pytest.mark.parametrize("configuration", CONFIGURATIONS)
 class TestNamespace(NamespaceContract):
+    @pytest.fixture(autouse=True)
+    def remote_in_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(RemoteURL, "open", lambda url: KeyedTier(MemoryStore(), lookup_s=30.0))
+
     @pytest.fixture
     def cache(self, configuration: str, open_cache: OpenCache) -> Cache:
         return open_cache(**CONFIGURATIONS[configuration])

@@ -263,3 +263,67 @@ TEST(rows_of_a_catalog_are_found_until_their_segment_goes) {
     store->drop_segment(2);
     CHECK(store->stats().entries == 0 && store->stats().memory.used == 0);
 }
+
+// ---- One at a time ------------------------------------------------------------------------------
+
+TEST(a_record_is_brought_up_by_one_at_a_time) {
+    auto store = fresh(4 << 20, 1 << 30);
+    const Space space = store->open_namespace(1, "default", 1, {});
+    const std::string key = "key";
+    DiskRow row{space.id, bytes_of(key), 7, 1, 0, 128, 0, 1, 1, 0, {}};
+    CHECK(store->insert_disk(row));
+    const auto where = store->locate(space, bytes_of("key"));
+    if (!CHECK(where.has_value())) return;
+    {
+        LoadClaim first, second;
+        CHECK(store->claim_load(*where, false, first));
+        CHECK(!store->claim_load(*where, false, second));
+    }
+    LoadClaim third;
+    CHECK(store->claim_load(*where, false, third));
+    LoadClaim impatient;
+    CHECK(store->claim_load(*where, true, impatient));
+    store->remove(space, bytes_of("key"));
+    LoadClaim late;
+    CHECK(!store->claim_load(*where, true, late));
+}
+
+TEST(a_value_is_promised_by_one_at_a_time) {
+    auto store = fresh();
+    const Space space = store->open_namespace(0, "default", 1, {}), other = store->open_namespace(0, "other", 1, {});
+    const auto token = store->promise(space, bytes_of("key"), 60'000);
+    CHECK(token.has_value());
+    CHECK(!store->promise(space, bytes_of("key"), 60'000));
+    CHECK(store->promise(other, bytes_of("key"), 60'000).has_value());
+    store->withdraw(space, bytes_of("key"), *token + 1000);  // another's
+    CHECK(!store->promise(space, bytes_of("key"), 60'000));
+    store->withdraw(space, bytes_of("key"), *token);
+    CHECK(store->promise(space, bytes_of("key"), 0).has_value());  // has run out at once
+    CHECK(store->promise(space, bytes_of("key"), 60'000).has_value());
+}
+
+TEST(lazy_records_are_written_when_they_are_to_leave_and_not_before) {
+    auto store = fresh(1 << 20, 1 << 30);
+    const Space space = store->open_namespace(0, "default", 1, {.write_back = true});
+    for (int i = 0; i < 8; ++i) put(*store, space, std::to_string(i), std::string(100 << 10, 'a'));
+    CHECK(store->take_dirty(100, 1 << 30, 0).empty());
+    CHECK(!store->reserve(space, bytes_of("more"), 500 << 10, {}, false).has_value());  // it would have to wait
+    auto dirty = store->take_dirty(100, 1 << 30, 0);
+    CHECK(!dirty.empty());
+    for (auto& record : dirty) store->settle(record, 1, 4096);
+    CHECK(store->reserve(space, bytes_of("more"), 100 << 10, {}, false).has_value());
+    store->write_lazy();
+    CHECK(store->stats().dirty_bytes == (8 - dirty.size()) * (104u << 10));
+}
+
+TEST(the_hottest_are_those_that_were_used_last) {
+    auto store = fresh();
+    const Space space = store->open_namespace(0, "default", 1, {});
+    for (int i = 0; i < 50; ++i) put(*store, space, std::to_string(i), "value");
+    CHECK(get(*store, space, "7") == "value");
+    const auto hottest = store->hottest(3);
+    CHECK(hottest.size() == 3);
+    CHECK(std::string(hottest[0].key.begin(), hottest[0].key.end()) == "7");
+    CHECK(std::string(hottest[1].key.begin(), hottest[1].key.end()) == "49");
+    CHECK(store->hottest(1000).size() == 50);
+}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import os
 import threading
+import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -16,19 +18,32 @@ from kvstrata import _core
 from kvstrata.config import CacheOptions, check_name, parse_duration, parse_jitter, parse_size
 from kvstrata.errors import CacheClosed, ConfigError, TierUnavailable, UnknownOption
 from kvstrata.holder import Holder
+from kvstrata.movement.remotes import Remotes, RemoteSpace
+from kvstrata.movement.warm import HotSet, Progress, Warmed, warm
 from kvstrata.movement.write_behind import WriteBehind
 from kvstrata.namespace import Namespace, SpaceOptions
+from kvstrata.remote_url import RemoteURL
+from kvstrata.settings import Settings
 from kvstrata.tiers.base import Arrived, Key, Tier
 from kvstrata.tiers.disk import DiskTier
 from kvstrata.tiers.memory import MemoryTier
 
 __all__ = ["Cache", "open"]
 
+_MOST_HOT = 100_000  # keys that are remembered for a warm-up
+
 
 class Cache(Namespace):
     """What `kvstrata.open` returns. Used directly, it is its namespace "default"."""
 
-    def __init__(self, path: Path | None, options: CacheOptions, shared: bool, huge_pages: bool) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        options: CacheOptions,
+        shared: bool,
+        huge_pages: bool,
+        remotes: Sequence[RemoteURL] = (),
+    ) -> None:
         self.path = path
         self.options = options
         self._opened: weakref.WeakSet[Namespace] = weakref.WeakSet()
@@ -37,7 +52,10 @@ class Cache(Namespace):
         self._closed = False
         self._huge_pages = huge_pages
         self._below: Tier | None = None
+        self._remote_urls = list(remotes)
+        self._remotes: Remotes | None = None
         self._writer: WriteBehind | None = None
+        self._hot: HotSet | None = None
         try:
             self._memory = MemoryTier.open(path, options, shared=shared, restore=self._restore)
         except BaseException:
@@ -47,6 +65,7 @@ class Cache(Namespace):
             if huge_pages:
                 self._memory.use_huge_pages()
             self._open_below()
+            self._open_remotes()
             super().__init__(self, SpaceOptions("default"), 0, 0.0)
         except BaseException:
             self._shut()
@@ -54,7 +73,9 @@ class Cache(Namespace):
         _open_caches.add(self)
 
     def _restore(self, store: _core.Store) -> None:
-        """Tell a new memory tier what lies on disk."""
+        """Tell a new memory tier what lies on disk, and what elsewhere counts."""
+        if self._remote_urls and self.path is not None:
+            Remotes.restore_trust(store, self.path)
         if self.options.disk:
             assert self.path is not None
             self._below = DiskTier(self.path, self.options.disk, store)
@@ -63,10 +84,33 @@ class Cache(Namespace):
     def _open_below(self) -> None:
         if not self.options.disk:
             return
+        assert self.path is not None
         if self._below is None:
-            assert self.path is not None
             self._below = DiskTier(self.path, self.options.disk, self._memory.store)
-        self._writer = WriteBehind(self._memory.store, self._below)
+        self._hot = HotSet(self.path, self.options.disk)
+        self._writer = WriteBehind(self._memory.store, self._below, self._save_hottest)
+
+    def _open_remotes(self) -> None:
+        if self._remote_urls:
+            self._remotes = Remotes(self._memory.store, [url.open() for url in self._remote_urls])
+
+    def _remote_space(self, namespace: Namespace) -> RemoteSpace | None:
+        if not self._remote_urls:
+            return None
+        options = namespace._options
+        return RemoteSpace(
+            options.name,
+            options.version,
+            immutable=options.immutable,
+            space=namespace._native,
+            remotes=self._live_remotes,
+            replaced=lambda space, key, seq: self.forget_older(space.id, [(key, seq)]),
+        )
+
+    def _live_remotes(self) -> Remotes:
+        self._check_open()
+        assert self._remotes is not None
+        return self._remotes
 
     def __repr__(self) -> str:
         return f"<kvstrata cache at {self.path or 'no path (private)'}{', closed' if self._closed else ''}>"
@@ -85,6 +129,8 @@ class Cache(Namespace):
         ttl_jitter: float = 0.0,
         immutable: bool = False,
         admission: Literal["all", "reused"] = "all",
+        write: Literal["behind", "through", "back"] = "behind",
+        remote: bool = True,
     ) -> Namespace:
         """Open a partition of the cache's keys.
 
@@ -96,8 +142,12 @@ class Cache(Namespace):
         `immutable` promises that a key implies its value, as content digests do: such records are stored once and can
         be recovered from the disk even when the index is lost. With `admission="reused"` only what is used again, or
         put again after it had gone, is written to the disk: what is wanted once costs no writes there, and what was
-        used by nobody is gone with the last process. Who has it open already must have the same policy,
-        quota, guarantee, immutable and admission, or ConfigMismatch is raised.
+        used by nobody is gone with the last process. `write` says when records go to the disk: "behind" the put, soon
+        after it; "through", before the put returns, which raises TierUnavailable when the disk doesn't take them;
+        or "back", not before they are to leave memory, or flush() or close() is called: then what is overwritten
+        often is seldom written, and a crash of the machine takes more. With `remote=False` it stays on this host,
+        whatever the cache was opened with; do that in all processes alike. Who has it open already must have the same
+        policy, quota, guarantee, immutable, admission and, as to "back", write, or ConfigMismatch is raised.
         """
         check_name(name, "namespace")
         if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version < 2**32:
@@ -108,6 +158,10 @@ class Cache(Namespace):
             raise UnknownOption("policy", policy, _core.policy_names())
         if admission not in ("all", "reused"):
             raise UnknownOption("admission", admission, ["all", "reused"])
+        if write not in ("behind", "through", "back"):
+            raise UnknownOption("write", write, ["behind", "through", "back"])
+        if write == "through" and not self.options.disk:
+            raise ConfigError("write='through' needs a disk tier: kvstrata.open('/some/directory', disk=...)")
         quota_bytes = 0 if quota is None else parse_size(quota, option="quota")
         if quota is not None and quota_bytes == 0:
             raise ConfigError("quota must be more than 0 bytes; None means no limit")
@@ -116,10 +170,20 @@ class Cache(Namespace):
             raise ConfigError(f"guarantee={guarantee!r} is more than 3/4 of the memory, {self.options.memory:,} bytes")
         if quota_bytes and guaranteed > quota_bytes:
             raise ConfigError(f"guarantee={guarantee!r} is more than the quota, {quota!r}")
-        options = SpaceOptions(name, version, policy, quota_bytes, guaranteed, bool(immutable), admission == "reused")
+        options = SpaceOptions(
+            name,
+            version,
+            policy,
+            quota_bytes,
+            guaranteed,
+            bool(immutable),
+            admission == "reused",
+            write == "back",
+            bool(remote),
+        )
         ttl_ms, jitter = parse_duration(ttl), parse_jitter(ttl_jitter)
         with self._lock:
-            return Namespace(self, options, ttl_ms, jitter)
+            return Namespace(self, options, ttl_ms, jitter, through=write == "through")
 
     def holder(self, name: str, *, limit: int | str) -> Holder:
         """Return the holder of that name, who can keep records in memory, `limit` bytes at most.
@@ -133,7 +197,7 @@ class Cache(Namespace):
     def _open_space(self, options: SpaceOptions) -> _core.Space:
         self._check_open()
         ns = self._below.open_namespace(options.name, options.version, options.immutable).id if self._below else 0
-        return self._memory.store.open_namespace(ns, *options)
+        return self._memory.store.open_namespace(ns, *options.native())
 
     # ---- The tier below, for namespaces
 
@@ -177,13 +241,80 @@ class Cache(Namespace):
         if self._below:
             self._below.remove_tag(slot, seq)
 
+    # ---- Warm-up
+
+    def warm(
+        self,
+        keys: Sequence[Key] | None = None,
+        *,
+        hottest: int | None = None,
+        time_limit: float | None = None,
+        progress: Progress | None = None,
+    ) -> Warmed:
+        """Bring records from the disk into memory: `keys`, or of all namespaces the N that were used last, `hottest=N`.
+
+        Which were used last, in whichever process, is saved once a minute and when a process closes the cache. See
+        `Namespace.warm` for the rest. Raises ConfigError unless just one of `keys` and `hottest` is given.
+        """
+        if (keys is None) == (hottest is None):
+            raise ConfigError("warm() takes keys, or hottest=N")
+        if keys is not None:
+            return super().warm(keys, time_limit=time_limit, progress=progress)
+        if isinstance(hottest, bool) or not isinstance(hottest, int) or hottest < 1:
+            raise ConfigError(f"hottest must be an int from 1 on, not {hottest!r}")
+        self._check_open()
+        versions = {ns.name: ns.version for ns in self._below.namespaces()} if self._below else {}
+        wanted: dict[str, list[Key]] = {}
+        for name, version, key in self._hot.load(hottest) if self._hot else ():
+            if version == versions.get(name):
+                wanted.setdefault(name, []).append(key)
+        return self.warm_namespaces(wanted, time_limit=time_limit, progress=progress)
+
+    def warm_namespaces(
+        self,
+        keys: Mapping[str, Sequence[Key]],
+        *,
+        time_limit: float | None = None,
+        progress: Progress | None = None,
+    ) -> Warmed:
+        """Bring keys of namespaces, given by name, from the disk into memory, whoever has these namespaces open."""
+        self._check_open()
+        known = {ns.name: ns.id for ns in self._below.namespaces()} if self._below else {}
+        unknown = [name for name in keys if name not in known]
+        if unknown:
+            raise ConfigError(f"there is no namespace {unknown[0]!r} on the disk of this cache")
+        store = self._memory.store
+        groups = [
+            (store.space(known[name]), functools.partial(self.load, known[name]), wanted)
+            for name, wanted in keys.items()
+        ]
+        return warm(store, groups, room=self.room_to_warm(0), time_limit=time_limit, progress=progress)
+
+    def room_to_warm(self, quota: int) -> int:
+        """Return how many bytes a warm-up may bring into a namespace with that quota without pushing itself out."""
+        return (min(quota, self.options.memory) if quota else self.options.memory) * 9 // 10
+
+    def _save_hottest(self) -> None:
+        if self._hot is None or self._below is None:
+            return
+        names = {ns.id: (ns.name, ns.version) for ns in self._below.namespaces()}
+        used = self._memory.store.hottest(_MOST_HOT)
+        if used:
+            self._hot.save(self._below, ((*names[ns], key) for ns, key in used if ns in names))
+
     # ---- Life
 
     def flush(self, timeout: float = 60.0) -> None:
-        """Wait until all that this process has put has reached the disk; raises TierUnavailable after `timeout` s."""
+        """Wait until all that this process has put has reached the other tiers.
+
+        Raises TierUnavailable after `timeout` seconds.
+        """
         self._check_open()
+        until = time.monotonic() + timeout
         if self._writer and not self._writer.flush(timeout):
             raise TierUnavailable(f"the disk tier did not take all records within {timeout:g} s")
+        if self._remotes and not self._remotes.flush(max(0.0, until - time.monotonic())):
+            raise TierUnavailable(f"a remote tier did not take all records within {timeout:g} s")
 
     def demote(self) -> int:
         """Take out of memory what lies on disk too, where nobody has it pinned; returns the bytes that became free."""
@@ -191,7 +322,7 @@ class Cache(Namespace):
         return self._memory.store.demote_all()
 
     def stats(self) -> dict[str, Any]:
-        """Return counters and sizes: those of the memory tier and index, of the disk tier, and per namespace.
+        """Return counters and sizes: those of memory tier and index, of disk and remote tiers, and per namespace.
 
         Under "memory", sizes are in bytes and parts from 0 to 1: "memory_utilisation" is the part of "memory_bytes"
         that holds records ("memory_record_bytes"); what "memory_used_bytes" is more than these is lost to rounding,
@@ -208,6 +339,7 @@ class Cache(Namespace):
         return {
             "memory": self._memory.store.stats(),
             "disk": self._below.stats() if self._below else None,
+            "remote": self._remotes.stats() if self._remotes else [],
             "namespaces": namespaces,
             "holders": {
                 name: {"limit": limit, "held_bytes": held} for name, limit, held in self._memory.store.holders()
@@ -237,13 +369,20 @@ class Cache(Namespace):
         if self._pid != os.getpid():
             return  # never attached in this child
         try:
+            if self._remotes:
+                self._remotes.close()
             if self._writer:
                 with suppress(TierUnavailable):
                     self._memory.store.reap()  # what the dead had yet to write is ours to write
                 self._writer.stop()
             self._close_below()
         finally:
-            self._memory.close()
+            self._memory.close(self._last_out)
+
+    def _last_out(self) -> None:
+        """The last process is about to leave the mapping."""
+        if self._remotes and self.path is not None:
+            self._remotes.keep_trust(self.path)
 
     def _close_below(self) -> None:
         if self._below:
@@ -264,6 +403,9 @@ class Cache(Namespace):
         self._lock = threading.RLock()
         for namespace in list(self._opened):
             namespace._space = _Forked(namespace)  # type: ignore[assignment]
+            if namespace._remote is not None:
+                namespace._remote.forget_parent()
+        self._remotes = None
         self._memory.leave_to_parent()
 
     def attach_again(self) -> None:
@@ -278,6 +420,7 @@ class Cache(Namespace):
             if self._huge_pages:
                 self._memory.use_huge_pages()
             self._open_below()
+            self._open_remotes()
             self._pid = os.getpid()
 
 
@@ -315,21 +458,37 @@ atexit.register(_at_exit)
 def open(
     path: str | os.PathLike[str] | None = None,
     *,
-    memory: int | str = "1GiB",
+    memory: int | str | None = None,
     disk: int | str | None = None,
-    shared: bool = True,
-    huge_pages: bool = False,
+    shared: bool | None = None,
+    huge_pages: bool | None = None,
+    remote: str | Sequence[str] | None = None,
+    config: str | os.PathLike[str] | None = None,
 ) -> Cache:
-    """Open the cache at a directory, making it if need be; None makes a private one that leaves nothing behind.
+    """Open the cache at a directory, making it if need be; without one, a private cache that leaves nothing behind.
 
-    Every process that opens the same path shares one memory tier of `memory` bytes and one disk tier of at most
-    `disk` bytes (None: 8 GiB; 0: no disk tier). Sizes are ints or strings such as "512MiB". The options of all that
-    have it open must agree, or ConfigMismatch says how they differ. `shared=False` opens it for this process alone.
+    Every process that opens the same path shares one memory tier of `memory` bytes (1 GiB) and one disk tier of at
+    most `disk` bytes (8 GiB where there is a path; 0: no disk tier). Sizes are ints or strings such as "512MiB". The
+    options of all that have it open must agree, or ConfigMismatch says how they differ. `shared=False` opens it for
+    this process alone.
 
     `huge_pages=True` puts the memory tier into pages of 2 MiB, for this process and whoever attaches; it takes a
     while at opening, in which the memory is copied once. Raises ConfigError, saying what to do, when the kernel
     refuses.
+
+    `remote` names one or more tiers elsewhere, asked in that order after a miss here: "redis://user:pw@host:6379/0",
+    "rediss://...", "redis+cluster://...", "unix:///path", "s3://bucket/prefix"; docs/remote.md has all of it. All
+    processes of this host that open the path must name the same. Raises MissingExtra without `kvstrata[valkey]` or
+    `kvstrata[s3]`.
+
+    What isn't given comes from the environment ($KVSTRATA_PATH, $KVSTRATA_MEMORY, $KVSTRATA_DISK, ...; several remotes
+    are parted by spaces), else from the TOML file `config` or $KVSTRATA_CONFIG, whose keys are these options.
     """
-    options = CacheOptions.parse(memory=memory, disk=disk, has_path=path is not None)
-    where = None if path is None else Path(path).absolute()
-    return Cache(where, options, shared, huge_pages)
+    settings = Settings.gather(
+        {
+            "path": path, "memory": memory, "disk": disk, "shared": shared, "huge_pages": huge_pages, "remote": remote,
+        },
+        config=config,
+        environment=os.environ,
+    )  # fmt: skip
+    return Cache(settings.path, settings.options, settings.shared, settings.huge_pages, settings.remotes)

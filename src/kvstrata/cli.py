@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import enum
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvstrata.errors import KVStrataError
+from kvstrata.errors import ConfigError, KVStrataError
+
+if TYPE_CHECKING:
+    from kvstrata.movement.warm import Warmed
 
 __all__ = ["app"]
 
@@ -71,6 +75,56 @@ def demo(
         report.show(outcome, Console(highlight=False))
     if not outcome.good:
         raise typer.Exit(1)
+
+
+@app.command()
+def warm(
+    path: Annotated[Path, typer.Argument(help="The cache's directory.")],
+    *,
+    hottest: Annotated[int | None, typer.Option(min=1, help="Load so many of the keys that were used last.")] = None,
+    keys: Annotated[Path | None, typer.Option(help="A file with one key a line, to be loaded in this order.")] = None,
+    namespace: Annotated[str, typer.Option(help="The namespace of the keys in the file.")] = "default",
+    time_limit: Annotated[float | None, typer.Option(help="Seconds after which it ends.")] = None,
+    memory: Annotated[str, typer.Option(help="As the cache is opened elsewhere.")] = "1GiB",
+    disk: Annotated[str | None, typer.Option(help="As the cache is opened elsewhere.")] = None,
+    hold: Annotated[bool, typer.Option("--hold", help="Keep it in memory until this command is interrupted.")] = False,
+) -> None:
+    """Bring records of a cache from its disk into memory.
+
+    They stay there as long as some process has the cache open: start this beside a server, or use --hold.
+    """
+    import signal
+
+    from rich.console import Console
+
+    from kvstrata import open as open_cache
+
+    console = Console(stderr=True, highlight=False)
+    try:
+        if (hottest is None) == (keys is None):
+            raise ConfigError("give --hottest or --keys")
+        with open_cache(path, memory=memory, disk=disk) as cache:
+            with console.status("") as status:
+
+                def progress(done: Warmed) -> None:
+                    status.update(f"{done.present + done.loaded + done.absent:,} of {done.wanted:,} keys")
+
+                if keys is None:
+                    done = cache.warm(hottest=hottest, time_limit=time_limit, progress=progress)
+                else:
+                    lines = keys.read_bytes().splitlines()
+                    wanted = {namespace: [line for line in lines if line]}
+                    done = cache.warm_namespaces(wanted, time_limit=time_limit, progress=progress)
+            typer.echo(
+                f"{done.loaded:,} of {done.wanted:,} records loaded ({done.nbytes:,} bytes, {done.seconds:.2f} s), "
+                f"{done.present:,} were in memory, {done.absent:,} are nowhere"
+                + ("" if done.complete else "; it ended early")
+            )
+            if hold:
+                signal.pause()
+    except (KVStrataError, OSError) as error:
+        console.print(f"kvstrata warm: {error}", style="red", soft_wrap=True)
+        raise typer.Exit(2) from None
 
 
 if __name__ == "__main__":

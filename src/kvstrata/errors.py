@@ -12,7 +12,8 @@ KVStrataError
 ├── TierError                       a tier could not do what was asked
 │   ├── TierFull                    no room, and nothing that may leave
 │   ├── TierUnavailable             locked, broken or gone; others go on
-│   └── CorruptRecord               a record that isn't what was stored
+│   ├── CorruptRecord               a record that isn't what was stored
+│   └── WrongKey                    a record encrypted under a key that isn't known here
 ├── UnsupportedModel                a model whose cache can't be represented
 └── MissingExtra (ImportError)      an optional part that isn't installed
 """
@@ -38,6 +39,7 @@ __all__ = [
     "UnknownOption",
     "UnsupportedModel",
     "VersionConflict",
+    "WrongKey",
 ]
 
 
@@ -125,6 +127,10 @@ class TierUnavailable(TierError):
 
 class CorruptRecord(TierError):
     """A record is damaged, or isn't the one that was asked for."""
+
+
+class WrongKey(TierError):
+    """A record is encrypted under a key that isn't among those that are known."""
 
 
 class UnsupportedModel(KVStrataError):

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 import operator
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar, overload
 
 from kvstrata import _core
 from kvstrata.config import parse_duration
-from kvstrata.errors import InvalidKey, InvalidValue
+from kvstrata.errors import InvalidKey, InvalidValue, TierFull, TierUnavailable
+from kvstrata.movement.single_flight import compute_once
+from kvstrata.movement.warm import Progress, Warmed, warm
 from kvstrata.tiers.base import Arrived, Key
 
 if TYPE_CHECKING:
     from kvstrata.cache import Cache
     from kvstrata.memoize import Memoized
+    from kvstrata.movement.remote_writer import Change
+    from kvstrata.movement.remotes import RemoteSpace
     from kvstrata.objects import ObjectCache, Serializer
 
 __all__ = ["Namespace", "SpaceOptions"]
 
 _HIGHEST_COST = 3e38  # it is kept in single precision
+_WRITE_THROUGH_S = 30.0
 _LOADED_AT_ONCE = 256  # records that get_many keeps pinned until it has copied them
+_FETCHED_AT_ONCE = 64  # the same, of records from elsewhere
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -37,6 +45,12 @@ class SpaceOptions(NamedTuple):
     guarantee: int = 0
     immutable: bool = False
     proven_only: bool = False
+    write_back: bool = False
+    remote: bool = True  # only this process's affair
+
+    def native(self) -> tuple[str, int, str, int, int, bool, bool, bool]:
+        """What the core has to know."""
+        return self[:8]
 
 
 class Namespace:
@@ -47,12 +61,16 @@ class Namespace:
     to a newer version, and CacheClosed.
     """
 
-    def __init__(self, cache: Cache, options: SpaceOptions, ttl_ms: int, jitter: float) -> None:
+    def __init__(
+        self, cache: Cache, options: SpaceOptions, ttl_ms: int, jitter: float, *, through: bool = False
+    ) -> None:
         self._cache = cache
         self._options = options
         self._space = cache._open_space(options)
         self._ttl_ms = ttl_ms
         self._jitter = jitter
+        self._through = through
+        self._remote: RemoteSpace | None = cache._remote_space(self) if options.remote else None
         cache._opened.add(self)
 
     @property
@@ -85,12 +103,41 @@ class Namespace:
         in any unit. `tags`, four at most, are for `delete_tag`. In an immutable namespace a key that is there already
         stays as it is. Raises TierFull when the value can't be stored.
         """
-        if ttl is None and cost is None and tags is None:  # the calls below take as long as a small put
+        if self._remote is None and ttl is None and cost is None and tags is None:
+            # The calls below take as long as a small put.
             seq = self._space.put(key, value, self._ttl_ms, self._jitter)
-        else:
+            if seq:
+                self._cache.forget_older(self._space.id, [(key, seq)])
+            if self._through:
+                self._require_durable([key])
+            return
+        change = self._begin(key)
+        try:
             seq = self._space.put(key, value, self._ttl(ttl), self._jitter, _number(cost), tags)
+        except BaseException:
+            self._end(change)
+            raise
+        self._stored(change, key, seq)
+
+    def _begin(self, key: Key) -> Change | None:
+        """Before a put; None if it changes nothing that a tier elsewhere would have to know."""
+        if self._remote is None or (self._options.immutable and self._space.contains(key)):
+            return None
+        return self._remote.begin()
+
+    def _stored(self, change: Change | None, key: Key, seq: int) -> None:
+        """After a put, which returned `seq`."""
+        if change is not None and self._remote is not None:
+            self._remote.changed(change, [key])
         if seq:
             self._cache.forget_older(self._space.id, [(key, seq)])
+        if self._through:
+            self._require_durable([key])
+
+    def _end(self, change: Change | None) -> None:
+        """After a change that came to nothing."""
+        if change is not None and self._remote is not None:
+            self._remote.drop(change)
 
     def put_many(
         self,
@@ -103,13 +150,22 @@ class Namespace:
         """Store values in the order given. When one fails the ones before it are stored."""
         keys = list(items)
         replaced: list[tuple[int, int]] = []
+        change = self._remote.begin() if self._remote else None
         try:
             self._space.put_many(
                 keys, list(items.values()), replaced, self._ttl(ttl), self._jitter, _number(cost), tags
             )
+        except InvalidKey:  # then none is stored, and what isn't a key can't be sent
+            self._end(change)
+            change = None
+            raise
         finally:
+            if change is not None and self._remote is not None:
+                self._remote.changed(change, keys)
             if replaced:
                 self._cache.forget_older(self._space.id, [(keys[i], seq) for i, seq in replaced])
+        if self._through:
+            self._require_durable(keys)
 
     @contextmanager
     def reserve(
@@ -152,9 +208,61 @@ class Namespace:
         except BaseException:
             write.abort()
             raise
-        seq = write.publish()
-        if seq:
-            self._cache.forget_older(self._space.id, [(key, seq)])
+        change = self._remote.begin() if self._remote else None
+        try:
+            seq = write.publish()
+        except BaseException:
+            self._end(change)
+            raise
+        self._stored(change, key, seq)
+
+    def _require_durable(self, keys: Sequence[Key]) -> None:
+        missing = self._space.wait_until_durable(keys, _WRITE_THROUGH_S)
+        if missing:
+            raise TierUnavailable(
+                f"{missing} of {len(keys)} values of namespace {self.name!r} are in memory, but the disk did not take "
+                "them; cache.stats()['disk'] says why"
+            )
+
+    def get_or_compute(
+        self,
+        key: Key,
+        compute: Callable[[], Value],
+        *,
+        ttl: float | None = None,
+        cost: float | None = None,
+        tags: Sequence[Key] | None = None,
+        lease: float = 60.0,
+    ) -> bytes:
+        """Return the value as bytes; where it is absent, what `compute` returns, which is stored.
+
+        Of all threads and processes of this host that miss it at the same time one computes, and the others wait for
+        it: `lease` seconds at most, and no longer when that process dies or `compute` raises, which goes to its own
+        caller; then another one computes. `cost` is by default the time that it took, in seconds. A value for which
+        there is no room is returned all the same.
+        """
+
+        def make() -> bytes:
+            started = time.perf_counter()
+            value = compute()
+            took = time.perf_counter() - started
+            with suppress(TierFull):
+                self.put(key, value, ttl=ttl, cost=took if cost is None else cost, tags=tags)
+            return value if isinstance(value, bytes) else memoryview(value).tobytes()
+
+        found = self.get(key)
+        lease_ms = parse_duration(lease, option="lease")
+        return compute_once(self._space, key, lambda: self.get(key), make, lease_ms) if found is None else found
+
+    def warm(self, keys: Sequence[Key], *, time_limit: float | None = None, progress: Progress | None = None) -> Warmed:
+        """Bring records from the tier below into memory, in the order of the keys; returns what was done.
+
+        It ends early after `time_limit` seconds, and when as much has come as the memory, or the quota, holds.
+        `progress` is called after each batch with what was done so far.
+        """
+        group = (self._space, functools.partial(self._cache.load, self._space.id), keys)
+        room = self._cache.room_to_warm(self._options.quota)
+        return warm(self._cache.live_store(), [group], room=room, time_limit=time_limit, progress=progress)
 
     def _ttl(self, ttl: float | None) -> int:
         return self._ttl_ms if ttl is None else parse_duration(ttl)
@@ -174,6 +282,8 @@ class Namespace:
         value = self._space.get(key) if out is None else self._space.get_into(key, out)
         if value is _core.BELOW:
             value = _copied(self._load([key])[0], out)
+        if value is None and self._remote is not None:
+            value = _copied(self._remote.fetch([key])[0], out)
         return default if value is None else value
 
     def get_many(self, keys: Sequence[Key], *, out: Sequence[Any] | None = None) -> list[Any]:
@@ -190,6 +300,12 @@ class Namespace:
             for n, pin in enumerate(self._load([keys[i] for i in wanted], copy)):
                 if pin is not None and values[wanted[n]] is None:
                     copy(n, pin)
+        if self._remote is not None and None in values:
+            absent = [i for i, value in enumerate(values) if value is None]
+            for start in range(0, len(absent), _FETCHED_AT_ONCE):
+                some = absent[start : start + _FETCHED_AT_ONCE]
+                for i, pin in zip(some, self._remote.fetch([keys[i] for i in some]), strict=True):
+                    values[i] = _copied(pin, None if out is None else out[i])
         return values
 
     def pin(self, key: Key) -> _core.Pin:
@@ -205,7 +321,9 @@ class Namespace:
 
     def _pin_or_none(self, key: Key) -> _core.Pin | None:
         pin: _core.Pin | None = self._space.pin(key)
-        return self._load([key])[0] if pin is _core.BELOW else pin
+        if pin is _core.BELOW:
+            pin = self._load([key])[0]
+        return self._remote.fetch([key])[0] if pin is None and self._remote is not None else pin
 
     def pin_many(self, keys: Sequence[Key]) -> list[_core.Pin | None]:
         """Return a pin for each key, None where absent; a pin exports its value as a buffer, too."""
@@ -214,7 +332,17 @@ class Namespace:
         if below:
             for i, pin in zip(below, self._load([keys[i] for i in below]), strict=True):
                 pins[i] = pin
+        self._fetch_absent(keys, pins)
         return pins
+
+    def _fetch_absent(self, keys: Sequence[Key], pins: list[_core.Pin | None]) -> list[int]:
+        """Ask the tiers elsewhere for what has no pin; returns the positions of what they had."""
+        if self._remote is None or None not in pins:
+            return []
+        absent = [i for i, pin in enumerate(pins) if pin is None]
+        for i, pin in zip(absent, self._remote.fetch([keys[i] for i in absent]), strict=True):
+            pins[i] = pin
+        return [i for i in absent if pins[i] is not None]
 
     def _load(self, keys: list[Key], arrived: Arrived | None = None) -> list[_core.Pin | None]:
         pins = self._load_once(keys, arrived)
@@ -229,14 +357,25 @@ class Namespace:
         return [None if value is None else _pinned(value) for value in loaded]
 
     def contains_prefix(self, keys: Sequence[Key]) -> int:
-        """Return how many keys from the first on are present, in whichever tier, without loading anything."""
-        return self._space.contains_prefix(keys)
+        """Return how many keys from the first on are present, in whichever tier, without loading anything.
+
+        With a tier elsewhere, that is asked, in one batch, for those behind the first that isn't on this host.
+        """
+        here = self._space.contains_prefix(keys)
+        if self._remote is None or here == len(keys):
+            return here
+        keys = keys[here:]
+        there = self._remote.contains(keys)
+        for i, found in enumerate(there):
+            if not found and not self._space.contains(keys[i]):
+                return here + i
+        return here + len(keys)
 
     def __contains__(self, key: Key) -> bool:
-        return self._space.contains(key)
+        return self._space.contains(key) or (self._remote is not None and self._remote.contains([key])[0])
 
     def keys(self, prefix: Key = b"") -> Iterator[bytes]:
-        """Iterate over the keys that start with `prefix`, in whichever tier they are and in no order.
+        """Iterate over the keys that start with `prefix`, in memory or on disk of this host and in no order.
 
         It looks through the whole index of the cache, a part at a time: what is stored meanwhile may be among them.
         """
@@ -247,29 +386,63 @@ class Namespace:
     # ---- Removing
 
     def delete(self, key: Key) -> bool:
-        """Remove a key from all tiers; returns whether it was there. It does not come back after a restart."""
-        present, on_disk = self._space.remove(key)
-        if on_disk:
-            self._cache.forget_older(self._space.id, [(key, None)])
+        """Remove a key from all tiers; returns whether it was there. It does not come back after a restart.
+
+        With a tier elsewhere, "there" means on this host; raises TierUnavailable when it can't be removed from that.
+        """
+        change = self._remote.begin() if self._remote else None
+        try:
+            present, on_disk = self._space.remove(key)
+        except BaseException:
+            self._end(change)
+            raise
+        self._gone(change, [key], [0] if on_disk else [])
         return present
 
+    def _gone(self, change: Change | None, keys: Sequence[Key], on_disk: Sequence[int]) -> None:
+        """After keys were removed from the index; `on_disk`: positions of those that have a row."""
+        try:
+            if on_disk:
+                self._cache.forget_older(self._space.id, [(keys[i], None) for i in on_disk])
+        finally:
+            if change is not None and self._remote is not None:
+                self._remote.removed(change, keys)
+
     def delete_many(self, keys: Sequence[Key]) -> int:
-        """Remove keys from all tiers; returns how many were there. They do not come back after a restart."""
+        """Remove keys from all tiers; returns how many were there. They do not come back after a restart.
+
+        With a tier elsewhere as `delete`.
+        """
         keys = list(keys)
-        present, on_disk = self._space.remove_many(keys)
-        if on_disk:
-            self._cache.forget_older(self._space.id, [(keys[i], None) for i in on_disk])
+        change = self._remote.begin() if self._remote else None
+        try:
+            present, on_disk = self._space.remove_many(keys)
+        except BaseException:
+            self._end(change)
+            raise
+        self._gone(change, keys, on_disk)
         return present
 
     def delete_prefix(self, prefix: Key) -> int:
         """Remove all keys that start with `prefix` from all tiers; returns how many were there.
 
-        It takes time in proportion to what the whole cache holds; `delete_tag` and `clear` don't.
+        It takes time in proportion to what the whole cache holds; `delete_tag` and `clear` don't. A tier elsewhere
+        can't be asked which keys it has, so it loses the whole namespace.
         """
         start = _prefix_bytes(prefix)
         if not start:
             raise InvalidKey("a prefix has a byte at least; clear() removes everything")
-        return self._cache.forget_prefix(self._space, start)
+        removed = 0
+
+        def here() -> None:
+            nonlocal removed
+            removed = self._cache.forget_prefix(self._space, start)
+
+        if self._remote is None:
+            here()
+        else:
+            self._remote.cleared(self._remote.begin(), here)
+        return removed
 
     def delete_tag(self, tag: Key) -> None:
         """Remove everything that was put with this tag, in all tiers and for everybody, in constant time.
@@ -280,9 +453,19 @@ class Namespace:
         self._cache.persist_tag(slot, seq)
 
     def clear(self) -> None:
-        """Remove everything in this namespace, in all tiers and for everybody, in constant time."""
-        epoch = self._space.clear()
-        self._cache.persist_epoch(self._space.id, epoch)
+        """Remove everything in this namespace, in all tiers and for everybody, in constant time.
+
+        Other hosts that share a tier elsewhere see it there a second later at most, and keep what they have themselves.
+        """
+
+        def here() -> None:
+            epoch = self._space.clear()
+            self._cache.persist_epoch(self._space.id, epoch)
+
+        if self._remote is None:
+            here()
+        else:
+            self._remote.cleared(self._remote.begin(), here)
 
     # ---- Objects
 
@@ -340,9 +523,13 @@ class Namespace:
         self, key: Key, value: Value, ttl: float | None, cost: float | None, tags: Sequence[Key] | None
     ) -> _core.Pin | None:
         """Put a value; returns a pin of its record, None where an immutable namespace had the key already."""
-        seq, pin = self._space.put_pinned(key, value, self._ttl(ttl), self._jitter, _number(cost), tags)
-        if seq:
-            self._cache.forget_older(self._space.id, [(key, seq)])
+        change = self._begin(key)
+        try:
+            seq, pin = self._space.put_pinned(key, value, self._ttl(ttl), self._jitter, _number(cost), tags)
+        except BaseException:
+            self._end(change)
+            raise
+        self._stored(change, key, seq)
         return pin
 
 

@@ -196,6 +196,7 @@ class PrefixCache:
                 loaded = self.ns._load([keys[index] for index in below], arrived)
                 for index, pin in zip(below, loaded, strict=True):
                     pins[index] = pin
+            below = sorted([*below, *self.ns._fetch_absent(keys, pins)])
             places = []
             run = 0
             for pin in pins:

@@ -18,7 +18,7 @@ import signal
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import kvstrata
 import kvstrata.policies
@@ -36,7 +36,8 @@ Options = dict[str, Any]
 def namespace_of(cache: kvstrata.Cache, writer: int, seed: int) -> kvstrata.Namespace:
     """Open a writer's namespace; its policy differs with the seed, so that kills and repairs happen under each."""
     names = kvstrata.policies.names()
-    return cache.namespace(f"of writer {writer}", policy=names[(2 * seed + writer + 1) % len(names)])
+    write: Literal["behind", "back"] = "back" if (seed + writer) % 3 == 0 else "behind"
+    return cache.namespace(f"of writer {writer}", policy=names[(2 * seed + writer + 1) % len(names)], write=write)
 
 
 def key_name(writer: int, key: int) -> bytes:

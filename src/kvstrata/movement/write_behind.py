@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
 
 from kvstrata import _core
 from kvstrata.errors import TierUnavailable
@@ -20,19 +23,25 @@ _log = logging.getLogger("kvstrata")
 _BATCH_RECORDS = 1024
 _BATCH_BYTES = 32 << 20
 _IDLE_S = 0.1
+_HOUSEKEEPING_S = 60.0
 
 
 class WriteBehind:
-    """A thread that takes this process's new records to `tier`, oldest first."""
+    """A thread that takes this process's new records to `tier`, oldest first.
 
-    def __init__(self, store: _core.Store, tier: Tier) -> None:
+    Now and then, and when it ends, it does `housekeeping`.
+    """
+
+    def __init__(self, store: _core.Store, tier: Tier, housekeeping: Callable[[], None]) -> None:
         self._store = store
         self._tier = tier
+        self._housekeeping = housekeeping
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvstrata-write-behind", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
+        done = time.monotonic()
         while True:
             stopping = self._stopping.is_set()
             records = self._store.take_dirty(_BATCH_RECORDS, _BATCH_BYTES, 0.0 if stopping else _IDLE_S)
@@ -47,8 +56,18 @@ class WriteBehind:
                     )
                     self._let_go(records)
             elif stopping:
-                return
+                break
+            elif time.monotonic() - done > _HOUSEKEEPING_S:
+                self._keep_house()
+                done = time.monotonic()
             self._tier.tend()
+        self._keep_house()
+
+    def _keep_house(self) -> None:
+        try:
+            self._housekeeping()
+        except Exception:  # noqa: BLE001 - nothing that it does is worth the thread
+            _log.exception("kvstrata: the housekeeping failed")
 
     def _let_go(self, records: list[_core.DirtyRecord]) -> None:
         """Leave records to memory, however long somebody holds a lock that it takes; unless all is to end."""
@@ -61,10 +80,13 @@ class WriteBehind:
 
     def flush(self, timeout: float) -> bool:
         """Wait until all that this process has put is below; False when the time was over first."""
+        self._store.write_lazy()
         return self._store.wait_until_settled(timeout)
 
     def stop(self) -> None:
         """Write what is left, and end the thread."""
+        with suppress(TierUnavailable):
+            self._store.write_lazy()
         self._stopping.set()
         self._store.wake_writer()
         self._thread.join()

@@ -1,13 +1,20 @@
-"""What a tier below memory has to do for the cache. Batched throughout: one call carries a whole request."""
+"""What a tier below memory has to do for the cache. Batched throughout: one call carries a whole request.
+
+A `Tier` is under the host's index. A `RecordStore` is not: it is asked after a miss, through `tiers.keyed`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from kvstrata._core import DirtyRecord, Pin
+from kvstrata.errors import TierUnavailable
 
-__all__ = ["Arrived", "Key", "NamespaceState", "Stats", "Tier"]
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+__all__ = ["Arrived", "Key", "NamedRecord", "NamespaceState", "RecordStore", "Stats", "StoreFault", "Tier"]
 
 Key = str | bytes
 Arrived = Callable[[int, Pin | memoryview], None]
@@ -65,11 +72,79 @@ class Tier(Protocol):
     def delete_prefix(self, ns: int, prefix: bytes, below: int) -> None:
         """Forget records whose keys start with `prefix` and whose number is below `below`, like `delete`."""
 
+    def save(self, name: str, data: bytes) -> None:
+        """Keep a small file beside the records, in place of an older one; raises OSError, TierError."""
+
     def tend(self) -> None:
         """Do what is due, without raising for faults; called after each batch, or ten times a second."""
 
     def stats(self) -> Stats:
         """Return counters, in bytes and numbers of records."""
+
+    def close(self) -> None:
+        """Let go of everything. What was written stays."""
+
+
+class NamedRecord(NamedTuple):
+    """A record to be stored under a name: the bytes of all `parts`, one after the other."""
+
+    name: bytes
+    parts: Sequence[Buffer]
+    expires: int
+    """ms since the Unix epoch, 0 = never. The record's own header says the same."""
+
+    @property
+    def length(self) -> int:
+        """Its bytes."""
+        return sum(memoryview(part).nbytes for part in self.parts)
+
+
+class StoreFault(TierUnavailable):
+    """A store could not do all that was asked, within the time that it had.
+
+    `kind` is what it is counted under, such as "ECONNREFUSED" or "timeout"; the message holds no secrets. `found` is
+    what a read did get, if it was one. With `sent`, what was to be changed may still be, later; without, nothing will.
+    """
+
+    def __init__(self, kind: str, message: str, *, found: list[Buffer | None] | None = None, sent: bool = True) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.found = found
+        self.sent = sent
+
+
+class RecordStore(Protocol):
+    """Whole records by name, outside the host's index: a server, an object store, another engine.
+
+    Names are 1 to 256 bytes of any kind; what is equal in its first bytes belongs together, for engines that keep an
+    order. A record is stored and given back as a whole, byte for byte, or it is absent: a store may lose records at
+    any time, but it never makes up, cuts or mixes any, and once a write or delete has returned, a read that starts
+    later sees it. Who reads checks what it gets, so a store doesn't. Times are in seconds; each bounds the whole call
+    as long as nothing arrives, and while bytes do, it goes on as long as they would take at 32 MiB/s. Every method may
+    be called from any thread, raises StoreFault and nothing else, and isn't used any more in a forked child.
+    """
+
+    name: str
+
+    def read(self, names: Sequence[bytes], timeout_s: float) -> list[Buffer | None]:
+        """Return the records, None where there is none."""
+
+    def contains(self, names: Sequence[bytes], timeout_s: float) -> list[bool]:
+        """Say of which names there is a record; one whose time is over counts for none if the store knows of it."""
+
+    def write(
+        self, records: Sequence[NamedRecord], timeout_s: float, *, then_read: bytes | None = None
+    ) -> Buffer | None:
+        """Store records, replacing those of the same names; then read one name, and return what is there.
+
+        That saves a round trip where there are any. After a fault, any of the records may have been stored.
+        """
+
+    def delete(self, names: Sequence[bytes], timeout_s: float) -> None:
+        """Forget records, before it returns. That there is none is no fault."""
+
+    def stats(self) -> Stats:
+        """Return what the store says of itself, without asking anybody else, and without secrets."""
 
     def close(self) -> None:
         """Let go of everything. What was written stays."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 from kvstrata.errors import TierFull, TierUnavailable, VersionConflict
 from kvstrata.record import PAGE, NamespaceInfo, build_descriptor
 from kvstrata.tiers.base import Arrived, Key, NamespaceState, Stats
+from kvstrata.tiers.blockio import page_ceil
 from kvstrata.tiers.breaker import Breaker
 from kvstrata.tiers.capacity import Capacity
 from kvstrata.tiers.catalog import Catalog, CatalogDamaged, Lasting
@@ -46,6 +47,7 @@ _COUNTERS = (
     "loaded_records",
     "loaded_bytes",
     "unpromoted_records",
+    "shared_loads",
     "corrupt_records",
     "vanished_records",
     "dropped_segments",
@@ -253,6 +255,17 @@ class DiskTier:
         lasting: Lasting = "synced" if self._known(ns).immutable else "marked"
         self._mended(lambda: self._catalog.delete_prefix(ns, prefix, below, lasting))
 
+    def save(self, name: str, data: bytes) -> None:
+        """Keep a small file beside the segments, in place of an older one, within the capacity.
+
+        Raises OSError, TierFull, TierUnavailable.
+        """
+        draft = self.directory / f"{name}.new"
+        with self._ledger.hold():
+            self._make_room(page_ceil(len(data)))
+            draft.write_bytes(data)
+            draft.replace(self.directory / name)
+
     def stats(self) -> Stats:
         """Return sizes in bytes and the counters of this process; "error <kind>" counts faults.
 
@@ -276,7 +289,7 @@ class DiskTier:
     # ---- Inside: opening and repair
 
     def _recover(self) -> None:
-        for leftover in self.directory.glob("probe-*.tmp"):
+        for leftover in (*self.directory.glob("probe-*.tmp"), *self.directory.glob("hottest.new")):
             leftover.unlink(missing_ok=True)
         mark = self._ledger.read()
         if mark is not None and mark.seed != self._store.seed:

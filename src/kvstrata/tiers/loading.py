@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from kvstrata import _core
 from kvstrata.errors import CorruptRecord, FormatError
 from kvstrata.record import TAGGED, NamespaceInfo, parse_record, payload_of
 from kvstrata.tiers.base import Arrived, Key
@@ -24,6 +25,9 @@ __all__ = ["Loaded", "Loader", "key_bytes"]
 Loaded = list["Pin | memoryview | None"]
 
 _AT_ONCE = 64  # blocks of memory that are claimed before they are filled
+_FIRST_PAUSE_S = 0.0005
+_LONGEST_PAUSE_S = 0.01
+_PATIENCE_S = 5.0  # with somebody else who is loading the same, before it is loaded a second time
 
 
 class Loader:
@@ -54,30 +58,52 @@ class Loader:
         """Return the values: promoted to memory and pinned, or in private memory where the tier has no room.
 
         None means that a key is not on disk, is in memory already, or could not be read. `arrived(position, value)` is
-        called for each value as soon as it is there, from any thread.
+        called for each value as soon as it is there, from any thread. What somebody else is loading, in whichever
+        process, is waited for and not read again: then it is in memory.
         """
         results: Loaded = [None] * len(keys)
-        loads = [
-            _Load(position, key_bytes(key), *location)
-            for position, (key, location) in enumerate(zip(keys, self._store.find_on_disk(ns, keys), strict=True))
-            if location is not None
-        ]
+        loads = self._located(ns, [(position, key_bytes(key)) for position, key in enumerate(keys)])
+        others: list[_Load] = []
         for start in range(0, len(loads), _AT_ONCE):
-            if not self._breaker.allow():
-                self._counters.add("refused_loads", len(loads) - start)
-                break
-            if self._load_some(ns, loads[start : start + _AT_ONCE], results, arrived):
-                self._breaker.success()
+            others += self._load_some(ns, loads[start : start + _AT_ONCE], results, arrived)
+        if others:
+            self._counters.add("shared_loads", len(others))
+        pause = _FIRST_PAUSE_S
+        patient_until = time.monotonic() + _PATIENCE_S
+        while others:
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
+            there = self._located(ns, [(load.position, load.key) for load in others])  # still
+            take_over = time.monotonic() >= patient_until
+            others = []
+            for start in range(0, len(there), _AT_ONCE):
+                others += self._load_some(ns, there[start : start + _AT_ONCE], results, arrived, take_over)
         return results
 
-    def _load_some(self, ns: int, loads: list[_Load], results: Loaded, arrived: Arrived | None) -> bool:
-        """Load some; returns whether the device did what it should."""
+    def _located(self, ns: int, keys: list[tuple[int, bytes]]) -> list[_Load]:
+        """Return those that lie on disk only; `keys` are position and key."""
+        locations = self._store.find_on_disk(ns, [key for _, key in keys])
+        return [_Load(*key, *at) for key, at in zip(keys, locations, strict=True) if at is not None]
+
+    def _load_some(
+        self, ns: int, wanted: list[_Load], results: Loaded, arrived: Arrived | None, take_over: bool = False
+    ) -> list[_Load]:
+        """Load what nobody else is loading, or with `take_over` all; returns the others."""
+        if not self._breaker.allow():
+            self._counters.add("refused_loads", len(wanted))
+            return []
+        loads: list[_Load] = []
+        others: list[_Load] = []
         writes: list[Write | None] = []
         reads: list[Read] = []
         lost: list[tuple[bytes, int]] = []
         faults: dict[int, str] = {}  # errno -> where
-        for load in loads:
-            write = self._store.begin_load(ns, load.key, load.entry, load.seq, load.length)
+        for load in wanted:
+            write = self._store.begin_load(ns, load.key, load.entry, load.seq, load.length, take_over)
+            if write is _core.LOADING:
+                others.append(load)
+                continue
+            loads.append(load)
             buffer = aligned_buffer(load.length) if write is None else write.view()
             writes.append(write)
             reads.append(Read(load.segment, load.offset, buffer))
@@ -115,12 +141,12 @@ class Loader:
                     arrived(load.position, value)
 
         self._segments.read(reads, done)
-        if lost and not self._forget(ns, lost):
-            return False
-        for code, told in faults.items():
+        if (not lost or self._forget(ns, lost)) and not faults:
+            self._breaker.success()
+        elif faults:
+            code, told = faults.popitem()
             self._breaker.failure(errno_name(code), told)
-            break
-        return not faults
+        return others
 
     def _checked(self, ns: int, load: _Load, data: memoryview) -> memoryview | None:
         """Return the value of a record in private memory if it still counts, as the store would check it.

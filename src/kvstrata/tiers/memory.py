@@ -117,18 +117,22 @@ class MemoryTier:
                 self._users = _claim_directory(self.directory, shared=True)
             self.store = _open_shared(self._file, self.directory, self._users, self._options, restore)
 
-    def close(self) -> None:
-        """Leave the mapping; the last one out removes it."""
+    def close(self, last_out: Callable[[], object] = lambda: None) -> None:
+        """Leave the mapping; the last one out calls `last_out` first, and removes it."""
         try:
             if self.directory is not None and self._file is not None:
                 # If the directory has gone, nobody else can come.
                 with _setup_lock(self.directory) if self.directory.is_dir() else nullcontext():
                     # Pins may keep the mapping in use here, but nobody needs to find it any more.
                     alone = self.store.alone()
+                    if alone:
+                        last_out()
                     self.store.close()
                     if alone or not _core.probe(str(self._file))[3]:
                         self._file.unlink(missing_ok=True)
                     self._leave_directory()
+            elif self.directory is not None:
+                last_out()
         except (ConfigError, OSError, TierUnavailable):
             pass  # left behind until the next open of this path
         finally:

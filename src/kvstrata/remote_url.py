@@ -1,0 +1,185 @@
+"""Tiers elsewhere as users name them: URLs, whose secrets nobody gets to see."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
+
+from kvstrata.errors import ConfigError, UnknownOption
+from kvstrata.tiers.base import RecordStore
+from kvstrata.tiers.breaker import Breaker
+from kvstrata.tiers.keyed import MAX_PREFIX, KeyedTier
+
+__all__ = ["RemoteURL"]
+
+_VALKEY = ("redis", "rediss", "valkey", "valkeys", "unix")
+_CLUSTER = ("redis+cluster", "rediss+cluster", "valkey+cluster", "valkeys+cluster")
+_SCHEMES = (*_VALKEY, *_CLUSTER, "s3")
+_COMMON = ("lookup_timeout", "change_timeout", "generation_ttl")
+_VALKEY_OPTIONS = (
+    *_COMMON, "prefix", "db", "username", "password_env", "password_file",
+    "tls_ca", "tls_cert", "tls_key", "tls_verify",
+)  # fmt: skip
+_S3_OPTIONS = (
+    *_COMMON, "endpoint", "region", "access_key", "access_key_env", "secret_key_env", "secret_key_file",
+    "virtual_hosted",
+)  # fmt: skip
+_LOOKUP_S = {"s3": 0.5}
+_CHANGE_S = {"s3": 10.0}
+
+
+class RemoteURL:
+    """A tier elsewhere, parsed and checked. `label` names it without user, password or query."""
+
+    def __init__(self, scheme: str, parts: SplitResult, options: dict[str, str]) -> None:
+        self.scheme = scheme
+        self._parts = parts
+        self._options = options
+        host = parts.hostname or ""
+        if ":" in host:
+            host = f"[{host}]"
+        try:
+            port = f":{parts.port}" if parts.port else ""
+        except ValueError:
+            raise ConfigError(f"remote: the port of {scheme}://{host} is no number from 1 to 65535") from None
+        self.label = f"{scheme}://{host}{port}{parts.path}"
+
+    def __repr__(self) -> str:
+        return f"<remote {self.label}>"
+
+    @classmethod
+    def parse(cls, url: str) -> RemoteURL:
+        """Check a URL; raises ConfigError and UnknownOption, neither of which repeats what may be secret."""
+        if not isinstance(url, str):
+            raise ConfigError(f"remote must be a URL or a sequence of URLs, not {type(url).__name__}")
+        try:
+            parts = urlsplit(url)
+        except ValueError:
+            raise ConfigError("remote: this is no URL; write for instance 'redis://host:6379/0'") from None
+        scheme = parts.scheme
+        if scheme not in _SCHEMES:
+            raise UnknownOption("kind of remote", scheme, _SCHEMES)
+        options: dict[str, str] = {}
+        known = _S3_OPTIONS if scheme == "s3" else _VALKEY_OPTIONS
+        for name, value in parse_qsl(parts.query, keep_blank_values=True):
+            if name not in known:
+                raise UnknownOption(f"option of {scheme}://", name, known)
+            options[name] = value
+        parsed = cls(scheme, parts, options)
+        parsed._check()
+        return parsed
+
+    def open(self) -> KeyedTier:
+        """Make the tier; nothing is connected yet. Raises MissingExtra, and ConfigError where a secret is missing."""
+        store = self._s3() if self.scheme == "s3" else self._valkey()
+        return KeyedTier(
+            store,
+            prefix=self._prefix(),
+            lookup_s=self._seconds("lookup_timeout", _LOOKUP_S.get(self.scheme, 0.05)),
+            change_s=self._seconds("change_timeout", _CHANGE_S.get(self.scheme, 2.0)),
+            generation_s=self._seconds("generation_ttl", 1.0),
+            breaker=Breaker(self.label),
+        )
+
+    # ---- Inside
+
+    def _check(self) -> None:
+        if self.scheme == "unix":
+            if not self._parts.path:
+                raise ConfigError("remote: unix:// needs the socket's path: 'unix:///run/valkey.sock'")
+        elif not self._parts.hostname:
+            what = "a bucket: 's3://bucket/prefix'" if self.scheme == "s3" else "a host: 'redis://host:6379/0'"
+            raise ConfigError(f"remote: {self.scheme}:// needs {what}")
+        for name in _COMMON:
+            self._seconds(name, 1.0)
+        self._prefix()
+        self._database()
+        for name in ("tls_verify", "virtual_hosted"):
+            self._flag(name, default=True)
+
+    def _seconds(self, name: str, default: float) -> float:
+        text = self._options.get(name)
+        try:
+            seconds = default if text is None else float(text)
+        except ValueError:
+            seconds = -1.0
+        if not 0 < seconds <= 3600:
+            raise ConfigError(f"remote {self.label}: {name}={text!r} must be a number of seconds from 0 to 3600")
+        return seconds
+
+    def _flag(self, name: str, *, default: bool) -> bool:
+        text = self._options.get(name)
+        if text not in (None, "yes", "no"):
+            raise ConfigError(f"remote {self.label}: {name}={text!r} must be yes or no")
+        return default if text is None else text == "yes"
+
+    def _prefix(self) -> bytes:
+        prefix = self._options.get("prefix", "kvstrata").encode()
+        if not 1 <= len(prefix) <= MAX_PREFIX:
+            raise ConfigError(f"remote {self.label}: prefix must have 1 to {MAX_PREFIX} bytes")
+        return prefix
+
+    def _database(self) -> int:
+        in_path = "" if self.scheme in ("unix", "s3") else self._parts.path.strip("/")
+        text = in_path or self._options.get("db", "0")
+        if not text.isdigit():
+            raise ConfigError(f"remote {self.label}: the database must be a number, not {text!r}")
+        return int(text)
+
+    def _secret(self, name: str, default: str | None) -> str | None:
+        """A secret that the URL names the place of, or holds."""
+        variable, file = self._options.get(f"{name}_env"), self._options.get(f"{name}_file")
+        if variable is not None:
+            if variable not in os.environ:
+                raise ConfigError(f"remote {self.label}: the environment has no variable {variable} ({name}_env)")
+            return os.environ[variable]
+        if file is not None:
+            try:
+                return Path(file).read_text().strip()
+            except OSError as error:
+                raise ConfigError(f"remote {self.label}: can't read {file} ({name}_file): {error.strerror}") from error
+        return default
+
+    def _valkey(self) -> RecordStore:
+        from kvstrata.tiers.valkey import ValkeyStore
+
+        parts = self._parts
+        given = None if parts.password is None else unquote(parts.password)
+        options: dict[str, Any] = {"password": self._secret("password", given)}
+        user = unquote(parts.username) if parts.username else self._options.get("username")
+        if user:
+            options["username"] = user
+        if self.scheme == "unix":
+            options["path"] = unquote(parts.path)
+        else:
+            options |= {"host": parts.hostname, "port": parts.port or 6379}
+        if self.scheme in ("rediss", "valkeys", "rediss+cluster", "valkeys+cluster"):
+            verify = self._flag("tls_verify", default=True)
+            options |= {"ssl_cert_reqs": "required" if verify else "none", "ssl_check_hostname": verify}
+            for ours, theirs in (("tls_ca", "ssl_ca_certs"), ("tls_cert", "ssl_certfile"), ("tls_key", "ssl_keyfile")):
+                if ours in self._options:
+                    options[theirs] = self._options[ours]
+            if self.scheme in _CLUSTER:
+                options["ssl"] = True
+        if self.scheme not in _CLUSTER:
+            options["db"] = self._database()
+        return ValkeyStore(self.label, options, cluster=self.scheme in _CLUSTER)
+
+    def _s3(self) -> RecordStore:
+        from kvstrata.tiers.s3 import S3Store
+
+        parts = self._parts
+        options: dict[str, Any] = {}
+        key = self._secret(
+            "access_key", self._options.get("access_key") or (parts.username and unquote(parts.username))
+        )
+        secret = self._secret("secret_key", parts.password and unquote(parts.password))
+        if key and secret:
+            options |= {"access_key_id": key, "secret_access_key": secret}
+        for name in ("endpoint", "region"):
+            if name in self._options:
+                options[name] = self._options[name]
+        options["virtual_hosted_style_request"] = self._flag("virtual_hosted", default="endpoint" not in options)
+        return S3Store(self.label, parts.hostname or "", parts.path.strip("/"), options)

@@ -1,0 +1,373 @@
+"""A tier over a store that the host's index knows nothing of: it makes the names, and checks all that comes back.
+
+Names and records hold nothing that only one host knows, so others that use the same store find the same records:
+docs/format.md says how both are made. A namespace has a generation there, a random number that stands in every name;
+`clear` changes it, and if the store loses it, all that was under it is lost, and nothing comes back.
+"""
+
+from __future__ import annotations
+
+import secrets
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+
+import blake3
+
+from kvstrata import _core
+from kvstrata.errors import CorruptRecord, FormatError, TierUnavailable
+from kvstrata.record import NAMESPACE, TAGGED, build_record, parse_record, payload_of
+from kvstrata.tiers.base import Key, NamedRecord, RecordStore, Stats, StoreFault
+from kvstrata.tiers.breaker import Breaker
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from kvstrata._core import DirtyRecord
+    from kvstrata.bloom import BloomFilter
+
+__all__ = ["MAX_PREFIX", "Found", "KeyedSpace", "KeyedTier"]
+
+MAX_PREFIX = 64
+"""Bytes that a prefix of names can have."""
+
+_CONTEXT = "kvstrata 2026-11 remote namespace"
+_LONGEST_KEY = 64  # bytes that stand in a name as they are; of longer keys their digest does
+_GENERATION = b"generation"  # the key of the record that holds it
+_NUMBER = struct.Struct("<Q")
+_COUNTERS = (
+    "lookups", "hits", "misses", "refused_lookups", "rejected_records", "expired_records",
+    "written_records", "written_bytes", "deleted_records", "generations_read", "generations_made",
+)  # fmt: skip
+
+T = TypeVar("T")
+_Question = Callable[[Sequence[bytes], float], list[Any]]  # names and seconds -> an answer to each
+
+
+class Found(NamedTuple):
+    """A record's value, where it expires (ms since the Unix epoch, 0 = never), and when it was written (ns)."""
+
+    value: memoryview
+    expires: int
+    written: int
+
+
+class _Moved(Exception):
+    """The generation is another one now."""
+
+
+class KeyedSpace:
+    """A namespace in such a tier: what its names start with, and a copy of its generation."""
+
+    def __init__(self, prefix: bytes, name: str, version: int) -> None:
+        identity = struct.pack("<I", len(name.encode())) + name.encode() + struct.pack("<I", version)
+        digest = blake3.blake3(identity, derive_key_context=_CONTEXT).digest(length=20)
+        self.start = prefix + b":" + digest[:16]
+        self.seed = int.from_bytes(digest[16:], "little")
+        self.version = version
+        self.generation: int | None = None  # None: there is none, or nobody has looked yet
+        self.known_at = float("-inf")  # when it was looked at, monotonic
+        self.known_in: object = None  # and in which state of this host
+        self.uncleared = False  # a clear() could not be made there: nothing counts until it is
+
+    @property
+    def generation_name(self) -> bytes:
+        """Where the generation stands."""
+        return self.start + b"g"
+
+    def names(self, keys: Sequence[Key], generation: int) -> list[bytes]:
+        """Return the names of keys' records."""
+        start = self.start + b"r" + _NUMBER.pack(generation)
+        named = []
+        for key in keys:
+            data = key.encode() if isinstance(key, str) else bytes(key)
+            named.append(start + (b"k" + data if len(data) <= _LONGEST_KEY else b"d" + blake3.blake3(data).digest()))
+        return named
+
+
+class KeyedTier:
+    """Asks one store; for all threads of a process, not for its forked children.
+
+    A lookup takes `lookup_s` seconds at most (see RecordStore for what is added while bytes arrive), a change
+    `change_s`. What goes wrong in a lookup is counted and is a miss; what can't be changed raises StoreFault, a
+    TierUnavailable. A clear() by another host is seen after `generation_s` at most. `bloom` is for a store that only
+    this process writes to: it has to know all names that are in it.
+    """
+
+    def __init__(
+        self,
+        store: RecordStore,
+        *,
+        prefix: bytes = b"kvstrata",
+        lookup_s: float = 0.05,
+        change_s: float = 2.0,
+        generation_s: float = 1.0,
+        breaker: Breaker | None = None,
+        bloom: BloomFilter | None = None,
+    ) -> None:
+        self.name = store.name
+        self.store = store
+        self.breaker = breaker or Breaker(store.name)
+        self._prefix = prefix
+        self._lookup_s = lookup_s
+        self._change_s = change_s
+        self._generation_s = generation_s
+        self._bloom = bloom
+        self._numbers: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def open_namespace(self, name: str, version: int) -> KeyedSpace:
+        """Return the place of a namespace; nobody is asked yet."""
+        return KeyedSpace(self._prefix, name, version)
+
+    # ---- Looking up
+
+    def load(self, space: KeyedSpace, keys: Sequence[Key], state: object) -> list[Found | None]:
+        """Return what is there of `keys`, checked, None for the rest.
+
+        Whenever `state` is another one than the last time, the generation is read anew.
+        """
+        self._count(lookups=len(keys))
+        result: list[Found | None] = [None] * len(keys)
+        answers = self._look_up(space, keys, state, self.store.read)
+        if answers is not None:
+            generation, data = answers
+            checked = _core.check_records(
+                data, keys, space.seed, 0, space.version, generation & 0xFFFFFFFF, NAMESPACE | TAGGED
+            )
+            for position, record in enumerate(checked):
+                if isinstance(record, tuple):
+                    start, length, expires, written = record
+                    value = memoryview(cast("Buffer", data[position]))[start : start + length].toreadonly()
+                    result[position] = Found(value, expires, written)
+                elif record is not None:
+                    self._count(**{record: 1})
+        hits = sum(found is not None for found in result)
+        self._count(hits=hits, misses=len(keys) - hits)
+        return result
+
+    def contains(self, space: KeyedSpace, keys: Sequence[Key], state: object) -> list[bool]:
+        """Say which keys seem to be there; only a load checks."""
+
+        def ask(names: Sequence[bytes], timeout_s: float) -> list[Any]:
+            if names[0] != space.generation_name:
+                return list(self.store.contains(names, timeout_s))
+            until = time.monotonic() + timeout_s
+            current: list[Any] = list(self.store.read(names[:1], timeout_s))
+            return current + self.store.contains(names[1:], max(0.001, until - time.monotonic()))
+
+        answers = self._look_up(space, keys, state, ask)
+        return [False] * len(keys) if answers is None else [bool(there) for there in answers[1]]
+
+    def _look_up(
+        self,
+        space: KeyedSpace,
+        keys: Sequence[Key],
+        state: object,
+        ask: Callable[[Sequence[bytes], float], list[T | None]],
+    ) -> tuple[int, list[T | None]] | None:
+        """Ask for the names of keys in the current generation; None where that can't be done, or there is none."""
+        until = time.monotonic() + self._lookup_s
+
+        def left() -> float:
+            return max(0.001, until - time.monotonic())
+
+        permitted = False
+        for _ in range(3):  # once or twice, unless somebody clears it all the time
+            if not keys or space.uncleared:
+                return None
+            known = space.known_in == state
+            fresh = known and time.monotonic() - space.known_at < self._generation_s
+            if fresh and space.generation is None:
+                return None
+            if not permitted:
+                permitted = self.breaker.allow()
+                if not permitted:
+                    self._count(refused_lookups=len(keys))
+                    return None
+            try:
+                generation = space.generation
+                if generation is None or not known:
+                    self._read_generation(space, state, left())
+                    self.breaker.success()
+                    continue
+                return self._ask(space, keys, state, generation, fresh, ask, left)
+            except _Moved:
+                continue
+            except StoreFault as fault:
+                self._failed(fault)
+                return None
+        return None
+
+    def _ask(
+        self, space: KeyedSpace, keys: Sequence[Key], state: object, generation: int, fresh: bool,
+        ask: _Question, left: Callable[[], float],
+    ) -> tuple[int, list[Any]]:  # fmt: skip
+        """Ask for names in a generation, and in the same breath whether that is still the one, unless it is fresh."""
+        names = space.names(keys, generation)
+        asked = list(range(len(names)))
+        if self._bloom is not None:
+            maybe = self._bloom.contains_many(names)
+            asked = [i for i in asked if maybe[i]]
+        head = [] if fresh else [space.generation_name]
+        asked_at = time.monotonic()
+        try:
+            got = ask(head + [names[i] for i in asked], left()) if asked or head else []
+        except StoreFault as fault:
+            if fault.found is None or head:
+                raise  # without the generation, nothing of it counts
+            self._failed(fault)
+            got = fault.found
+        else:
+            self.breaker.success()
+        if head:
+            self._remember(space, state, got[0], asked_at)
+            if space.generation != generation:
+                raise _Moved
+        answers: list[Any] = [None] * len(keys)
+        for i, answer in zip(asked, got[len(head) :], strict=True):
+            answers[i] = answer
+        return generation, answers
+
+    # ---- Changing
+
+    def write(self, space: KeyedSpace, records: Sequence[DirtyRecord]) -> None:
+        """Store records that are pinned in memory; raises StoreFault, and TierUnavailable while nobody is asked."""
+        generation = self._generation_to_change(space, make=True)
+        assert generation is not None
+        names = space.names([record.key for record in records], generation)
+        now = time.time_ns()
+        items = []
+        for name, record in zip(names, records, strict=True):
+            view = record.view
+            frame = _core.readdressed_frame(
+                view, seed=space.seed, ns=0, version=space.version, epoch=generation & 0xFFFFFFFF, seq=now
+            )
+            items.append(NamedRecord(name, (frame, view[len(frame) :]), record.expires))
+        if self._bloom is not None:
+            self._bloom.add_many(names)
+        asked_at = time.monotonic()
+        current = self._change(lambda: self.store.write(items, self._change_s, then_read=space.generation_name))
+        # What was written under an earlier generation isn't there.
+        self._remember(space, space.known_in, current, asked_at)
+        if space.generation != generation:
+            raise StoreFault("cleared", f"{self.name}: the namespace was cleared meanwhile", sent=False)
+        self._count(written_records=len(items), written_bytes=sum(record.length for record in records))
+
+    def delete(self, space: KeyedSpace, keys: Sequence[Key]) -> None:
+        """Forget records before it returns; raises StoreFault, and TierUnavailable while nobody is asked."""
+        generation = self._generation_to_change(space, make=False)
+        if generation is not None:
+            names = space.names(keys, generation)
+            self._change(lambda: self.store.delete(names, self._change_s))
+            self._count(deleted_records=len(keys))
+
+    def probe(self, space: KeyedSpace) -> None:
+        """See whether the store answers; raises StoreFault."""
+        self._generation_to_change(space, make=False)
+
+    def clear(self, space: KeyedSpace) -> None:
+        """Make all that is there unreachable, for everybody, before it returns; raises as `delete`.
+
+        When it can't be done, nothing there counts for this process until it has been made up for.
+        """
+        space.uncleared = True
+        if not self.breaker.allow():
+            raise TierUnavailable(f"{self.name} is not being asked: {self.breaker.stats()['last_error']}")
+        self._change(lambda: self._clear(space))
+
+    def _clear(self, space: KeyedSpace) -> None:
+        self._make_generation(space)
+        space.uncleared = False
+
+    def _change(self, call: Callable[[], T]) -> T:
+        try:
+            result = call()
+        except StoreFault as fault:
+            self._failed(fault)
+            raise
+        self.breaker.success()
+        return result
+
+    def _generation_to_change(self, space: KeyedSpace, *, make: bool) -> int | None:
+        """Return the generation, and make one where there is none, or one is due.
+
+        Who writes takes the copy, since he looks at it again afterwards.
+        """
+        if not self.breaker.allow():
+            last = self.breaker.stats()["last_error"]
+            raise StoreFault("open", f"{self.name} is not being asked: {last}", sent=False)
+
+        copy = space.generation
+        if make and copy is not None and not space.uncleared:
+            return copy
+
+        def find() -> int | None:
+            if space.uncleared:
+                self._clear(space)
+            elif self._read_generation(space, space.known_in, self._change_s) is None and make:
+                self._make_generation(space)
+            return space.generation
+
+        try:
+            return self._change(find)
+        except StoreFault as fault:
+            fault.sent = False  # of what the caller wants
+            raise
+
+    # ---- Generations
+
+    def _read_generation(self, space: KeyedSpace, state: object, timeout_s: float) -> int | None:
+        self._count(generations_read=1)
+        asked_at = time.monotonic()
+        data = self.store.read([space.generation_name], timeout_s)[0]
+        self._remember(space, state, data, asked_at)
+        return space.generation
+
+    def _remember(self, space: KeyedSpace, state: object, data: Buffer | None, asked_at: float) -> None:
+        generation = None
+        if data is not None:
+            try:
+                record = parse_record(data, seed=space.seed)
+                if record.key == _GENERATION and record.flags & NAMESPACE and record.stored_len == _NUMBER.size:
+                    generation = _NUMBER.unpack(payload_of(data, record))[0]
+            except (CorruptRecord, FormatError):
+                self._count(rejected_records=1)
+        with self._lock:
+            if asked_at > space.known_at:  # else another thread has seen a newer one
+                space.generation, space.known_at, space.known_in = generation, asked_at, state
+
+    def _make_generation(self, space: KeyedSpace) -> None:
+        number = secrets.randbits(64)
+        record = build_record(
+            _GENERATION, _NUMBER.pack(number), seed=space.seed, ns=0, version=space.version, flags=NAMESPACE,
+            seq=time.time_ns(),
+        )  # fmt: skip
+        self.store.write([NamedRecord(space.generation_name, (record,), 0)], self._change_s)
+        self._count(generations_made=1)
+        with self._lock:
+            space.generation, space.known_at = number, time.monotonic()
+
+    # ---- Figures
+
+    def stats(self) -> Stats:
+        """Return the counters of this process, "error <kind>" for faults, and what breaker and store say."""
+        with self._lock:
+            numbers: Stats = {**dict.fromkeys(_COUNTERS, 0), **self._numbers}
+        return {**numbers, **self.breaker.stats(), **self.store.stats()}
+
+    def close(self) -> None:
+        """Let go of the store."""
+        self.store.close()
+
+    def _count(self, **amounts: int) -> None:
+        with self._lock:
+            for name, amount in amounts.items():
+                self._numbers[name] += amount
+
+    def _failed(self, fault: StoreFault) -> None:
+        self._count(**{f"error {fault.kind}": 1})
+        self.breaker.failure(fault.kind, fault)

@@ -1,0 +1,78 @@
+"""Object storage as a store of records: a real server with the interface of S3."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from record_store_contract import PATIENCE_S, RecordStoreContract, record
+from support.servers import Server, free_ports, s3_server
+
+from kvstrata.tiers.base import StoreFault
+
+obstore: Any = pytest.importorskip("obstore")
+from kvstrata.tiers.s3 import S3Store  # noqa: E402
+
+ACCESS, SECRET = "tester", "hunter2secret"
+
+
+def options(port: int, secret: str = SECRET) -> dict[str, Any]:
+    return {
+        "endpoint": f"http://127.0.0.1:{port}", "access_key_id": ACCESS, "secret_access_key": secret,
+        "region": "us-east-1", "virtual_hosted_style_request": False,
+    }  # fmt: skip
+
+
+def make_bucket(port: int, name: str) -> None:
+    """Wait for the server to be ready for it."""
+    store = S3Store("making", name, "", options(port))
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            with contextlib.suppress(StoreFault):
+                store.write([record(b"ready", b"x")], 5.0)
+                return
+            assert time.monotonic() < deadline, "the server takes nothing"
+            time.sleep(0.1)
+    finally:
+        store.close()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with s3_server(ACCESS, SECRET) as started:
+        make_bucket(started.port, "tests")
+        yield started
+
+
+class TestS3(RecordStoreContract):
+    @pytest.fixture
+    def store(self, server: Server) -> Iterator[S3Store]:
+        store = S3Store("the store", "tests", f"at/{secrets.token_hex(4)}", options(server.port))
+        yield store
+        store.close()
+
+
+def test_a_wrong_secret_is_a_fault_that_tells_none(server: Server) -> None:
+    store = S3Store("the store", "tests", "x", options(server.port, "wrong-secret"))
+    try:
+        with pytest.raises(StoreFault) as raised:
+            store.read([b"name"], PATIENCE_S)
+    finally:
+        store.close()
+    assert "secret" not in f"{raised.value} {store.stats()} {store!r}"
+
+
+def test_a_server_that_is_not_there_is_a_fault_within_the_time_limit() -> None:
+    (port,) = free_ports(1)
+    store = S3Store("the store", "tests", "x", options(port))
+    try:
+        with pytest.raises(StoreFault) as raised:
+            store.read([b"a", b"b"], 0.2)
+        assert raised.value.found == [None, None]
+    finally:
+        store.close()
