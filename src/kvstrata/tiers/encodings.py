@@ -16,7 +16,7 @@ from kvstrata.codecs.encryption import SEALED, Keyring, Sealer
 from kvstrata.codecs.raw import Raw
 from kvstrata.codecs.registry import decoder, encode
 from kvstrata.codecs.zstd import Zstd
-from kvstrata.errors import CorruptRecord, FormatError, InvalidValue, WrongKey
+from kvstrata.errors import ConfigError, CorruptRecord, FormatError, InvalidValue, WrongKey
 from kvstrata.record import Record
 
 if TYPE_CHECKING:
@@ -74,7 +74,10 @@ class Encoding:
             chosen = known if isinstance(known, Zstd) and number == known.id else decoder(number)
         except FormatError as error:
             raise CorruptRecord(str(error)) from error
-        chosen.decode_into(payload, out)
+        try:
+            chosen.decode_into(payload, out)
+        except ConfigError as error:  # a dictionary that isn't known here
+            raise WrongKey(str(error)) from error
 
 
 class Encodings:
