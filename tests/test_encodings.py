@@ -212,3 +212,39 @@ def test_wishes_that_can_not_be_met_are_told(shm: Path, tmp_path: Path) -> None:
             cache.namespace("n", codec={"memory": "zstd"})
         with pytest.raises(ConfigError, match="is lossy"):
             cache.namespace("n", codec="int8")
+
+
+# ---- Blocks of prefixes
+
+
+@pytest.mark.parametrize("codec", ["planes", "int8", "int4:hadamard=kv"])
+def test_blocks_of_a_prefix_are_whole_after_any_codec(shm: Path, tmp_path: Path, codec: str) -> None:
+    layout = kvstrata.KVLayout(model="m", dtype="float32", layers=4, kv_heads=2, head_dim=64, block_tokens=32)
+    tokens = list(range(160))
+    kv = np.random.default_rng(0).normal(size=(4, 2, 2, 160, 64)).astype("f4")
+    with kvstrata.open(tmp_path, **OPTIONS) as cache:
+        prefixes = kvstrata.PrefixCache.open(cache, layout, codec=codec)
+        assert prefixes.store(tokens, kv) == 5
+        assert np.array_equal(prefixes.match(tokens).load().kv, kv)
+    with kvstrata.open(tmp_path, **OPTIONS) as cache:
+        prefixes = kvstrata.PrefixCache.open(cache, layout)  # the records say what they are
+        loaded = prefixes.match(tokens).load()
+        assert loaded.tokens == 160
+        assert np.sqrt(np.mean((loaded.kv - kv) ** 2)) < {"planes": 1e-9, "int8": 0.02}.get(codec, 0.2)
+        layers = list(prefixes.match(tokens).load_layers())
+        assert [number for number, _ in layers] == [0, 1, 2, 3]
+        assert all(np.array_equal(words, loaded.kv[number]) for number, words in layers)
+        leave_memory(cache)
+        assert all(words.shape[2] == 160 for _, words in prefixes.match(tokens).load_layers())
+        assert cache.stats()["memory"]["corrupt"] == 0
+
+
+def test_the_prefixes_of_prompts_are_warmed(shm: Path, tmp_path: Path) -> None:
+    layout = kvstrata.KVLayout(model="m", dtype="float32", layers=4, kv_heads=2, head_dim=64, block_tokens=32)
+    with kvstrata.open(tmp_path, **OPTIONS) as cache:
+        prefixes = kvstrata.PrefixCache.open(cache, layout)
+        kv = np.zeros((4, 2, 2, 96, 64), "f4")
+        prefixes.store(list(range(96)), kv)
+        leave_memory(cache)
+        done = prefixes.warm([range(96), [*range(64), *range(1000, 1032)], range(500, 600)])
+        assert (done.wanted, done.loaded, done.complete) == (3, 3, True)

@@ -30,7 +30,7 @@ from kvstrata.remote_url import RemoteURL
 from kvstrata.settings import Settings
 from kvstrata.tiers.base import Arrived, Key, Tier
 from kvstrata.tiers.disk import DiskTier
-from kvstrata.tiers.encodings import KEYS_FILE, Encoding, check_keys, keys_in_use
+from kvstrata.tiers.encodings import KEYS_FILE, Encoding, Tail, check_keys, keys_in_use
 from kvstrata.tiers.memory import MemoryTier
 from kvstrata.tiers.partial import PartLoader
 
@@ -217,6 +217,11 @@ class Cache(Namespace):
         with self._lock:
             self._encodings[name] = encodings
             return Namespace(self, options, ttl_ms, jitter, through=write == "through")
+
+    def set_tail(self, name: str, tail: Tail) -> None:
+        """Say what stands behind the tensors of a namespace, whose values are longer, when a codec has changed them."""
+        for encoding in self._encodings.get(name, {}).values():
+            encoding.tail = tail
 
     def _parse_codec(
         self, wanted: str | Codec | Mapping[str, str | Codec] | None, tensor: TensorInfo | None

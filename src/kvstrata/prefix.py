@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from kvstrata.codecs.base import Codec, TensorInfo
 from kvstrata.errors import InvalidValue, TierFull
 from kvstrata.keys import KVLayout, prefix_keys
-from kvstrata.prefix_blocks import Layers, Words, as_layers, fill_block
+from kvstrata.movement.warm import Progress, Warmed
+from kvstrata.prefix_blocks import Layers, Words, as_layers, fill_block, trailer_of
 from kvstrata.prefix_layers import LayerLoad
 from kvstrata.prefix_loading import LoadedKV, PrefixLoader, Tally, release
 
@@ -42,14 +45,25 @@ class PrefixCache:
 
     @classmethod
     def open(
-        cls, cache: Cache, layout: KVLayout, *, name: str | None = None, threads: int | None = None
+        cls,
+        cache: Cache,
+        layout: KVLayout,
+        *,
+        name: str | None = None,
+        threads: int | None = None,
+        codec: str | Codec | Mapping[str, str | Codec] | None = None,
     ) -> PrefixCache:
         """Open the prefixes of a layout in an immutable namespace under the policy "auto".
 
-        It is called `name`, by default what the layout is called. Raises ConfigMismatch where somebody has a namespace
-        of that name open with other options.
+        It is called `name`, by default what the layout is called. `codec` encodes blocks below memory, lossy ones
+        included, as for `Cache.namespace`. Raises ConfigMismatch where somebody has a namespace of that name open with
+        other options.
         """
-        return cls(cache.namespace(name or layout.name(), policy="auto", immutable=True), layout, threads=threads)
+        chosen = name or layout.name()
+        tensor = None if codec is None else TensorInfo.of_block(layout)
+        ns = cache.namespace(chosen, policy="auto", immutable=True, codec=codec, tensor=tensor)
+        cache.set_tail(chosen, functools.partial(trailer_of, layout=layout))
+        return cls(ns, layout, threads=threads)
 
     def keys(self, tokens: Tokens) -> list[bytes]:
         """Return the key of each full block of `tokens`; raises InvalidValue for bad tokens."""
@@ -95,6 +109,13 @@ class PrefixCache:
                     self.ns._space.present_immutable(key)
             self._tally.add(stored_blocks=stored, stored_bytes=stored * self.layout.block_bytes)
         return stored
+
+    def warm(
+        self, prompts: Iterable[Tokens], *, time_limit: float | None = None, progress: Progress | None = None
+    ) -> Warmed:
+        """Bring the cached prefixes of prompts into memory, head first; see `Namespace.warm`."""
+        keys = list(dict.fromkeys(key for prompt in prompts for key in self.match(prompt).keys))
+        return self.ns.warm(keys, time_limit=time_limit, progress=progress)
 
     def stats(self) -> dict[str, int]:
         """Return this object's counters since it was made."""

@@ -18,7 +18,7 @@ from kvstrata import _core
 from kvstrata.errors import CorruptRecord, InvalidValue
 from kvstrata.keys import KVLayout
 
-__all__ = ["Layers", "Words", "as_layers", "check_out", "fill_block", "kv_of", "layer_sums"]
+__all__ = ["Layers", "Words", "as_layers", "check_out", "fill_block", "kv_of", "layer_sums", "trailer_of"]
 
 Words: TypeAlias = npt.NDArray[Any]
 Layers: TypeAlias = list[tuple[Words, Words]]
@@ -44,6 +44,16 @@ def fill_block(value: memoryview, key: bytes, layers: Layers, start: int, layout
         sums[number] = _core.crc32c(value[number * size : (number + 1) * size])  # while it is in the cache
     sums[-1] = _sum_of_sums(sums, key)
     value[layout.block_bytes :] = sums.tobytes()
+
+
+def trailer_of(kv: memoryview, key: bytes, layout: KVLayout) -> bytes:
+    """Return what stands behind the KV of the block with that key."""
+    size = layout.layer_bytes
+    sums = np.empty(layout.layers + 1, "<u4")
+    for number in range(layout.layers):
+        sums[number] = _core.crc32c(kv[number * size : (number + 1) * size])
+    sums[-1] = _sum_of_sums(sums, key)
+    return sums.tobytes()
 
 
 def layer_sums(trailer: Any, key: bytes) -> list[int]:

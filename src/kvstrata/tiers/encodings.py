@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,11 +25,17 @@ if TYPE_CHECKING:
 
     from kvstrata._core import DirtyRecord
 
-__all__ = ["KEYS_FILE", "Encoding", "Encodings", "check_keys", "keys_in_use"]
+__all__ = ["KEYS_FILE", "TAILED", "Encoding", "Encodings", "Tail", "check_keys", "keys_in_use"]
 
 KEYS_FILE = "encryption.json"
 _IDENTITY = struct.Struct("<IIIQ")  # namespace, version, epoch, number
 _RAW = Raw()
+
+TAILED = 64
+"""The codec number of values of which only the first part, a tensor, is encoded; by which codec, is inside."""
+
+Tail = Callable[[memoryview, bytes], bytes]
+_TAIL = struct.Struct("<BB2xI")  # version, number of the codec, bytes of the tail
 
 
 class Encoding:
@@ -41,21 +48,38 @@ class Encoding:
         self.codec = codec
         self.tensor = tensor
         self.sealer = sealer
+        self.tail: Tail | None = None
+        """Makes what stands behind a tensor that a lossy codec has changed, of its bytes and the record's key."""
 
     @property
     def plain(self) -> bool:
         """Whether it leaves values as they are."""
         return self.codec.id == _RAW.id and self.sealer is None
 
-    def encode(self, value: Buffer, identity: bytes) -> tuple[int, Buffer]:
+    def encode(self, value: Buffer, identity: bytes, key: bytes) -> tuple[int, Buffer]:
         """Return the number for the record's header, 0 for raw, and the payload."""
         try:
-            number, payload = encode(self.codec, value, self.tensor)
+            number, payload = self._encode(bytes_of(value), key)
         except InvalidValue:
             number, payload = _RAW.id, value
         if self.sealer is None:
             return number, payload
         return SEALED, self.sealer.seal(number, payload, identity)
+
+    def _encode(self, value: memoryview, key: bytes) -> tuple[int, Buffer]:
+        """Encode a value: a tensor, maybe with something behind it."""
+        size = value.nbytes if self.tensor is None else self.tensor.nbytes
+        if value.nbytes <= size or self.codec.id == _RAW.id:
+            return encode(self.codec, value, self.tensor)
+        number, payload = encode(self.codec, value[:size], self.tensor)
+        if number == _RAW.id:
+            return number, value
+        tail = bytes(value[size:])
+        if self.codec.lossy and self.tail is not None:
+            decoded = memoryview(bytearray(size))
+            self.codec.decode_into(payload, decoded)
+            tail = self.tail(decoded, key)
+        return TAILED, b"".join((_TAIL.pack(1, number, len(tail)), tail, payload))
 
     def decode_into(self, number: int, payload: Buffer, identity: bytes, out: Buffer) -> None:
         """Fill `out`, which has the value's bytes; raises CorruptRecord and WrongKey."""
@@ -63,6 +87,8 @@ class Encoding:
             if self.sealer is None:
                 raise WrongKey("this was encrypted; open the cache with the keys: encryption=...")
             number, payload = self.sealer.open(payload, identity)
+        if number == TAILED:
+            number, payload, out = _without_tail(bytes_of(payload), bytes_of(out))
         if number == _RAW.id:
             data, target = bytes_of(payload), bytes_of(out)
             if data.nbytes != target.nbytes:
@@ -78,6 +104,18 @@ class Encoding:
             chosen.decode_into(payload, out)
         except ConfigError as error:  # a dictionary that isn't known here
             raise WrongKey(str(error)) from error
+
+
+def _without_tail(payload: memoryview, out: memoryview) -> tuple[int, memoryview, memoryview]:
+    """Fill the end of `out` with the tail; returns number, payload and place of what stands before it."""
+    if payload.nbytes < _TAIL.size:
+        raise CorruptRecord("a payload with a tail is too short")
+    version, number, length = _TAIL.unpack_from(payload)
+    if version != 1 or number in (TAILED, SEALED) or length > min(out.nbytes, payload.nbytes - _TAIL.size):
+        raise CorruptRecord("a payload with a tail is damaged")
+    start = out.nbytes - length
+    out[start:] = payload[_TAIL.size : _TAIL.size + length]
+    return number, payload[_TAIL.size + length :], out[:start]
 
 
 class Encodings:
@@ -102,7 +140,7 @@ class Encodings:
         start = record.payload_offset
         value = record.view[start : start + record.stored_len]
         identity = _IDENTITY.pack(record.ns, record.version, record.epoch, record.seq) + record.key
-        number, payload = encoding.encode(value, identity)
+        number, payload = encoding.encode(value, identity, record.key)
         if number != _RAW.id:
             record.encode(payload, codec=number, seed=seed)
 

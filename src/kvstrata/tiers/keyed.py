@@ -409,7 +409,9 @@ def _addressed(name: bytes, record: DirtyRecord, space: KeyedSpace, generation: 
     epoch = generation & 0xFFFFFFFF
     if not space.encoding.plain:
         start = record.payload_offset
-        number, payload = space.encoding.encode(view[start : start + record.stored_len], _identity(name, now))
+        number, payload = space.encoding.encode(
+            view[start : start + record.stored_len], _identity(name, now), record.key
+        )
         if number:
             whole = _core.encode_record(
                 view, payload, codec=number, seed=space.seed, ns=0, version=space.version, epoch=epoch, seq=now
