@@ -27,6 +27,7 @@ PARTS = {
     "scaling": "benchmarks.own.scaling",
     "peers": "benchmarks.own.peers",
     "disk": "benchmarks.own.disk",
+    "tiered": "benchmarks.own.tiered",
     "remote": "benchmarks.own.remote",
     "ttft": "benchmarks.own.ttft",
 }
