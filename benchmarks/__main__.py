@@ -26,6 +26,7 @@ PARTS = {
     "scaling": "benchmarks.own.scaling",
     "peers": "benchmarks.own.peers",
     "disk": "benchmarks.own.disk",
+    "pipeline": "benchmarks.own.pipeline",
     "ttft": "benchmarks.own.ttft",
 }
 

@@ -17,6 +17,7 @@ from kvstrata import _core
 from kvstrata.config import CacheOptions, check_name, parse_duration, parse_jitter, parse_size
 from kvstrata.errors import CacheClosed, ConfigError, TierUnavailable, UnknownOption
 from kvstrata.holder import Holder
+from kvstrata.movement.prefetch import DEFAULT_IN_FLIGHT, Prefetcher
 from kvstrata.movement.running import Running
 from kvstrata.movement.warm import HotSet, Progress, Warmed, warm
 from kvstrata.movement.write_behind import WriteBehind
@@ -34,7 +35,9 @@ _MOST_HOT = 100_000  # keys that are remembered for a warm-up
 class Cache(Namespace):
     """What `kvstrata.open` returns. Used directly, it is its namespace "default"."""
 
-    def __init__(self, path: Path | None, options: CacheOptions, shared: bool, huge_pages: bool) -> None:
+    def __init__(
+        self, path: Path | None, options: CacheOptions, shared: bool, huge_pages: bool, in_flight: int
+    ) -> None:
         self.path = path
         self.options = options
         self._opened: weakref.WeakSet[Namespace] = weakref.WeakSet()
@@ -45,7 +48,8 @@ class Cache(Namespace):
         self._below: Tier | None = None
         self._writer: WriteBehind | None = None
         self._hot: HotSet | None = None
-        self.running = Running()
+        self._in_flight = in_flight
+        self._start_moving()
         try:
             self._memory = MemoryTier.open(path, options, shared=shared, restore=self._restore)
         except BaseException:
@@ -76,6 +80,11 @@ class Cache(Namespace):
             self._below = DiskTier(self.path, self.options.disk, self._memory.store)
         self._hot = HotSet(self.path, self.options.disk)
         self._writer = WriteBehind(self._memory.store, self._below, self._save_hottest)
+
+    def _start_moving(self) -> None:
+        self.running = Running()
+        self.prefetcher = Prefetcher(self.sizes_below, self.load, self._in_flight)
+        self.running.add(self.prefetcher)
 
     def __repr__(self) -> str:
         return f"<kvstrata cache at {self.path or 'no path (private)'}{', closed' if self._closed else ''}>"
@@ -164,6 +173,12 @@ class Cache(Namespace):
         """Return what loads records of the tier below piece by piece, if that is possible there."""
         self._check_open()
         return self._below.parts() if isinstance(self._below, DiskTier) else None
+
+    def sizes_below(self, ns: int, keys: Sequence[Key]) -> list[int]:
+        """Return for each key the bytes of its record if that lies in the tier below only; 0 for others."""
+        if self._below is None:
+            return [0] * len(keys)
+        return [0 if at is None else at[4] for at in self._memory.store.find_on_disk(ns, keys)]
 
     def forget_older(self, ns: int, keys: Sequence[tuple[Key, int | None]]) -> None:
         """Remove what the tier below has of keys that were deleted, or overwritten by a record of that number."""
@@ -293,6 +308,7 @@ class Cache(Namespace):
         return {
             "memory": self._memory.store.stats(),
             "disk": self._below.stats() if self._below else None,
+            "prefetch": self.prefetcher.stats(),
             "namespaces": namespaces,
             "holders": {
                 name: {"limit": limit, "held_bytes": held} for name, limit, held in self._memory.store.holders()
@@ -360,7 +376,7 @@ class Cache(Namespace):
             if self._pid == os.getpid():
                 return
             self._below = None
-            self.running = Running()
+            self._start_moving()
             self._memory.attach_again(self._restore)
             if self._huge_pages:
                 self._memory.use_huge_pages()
@@ -406,6 +422,7 @@ def open(
     disk: int | str | None = None,
     shared: bool = True,
     huge_pages: bool = False,
+    prefetch: int | str = DEFAULT_IN_FLIGHT,
 ) -> Cache:
     """Open the cache at a directory, making it if need be; None makes a private one that leaves nothing behind.
 
@@ -416,7 +433,9 @@ def open(
     `huge_pages=True` puts the memory tier into pages of 2 MiB, for this process and whoever attaches; it takes a
     while at opening, in which the memory is copied once. Raises ConfigError, saying what to do, when the kernel
     refuses.
+
+    `prefetch` is how many bytes this process reads ahead at a time for `Namespace.prefetch`; 0: it does nothing.
     """
     options = CacheOptions.parse(memory=memory, disk=disk, has_path=path is not None)
     where = None if path is None else Path(path).absolute()
-    return Cache(where, options, shared, huge_pages)
+    return Cache(where, options, shared, huge_pages, parse_size(prefetch, option="prefetch"))

@@ -16,6 +16,7 @@ from kvstrata.prefix_loading import LoadedKV, PrefixLoader, Tally, release
 
 if TYPE_CHECKING:
     from kvstrata.cache import Cache
+    from kvstrata.movement.prefetch import Prefetch
     from kvstrata.namespace import Namespace
 
 __all__ = ["KVLayout", "LayerLoad", "LoadedKV", "Match", "PrefixCache"]
@@ -55,12 +56,17 @@ class PrefixCache:
         """Return the key of each full block of `tokens`; raises InvalidValue for bad tokens."""
         return prefix_keys(tokens, self._seed, self.layout.block_tokens)
 
-    def match(self, tokens: Tokens) -> Match:
-        """Find the longest cached prefix of `tokens`; looks only at the index and loads nothing."""
+    def match(self, tokens: Tokens, *, prefetch: bool = False) -> Match:
+        """Find the longest cached prefix of `tokens`; looks only at the index and loads nothing.
+
+        With `prefetch`, what of it lies below memory begins to come up in the background: see `Match.prefetched`.
+        """
         keys = self.keys(tokens)
         found = self.ns.contains_prefix(keys) if keys else 0
         match = Match(self, keys[:found])
         self._tally.add(matches=1, matched_tokens=match.tokens)
+        if prefetch and found:
+            match.prefetched = self.ns.prefetch(match.keys)
         return match
 
     def store(self, tokens: Tokens, kv: Words | Sequence[tuple[Any, Any]]) -> int:
@@ -115,6 +121,8 @@ class Match:
     def __init__(self, prefixes: PrefixCache, keys: list[bytes]) -> None:
         self._prefixes = prefixes
         self.keys = keys
+        self.prefetched: Prefetch | None = None
+        """The prefetch that the lookup started, if it was to start one and anything matched."""
 
     @property
     def tokens(self) -> int:
