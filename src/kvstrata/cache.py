@@ -17,6 +17,7 @@ from kvstrata import _core
 from kvstrata.config import CacheOptions, check_name, parse_duration, parse_jitter, parse_size
 from kvstrata.errors import CacheClosed, ConfigError, TierUnavailable, UnknownOption
 from kvstrata.holder import Holder
+from kvstrata.movement.cost import CostModel
 from kvstrata.movement.prefetch import DEFAULT_IN_FLIGHT, Prefetcher
 from kvstrata.movement.running import Running
 from kvstrata.movement.warm import HotSet, Progress, Warmed, warm
@@ -49,6 +50,7 @@ class Cache(Namespace):
         self._writer: WriteBehind | None = None
         self._hot: HotSet | None = None
         self._in_flight = in_flight
+        self.cost = CostModel()
         self._start_moving()
         try:
             self._memory = MemoryTier.open(path, options, shared=shared, restore=self._restore)
@@ -167,7 +169,18 @@ class Cache(Namespace):
 
     def load(self, ns: int, keys: list[Key], arrived: Arrived | None = None) -> list[_core.Pin | memoryview | None]:
         """Bring records up from the tier below; None where that can't be done."""
-        return self._below.load(ns, keys, arrived) if self._below else [None] * len(keys)
+        if self._below is None:
+            return [None] * len(keys)
+        started = self.cost.clock()
+        values = self._below.load(ns, keys, arrived)
+        sizes = [len(value) for value in values if value is not None]
+        if len(sizes) == len(keys):  # else it has failed, or waited for somebody else
+            self.cost.observe(self._below.name, sum(sizes), self.cost.clock() - started)
+        return values
+
+    def load_seconds(self, nbytes: int) -> float:
+        """Return what a load of that many bytes from the tier below is estimated to take."""
+        return self.cost.seconds(self._below.name, nbytes) if self._below else 0.0
 
     def parts(self) -> PartLoader | None:
         """Return what loads records of the tier below piece by piece, if that is possible there."""
@@ -309,6 +322,7 @@ class Cache(Namespace):
             "memory": self._memory.store.stats(),
             "disk": self._below.stats() if self._below else None,
             "prefetch": self.prefetcher.stats(),
+            "cost": self.cost.stats(),
             "namespaces": namespaces,
             "holders": {
                 name: {"limit": limit, "held_bytes": held} for name, limit, held in self._memory.store.holders()

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from kvstrata.errors import InvalidValue, TierFull
 from kvstrata.keys import KVLayout, prefix_keys
+from kvstrata.movement.cost import Prefill
 from kvstrata.prefix_blocks import Layers, Words, as_layers, fill_block
 from kvstrata.prefix_layers import LayerLoad
 from kvstrata.prefix_loading import LoadedKV, PrefixLoader, Tally, release
@@ -29,28 +30,46 @@ class PrefixCache:
 
     `ns` should be immutable=True and have policy="auto". Thread-safe. `threads` copy a load (default: up to 4, as many
     as this process may use).
+
+    With `prefill_tokens_per_s`, how fast the model computes KV, or after `observe_prefill`, a load leaves out the part
+    of a match that would take longer to come up from below memory than to be computed: see `Match.load`.
     """
 
-    def __init__(self, ns: Namespace, layout: KVLayout, *, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        ns: Namespace,
+        layout: KVLayout,
+        *,
+        threads: int | None = None,
+        prefill_tokens_per_s: float | None = None,
+    ) -> None:
         self.ns = ns
         self.layout = layout
         self._seed = layout.seed()
         self._tally = Tally(
             "matches", "matched_tokens", "loads", "loaded_tokens", "loaded_bytes",
             "short_loads", "load_errors", "stored_blocks", "stored_bytes", "stores_cut_short",
+            "skips", "skipped_tokens", "skipped_tokens_memory", "skipped_tokens_disk", "probes",
         )  # fmt: skip
-        self._loader = PrefixLoader(ns, layout, self._tally, threads)
+        self._loader = PrefixLoader(ns, layout, self._tally, threads, Prefill(prefill_tokens_per_s))
 
     @classmethod
     def open(
-        cls, cache: Cache, layout: KVLayout, *, name: str | None = None, threads: int | None = None
+        cls,
+        cache: Cache,
+        layout: KVLayout,
+        *,
+        name: str | None = None,
+        threads: int | None = None,
+        prefill_tokens_per_s: float | None = None,
     ) -> PrefixCache:
         """Open the prefixes of a layout in an immutable namespace under the policy "auto".
 
         It is called `name`, by default what the layout is called. Raises ConfigMismatch where somebody has a namespace
         of that name open with other options.
         """
-        return cls(cache.namespace(name or layout.name(), policy="auto", immutable=True), layout, threads=threads)
+        ns = cache.namespace(name or layout.name(), policy="auto", immutable=True)
+        return cls(ns, layout, threads=threads, prefill_tokens_per_s=prefill_tokens_per_s)
 
     def keys(self, tokens: Tokens) -> list[bytes]:
         """Return the key of each full block of `tokens`; raises InvalidValue for bad tokens."""
@@ -102,8 +121,16 @@ class PrefixCache:
             self._tally.add(stored_blocks=stored, stored_bytes=stored * self.layout.block_bytes)
         return stored
 
+    def observe_prefill(self, tokens: int, seconds: float) -> None:
+        """Tell how long the model took to compute the KV of so many tokens; what it takes for others is learned so."""
+        self._loader.prefill.observe(tokens, seconds)
+
     def stats(self) -> dict[str, int]:
-        """Return this object's counters since it was made."""
+        """Return this object's counters since it was made.
+
+        "skipped_tokens" were sooner computed than loaded, "skips" how often; of these, "skipped_tokens_disk" lay on
+        disk and "skipped_tokens_memory" in memory, behind such ones. "probes" were loaded although it seemed slower.
+        """
         return self._tally.snapshot()
 
     def _store_block(self, key: bytes, layers: Layers, index: int) -> bool:
@@ -134,10 +161,12 @@ class Match:
 
         `out` is writable and of the layout's words, [layers, 2, kv_heads, tokens, head_dim] with room for the
         matched tokens; it may be strided. At most `max_tokens` are loaded. The result is shorter than the match
-        where blocks were evicted, damaged or unreachable meanwhile; that is counted and never an error, and what
+        where blocks were evicted, damaged or unreachable meanwhile, and where a prefill rate is known, it is cut where
+        loading what lies below memory is estimated to take longer than computing it: by what earlier loads took (now
+        and then a few blocks are loaded all the same, to find out). That is counted and never an error, and what
         `out` then holds behind the loaded tokens has no meaning. Raises InvalidValue for an `out` that doesn't fit.
         """
-        return self._prefixes._loader.load(self._keys_up_to(max_tokens), out)
+        return self._prefixes._loader.load(self._wanted(max_tokens), out)
 
     def load_layers(self, out: Words | None = None, *, max_tokens: int | None = None) -> LayerLoad:
         """Load the prefix as `load` does, but give each layer as soon as it is there, while the next ones are read.
@@ -146,9 +175,11 @@ class Match:
         new array; see `LayerLoad` for what happens when blocks are lost meanwhile. Raises InvalidValue for an `out`
         that doesn't fit.
         """
-        return LayerLoad(self._prefixes._loader, self._keys_up_to(max_tokens), out)
+        return LayerLoad(self._prefixes._loader, self._wanted(max_tokens), out)
 
-    def _keys_up_to(self, max_tokens: int | None) -> list[bytes]:
-        if max_tokens is None:
-            return self.keys
-        return self.keys[: max(0, max_tokens) // self._prefixes.layout.block_tokens]
+    def _wanted(self, max_tokens: int | None) -> list[bytes]:
+        """Return the keys of the blocks that are to be loaded."""
+        keys = self.keys
+        if max_tokens is not None:
+            keys = keys[: max(0, max_tokens) // self._prefixes.layout.block_tokens]
+        return self._prefixes._loader.worthwhile(keys)
