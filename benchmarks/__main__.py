@@ -29,6 +29,7 @@ PARTS = {
     "disk": "benchmarks.own.disk",
     "tiered": "benchmarks.own.tiered",
     "remote": "benchmarks.own.remote",
+    "pipeline": "benchmarks.own.pipeline",
     "ttft": "benchmarks.own.ttft",
 }
 

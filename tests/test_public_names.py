@@ -21,7 +21,7 @@ def test_every_error_is_a_kvstrata_error_and_is_exported() -> None:
 
 def test_the_codecs_are_made_and_described_by_these_names() -> None:
     assert sorted(codecs.__all__) == [
-        "AXES", "CODECS", "Codec", "ErrorStats", "PartError", "TensorInfo", "codec", "decoder", "encode",
+        "AXES", "CODECS", "Codec", "ErrorStats", "Keyring", "PartError", "TensorInfo", "codec", "decoder", "encode",
         "train_dictionary",
     ]  # fmt: skip
     assert all(hasattr(codecs, name) for name in codecs.__all__)
@@ -29,8 +29,10 @@ def test_the_codecs_are_made_and_described_by_these_names() -> None:
 
 def test_open_takes_its_options_by_keyword_only() -> None:
     parameters = inspect.signature(kvstrata.open).parameters
-    assert list(parameters) == ["path", "memory", "disk", "shared", "huge_pages", "remote", "config"]
-    assert [p.default for p in parameters.values()] == [None] * 7
+    assert list(parameters) == [
+        "path", "memory", "disk", "shared", "huge_pages", "prefetch", "encryption", "remote", "config",
+    ]  # fmt: skip
+    assert [p.default for p in parameters.values()] == [None] * 9
     assert all(p.kind is p.KEYWORD_ONLY for name, p in parameters.items() if name != "path")
 
 
@@ -38,6 +40,6 @@ def test_the_verbs_of_a_namespace_are_those_of_the_manual() -> None:
     public = {name for name in vars(kvstrata.Namespace) if not name.startswith("_")}
     assert public == {
         "clear", "contains_prefix", "delete", "delete_many", "delete_prefix", "delete_tag", "get", "get_many",
-        "get_or_compute", "keys", "memoize", "name", "objects", "pin", "pin_many", "put", "put_many", "reserve",
-        "version", "warm",
+        "get_or_compute", "keys", "memoize", "name", "objects", "pin", "pin_many", "prefetch", "put", "put_many",
+        "reserve", "version", "warm",
     }  # fmt: skip

@@ -10,7 +10,6 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
@@ -18,15 +17,16 @@ from kvstrata import _core
 from kvstrata.codecs.base import Codec, TensorInfo
 from kvstrata.codecs.encryption import Keyring, Sealer
 from kvstrata.codecs.registry import codec as codec_named
-from kvstrata.config import CacheOptions, check_name, parse_duration, parse_jitter, parse_size
+from kvstrata.config import check_name, parse_duration, parse_jitter, parse_size
 from kvstrata.errors import CacheClosed, ConfigError, TierUnavailable, UnknownOption
 from kvstrata.holder import Holder
+from kvstrata.movement.cost import CostModel
+from kvstrata.movement.prefetch import Prefetcher
 from kvstrata.movement.remotes import Remotes, RemoteSpace
 from kvstrata.movement.running import Running
 from kvstrata.movement.warm import HotSet, Progress, Warmed, warm
 from kvstrata.movement.write_behind import WriteBehind
 from kvstrata.namespace import Namespace, SpaceOptions
-from kvstrata.remote_url import RemoteURL
 from kvstrata.settings import Settings
 from kvstrata.tiers.base import Arrived, Key, Tier
 from kvstrata.tiers.disk import DiskTier
@@ -43,41 +43,35 @@ _MOST_HOT = 100_000  # keys that are remembered for a warm-up
 class Cache(Namespace):
     """What `kvstrata.open` returns. Used directly, it is its namespace "default"."""
 
-    def __init__(
-        self,
-        path: Path | None,
-        options: CacheOptions,
-        shared: bool,
-        huge_pages: bool,
-        remotes: Sequence[RemoteURL] = (),
-        *,
-        keys: Keyring | None = None,
-    ) -> None:
+    def __init__(self, settings: Settings) -> None:
+        path, options, keys = settings.path, settings.options, settings.keys
         self.path = path
         self.options = options
         self._opened: weakref.WeakSet[Namespace] = weakref.WeakSet()
         self._lock = threading.RLock()
         self._pid = os.getpid()
         self._closed = False
-        self._huge_pages = huge_pages
+        self._huge_pages = settings.huge_pages
         self._keys = keys
         self._sealer = None if keys is None else Sealer(keys)
         self._encodings: dict[str, dict[str, Encoding]] = {}  # of namespaces, by tier
         self._below: Tier | None = None
-        self._remote_urls = list(remotes)
+        self._remote_urls = list(settings.remotes)
         self._remotes: Remotes | None = None
         self._writer: WriteBehind | None = None
         self._hot: HotSet | None = None
-        self.running = Running()
+        self._in_flight = settings.prefetch
+        self.cost = CostModel()
+        self._start_moving()
         if path is not None and options.disk:
             check_keys(path, keys)
         try:
-            self._memory = MemoryTier.open(path, options, shared=shared, restore=self._restore)
+            self._memory = MemoryTier.open(path, options, shared=settings.shared, restore=self._restore)
         except BaseException:
             self._close_below()
             raise
         try:
-            if huge_pages:
+            if settings.huge_pages:
                 self._memory.use_huge_pages()
             self._open_below()
             self._open_remotes()
@@ -110,6 +104,11 @@ class Cache(Namespace):
             self._below.save(KEYS_FILE, data)
         self._hot = HotSet(self.path, self.options.disk)
         self._writer = WriteBehind(self._memory.store, self._below, self._save_hottest)
+
+    def _start_moving(self) -> None:
+        self.running = Running()
+        self.prefetcher = Prefetcher(self.sizes_below, self.load, self._in_flight)
+        self.running.add(self.prefetcher)
 
     def _open_remotes(self) -> None:
         if self._remote_urls:
@@ -259,12 +258,29 @@ class Cache(Namespace):
 
     def load(self, ns: int, keys: list[Key], arrived: Arrived | None = None) -> list[_core.Pin | memoryview | None]:
         """Bring records up from the tier below; None where that can't be done."""
-        return self._below.load(ns, keys, arrived) if self._below else [None] * len(keys)
+        if self._below is None:
+            return [None] * len(keys)
+        sizes = self.sizes_below(ns, keys)  # now: who copies a value as it arrives lets go of its pin
+        started = self.cost.clock()
+        values = self._below.load(ns, keys, arrived)
+        if all(sizes) and None not in values:  # else it has failed, or waited for somebody else
+            self.cost.observe(self._below.name, sum(sizes), self.cost.clock() - started)
+        return values
+
+    def load_seconds(self, nbytes: int) -> float:
+        """Return what a load of that many bytes from the tier below is estimated to take."""
+        return self.cost.seconds(self._below.name, nbytes) if self._below else 0.0
 
     def parts(self) -> PartLoader | None:
         """Return what loads records of the tier below piece by piece, if that is possible there."""
         self._check_open()
         return self._below.parts() if isinstance(self._below, DiskTier) else None
+
+    def sizes_below(self, ns: int, keys: Sequence[Key]) -> list[int]:
+        """Return for each key the bytes of its record if that lies in the tier below only; 0 for others."""
+        if self._below is None:
+            return [0] * len(keys)
+        return [0 if at is None else at[4] for at in self._memory.store.find_on_disk(ns, keys)]
 
     def forget_older(self, ns: int, keys: Sequence[tuple[Key, int | None]]) -> None:
         """Remove what the tier below has of keys that were deleted, or overwritten by a record of that number."""
@@ -401,6 +417,8 @@ class Cache(Namespace):
             "memory": self._memory.store.stats(),
             "disk": self._below.stats() if self._below else None,
             "remote": self._remotes.stats() if self._remotes else [],
+            "prefetch": self.prefetcher.stats(),
+            "cost": self.cost.stats(),
             "namespaces": namespaces,
             "holders": {
                 name: {"limit": limit, "held_bytes": held} for name, limit, held in self._memory.store.holders()
@@ -478,7 +496,7 @@ class Cache(Namespace):
             if self._pid == os.getpid():
                 return
             self._below = None
-            self.running = Running()
+            self._start_moving()
             self._memory.attach_again(self._restore)
             if self._huge_pages:
                 self._memory.use_huge_pages()
@@ -525,6 +543,7 @@ def open(
     disk: int | str | None = None,
     shared: bool | None = None,
     huge_pages: bool | None = None,
+    prefetch: int | str | None = None,
     encryption: str | os.PathLike[str] | Keyring | None = None,
     remote: str | Sequence[str] | None = None,
     config: str | os.PathLike[str] | None = None,
@@ -539,6 +558,9 @@ def open(
     `huge_pages=True` puts the memory tier into pages of 2 MiB, for this process and whoever attaches; it takes a
     while at opening, in which the memory is copied once. Raises ConfigError, saying what to do, when the kernel
     refuses.
+
+    `prefetch` is how many bytes this process reads ahead at a time for `Namespace.prefetch` (64 MiB); 0: it does
+    nothing.
 
     `encryption` is a file of keys, or a `kvstrata.codecs.Keyring`: all values on the disk and in tiers elsewhere are
     encrypted then (AES-256-GCM); keys of records are not. Raises WrongKey where the disk's are encrypted under others,
@@ -555,11 +577,9 @@ def open(
     settings = Settings.gather(
         {
             "path": path, "memory": memory, "disk": disk, "shared": shared, "huge_pages": huge_pages,
-            "encryption": encryption, "remote": remote,
+            "prefetch": prefetch, "encryption": encryption, "remote": remote,
         },
         config=config,
         environment=os.environ,
     )  # fmt: skip
-    return Cache(
-        settings.path, settings.options, settings.shared, settings.huge_pages, settings.remotes, keys=settings.keys
-    )
+    return Cache(settings)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar, overload
 from kvstrata import _core
 from kvstrata.config import parse_duration
 from kvstrata.errors import InvalidKey, InvalidValue, TierFull, TierUnavailable
+from kvstrata.movement.prefetch import Prefetch
 from kvstrata.movement.single_flight import compute_once
 from kvstrata.movement.warm import Progress, Warmed, warm
 from kvstrata.tiers.base import Arrived, Key
@@ -263,6 +264,19 @@ class Namespace:
         group = (self._space, functools.partial(self._cache.load, self._space.id), keys)
         room = self._cache.room_to_warm(self._options.quota)
         return warm(self._cache.live_store(), [group], room=room, time_limit=time_limit, progress=progress)
+
+    def prefetch(self, keys: Sequence[Key]) -> Prefetch:
+        """Begin to bring records from the tier below into memory, in the order of the keys, and return at once.
+
+        The handle has `cancel()`, `wait(timeout)` and `done`. A record that is on its way is not read once more by
+        whoever asks for it meanwhile. Of many requests the newest count, and none brings more than half of what the
+        memory, or the quota, holds. What goes wrong is counted in `stats()["prefetch"]` and never raised, except
+        InvalidKey and CacheClosed.
+        """
+        wanted = [_checked(key) for key in keys]
+        self._cache.live_store()
+        room = self._cache.room_to_warm(self._options.quota) // 2
+        return self._cache.prefetcher.request(self._space.id, wanted, room)
 
     def _ttl(self, ttl: float | None) -> int:
         return self._ttl_ms if ttl is None else parse_duration(ttl)
@@ -531,6 +545,12 @@ class Namespace:
             raise
         self._stored(change, key, seq)
         return pin
+
+
+def _checked(key: Key) -> Key:
+    if not isinstance(key, (str, bytes)):
+        raise InvalidKey(f"a key is str or bytes, not {type(key).__name__}")
+    return key
 
 
 def _prefix_bytes(prefix: Key) -> bytes:

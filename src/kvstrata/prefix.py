@@ -12,6 +12,7 @@ import numpy.typing as npt
 from kvstrata.codecs.base import Codec, TensorInfo
 from kvstrata.errors import InvalidValue, TierFull
 from kvstrata.keys import KVLayout, prefix_keys
+from kvstrata.movement.cost import Prefill
 from kvstrata.movement.warm import Progress, Warmed
 from kvstrata.prefix_blocks import Layers, Words, as_layers, fill_block, trailer_of
 from kvstrata.prefix_layers import LayerLoad
@@ -19,6 +20,7 @@ from kvstrata.prefix_loading import LoadedKV, PrefixLoader, Tally, release
 
 if TYPE_CHECKING:
     from kvstrata.cache import Cache
+    from kvstrata.movement.prefetch import Prefetch
     from kvstrata.namespace import Namespace
 
 __all__ = ["KVLayout", "LayerLoad", "LoadedKV", "Match", "PrefixCache"]
@@ -31,17 +33,28 @@ class PrefixCache:
 
     `ns` should be immutable=True and have policy="auto". Thread-safe. `threads` copy a load (default: up to 4, as many
     as this process may use).
+
+    With `prefill_tokens_per_s`, how fast the model computes KV, or after `observe_prefill`, a load leaves out the part
+    of a match that would take longer to come up from below memory than to be computed: see `Match.load`.
     """
 
-    def __init__(self, ns: Namespace, layout: KVLayout, *, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        ns: Namespace,
+        layout: KVLayout,
+        *,
+        threads: int | None = None,
+        prefill_tokens_per_s: float | None = None,
+    ) -> None:
         self.ns = ns
         self.layout = layout
         self._seed = layout.seed()
         self._tally = Tally(
             "matches", "matched_tokens", "loads", "loaded_tokens", "loaded_bytes",
             "short_loads", "load_errors", "stored_blocks", "stored_bytes", "stores_cut_short",
+            "skips", "skipped_tokens", "skipped_tokens_memory", "skipped_tokens_disk", "probes",
         )  # fmt: skip
-        self._loader = PrefixLoader(ns, layout, self._tally, threads)
+        self._loader = PrefixLoader(ns, layout, self._tally, threads, Prefill(prefill_tokens_per_s))
 
     @classmethod
     def open(
@@ -52,6 +65,7 @@ class PrefixCache:
         name: str | None = None,
         threads: int | None = None,
         codec: str | Codec | Mapping[str, str | Codec] | None = None,
+        prefill_tokens_per_s: float | None = None,
     ) -> PrefixCache:
         """Open the prefixes of a layout in an immutable namespace under the policy "auto".
 
@@ -63,18 +77,23 @@ class PrefixCache:
         tensor = None if codec is None else TensorInfo.of_block(layout)
         ns = cache.namespace(chosen, policy="auto", immutable=True, codec=codec, tensor=tensor)
         cache.set_tail(chosen, functools.partial(trailer_of, layout=layout))
-        return cls(ns, layout, threads=threads)
+        return cls(ns, layout, threads=threads, prefill_tokens_per_s=prefill_tokens_per_s)
 
     def keys(self, tokens: Tokens) -> list[bytes]:
         """Return the key of each full block of `tokens`; raises InvalidValue for bad tokens."""
         return prefix_keys(tokens, self._seed, self.layout.block_tokens)
 
-    def match(self, tokens: Tokens) -> Match:
-        """Find the longest cached prefix of `tokens`; looks only at the index and loads nothing."""
+    def match(self, tokens: Tokens, *, prefetch: bool = False) -> Match:
+        """Find the longest cached prefix of `tokens`; looks only at the index and loads nothing.
+
+        With `prefetch`, what of it lies below memory begins to come up in the background: see `Match.prefetched`.
+        """
         keys = self.keys(tokens)
         found = self.ns.contains_prefix(keys) if keys else 0
         match = Match(self, keys[:found])
         self._tally.add(matches=1, matched_tokens=match.tokens)
+        if prefetch and found:
+            match.prefetched = self.ns.prefetch(match.keys)
         return match
 
     def store(self, tokens: Tokens, kv: Words | Sequence[tuple[Any, Any]]) -> int:
@@ -117,8 +136,16 @@ class PrefixCache:
         keys = list(dict.fromkeys(key for prompt in prompts for key in self.match(prompt).keys))
         return self.ns.warm(keys, time_limit=time_limit, progress=progress)
 
+    def observe_prefill(self, tokens: int, seconds: float) -> None:
+        """Tell how long the model took to compute the KV of so many tokens; what it takes for others is learned so."""
+        self._loader.prefill.observe(tokens, seconds)
+
     def stats(self) -> dict[str, int]:
-        """Return this object's counters since it was made."""
+        """Return this object's counters since it was made.
+
+        "skipped_tokens" were sooner computed than loaded, "skips" how often; of these, "skipped_tokens_disk" lay on
+        disk and "skipped_tokens_memory" in memory, behind such ones. "probes" were loaded although it seemed slower.
+        """
         return self._tally.snapshot()
 
     def _store_block(self, key: bytes, layers: Layers, index: int) -> bool:
@@ -136,6 +163,8 @@ class Match:
     def __init__(self, prefixes: PrefixCache, keys: list[bytes]) -> None:
         self._prefixes = prefixes
         self.keys = keys
+        self.prefetched: Prefetch | None = None
+        """The prefetch that the lookup started, if it was to start one and anything matched."""
 
     @property
     def tokens(self) -> int:
@@ -147,10 +176,12 @@ class Match:
 
         `out` is writable and of the layout's words, [layers, 2, kv_heads, tokens, head_dim] with room for the
         matched tokens; it may be strided. At most `max_tokens` are loaded. The result is shorter than the match
-        where blocks were evicted, damaged or unreachable meanwhile; that is counted and never an error, and what
+        where blocks were evicted, damaged or unreachable meanwhile, and where a prefill rate is known, it is cut where
+        loading what lies below memory is estimated to take longer than computing it: by what earlier loads took (now
+        and then a few blocks are loaded all the same, to find out). That is counted and never an error, and what
         `out` then holds behind the loaded tokens has no meaning. Raises InvalidValue for an `out` that doesn't fit.
         """
-        return self._prefixes._loader.load(self._keys_up_to(max_tokens), out)
+        return self._prefixes._loader.load(self._wanted(max_tokens), out)
 
     def load_layers(self, out: Words | None = None, *, max_tokens: int | None = None) -> LayerLoad:
         """Load the prefix as `load` does, but give each layer as soon as it is there, while the next ones are read.
@@ -159,9 +190,11 @@ class Match:
         new array; see `LayerLoad` for what happens when blocks are lost meanwhile. Raises InvalidValue for an `out`
         that doesn't fit.
         """
-        return LayerLoad(self._prefixes._loader, self._keys_up_to(max_tokens), out)
+        return LayerLoad(self._prefixes._loader, self._wanted(max_tokens), out)
 
-    def _keys_up_to(self, max_tokens: int | None) -> list[bytes]:
-        if max_tokens is None:
-            return self.keys
-        return self.keys[: max(0, max_tokens) // self._prefixes.layout.block_tokens]
+    def _wanted(self, max_tokens: int | None) -> list[bytes]:
+        """Return the keys of the blocks that are to be loaded."""
+        keys = self.keys
+        if max_tokens is not None:
+            keys = keys[: max(0, max_tokens) // self._prefixes.layout.block_tokens]
+        return self._prefixes._loader.worthwhile(keys)

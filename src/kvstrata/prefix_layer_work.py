@@ -139,7 +139,7 @@ class LayerWork:
                 whole = threading.Thread(target=self._load_rest, args=(rest,), name="kvstrata-layers", daemon=True)
                 whole.start()
             if source is not None and self._parts:
-                source.run(jobs)
+                self._run_measured(source, jobs)
             else:
                 for job in jobs:
                     job()
@@ -157,6 +157,13 @@ class LayerWork:
                 self._publish(source)
             release(self._pins)
             self._end()
+
+    def _run_measured(self, source: PartLoader, jobs: list[Callable[[], None]]) -> None:
+        cost = self._ns._cache.cost
+        started = cost.clock()
+        source.run(jobs)
+        if not self.closed and self.good == len(self._keys):  # else not all was read
+            cost.observe(source.name, sum(part.load.length for part in self._parts.values()), cost.clock() - started)
 
     def _plan(self, source: PartLoader | None, pieces: Pieces | None) -> tuple[list[Callable[[], None]], list[int]]:
         """Claim all blocks; returns what is to be done, group by group, and the blocks to be loaded as a whole."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import numpy as np
 
 from kvstrata.errors import TierError
 from kvstrata.keys import KVLayout
+from kvstrata.movement.cost import Prefill, worth_loading
 from kvstrata.prefix_blocks import Words, check_out, kv_of
 
 if TYPE_CHECKING:
@@ -23,6 +25,9 @@ __all__ = ["LoadedKV", "PrefixLoader", "Tally", "release"]
 
 _BATCH_BYTES = 256 << 20
 """How much is pinned at once: enough for any queue depth, a bound on what a load claims."""
+
+_PROBE_EVERY, _PROBE_BLOCKS = 16, 8
+"""Of so many times that something is skipped because its tier is slow, once so many blocks of it are loaded."""
 
 _PARALLEL_BYTES = 4 << 20
 """Below this a copy is quicker than waking another thread."""
@@ -73,13 +78,40 @@ class Tally:
 class PrefixLoader:
     """Loads blocks of one layout from a namespace. Thread-safe."""
 
-    def __init__(self, ns: Namespace, layout: KVLayout, tally: Tally, threads: int | None) -> None:
+    def __init__(self, ns: Namespace, layout: KVLayout, tally: Tally, threads: int | None, prefill: Prefill) -> None:
         self.ns = ns
         self.layout = layout
         self.tally = tally
+        self.prefill = prefill
+        self._skips = itertools.count(1)
         # "auto" takes blocks that come head to tail for one use of a prefix. All others evict sooner what came sooner.
         self.head_first = ns._options.policy == "auto"
         self._copier = _Copier(threads or min(4, len(os.sched_getaffinity(0))))
+
+    def worthwhile(self, keys: list[bytes]) -> list[bytes]:
+        """Return the head of a prefix that is sooner loaded than computed: all of it where no prefill rate is known.
+
+        What lies in memory counts as there. Now and then some more is loaded, to find out whether that is still slow.
+        """
+        token_s = self.prefill.token_s
+        if token_s is None or not keys:
+            return keys
+        cache = self.ns._cache
+        sizes = cache.sizes_below(self.ns._space.id, keys)
+        count = worth_loading(sizes, cache.load_seconds, token_s * self.layout.block_tokens)
+        if count < len(keys) and next(self._skips) % _PROBE_EVERY == 0:
+            below = [index for index in range(count, len(keys)) if sizes[index]][:_PROBE_BLOCKS]
+            count = below[-1] + 1
+            self.tally.add(probes=1)
+        blocks, from_below = len(keys) - count, sum(size > 0 for size in sizes[count:])
+        if blocks:
+            self.tally.add(
+                skips=1,
+                skipped_tokens=blocks * self.layout.block_tokens,
+                skipped_tokens_memory=(blocks - from_below) * self.layout.block_tokens,
+                skipped_tokens_disk=from_below * self.layout.block_tokens,
+            )
+        return keys[:count]
 
     def load(self, keys: Sequence[bytes], out: Words | None) -> LoadedKV:
         """Copy the leading run of blocks that is there to `out`, or to a new array."""

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvstrata.codecs.encryption import Keyring
-from kvstrata.config import CacheOptions
+from kvstrata.config import CacheOptions, parse_size
 from kvstrata.errors import ConfigError, UnknownOption
+from kvstrata.movement.prefetch import DEFAULT_IN_FLIGHT
 from kvstrata.remote_url import RemoteURL
 
 __all__ = ["Settings"]
@@ -47,6 +48,7 @@ _OPTIONS = {
     "disk": _Option(None, _size, (int, str), _SIZE),
     "shared": _Option(True, _flag, (bool,), "yes or no"),
     "huge_pages": _Option(False, _flag, (bool,), "yes or no"),
+    "prefetch": _Option(DEFAULT_IN_FLIGHT, _size, (int, str), _SIZE),
     "encryption": _Option(None, str, (str,), "the path of a file of keys"),
     "remote": _Option((), str.split, (str, list), "a URL, or several"),
 }
@@ -59,6 +61,7 @@ class Settings(NamedTuple):
     options: CacheOptions
     shared: bool
     huge_pages: bool
+    prefetch: int
     remotes: list[RemoteURL]
     keys: Keyring | None
 
@@ -100,6 +103,7 @@ class Settings(NamedTuple):
             ),
             bool(values["shared"]),
             bool(values["huge_pages"]),
+            _told([sources["prefetch"]], lambda: parse_size(values["prefetch"], option="prefetch")),
             _told([sources["remote"]], lambda: _urls(values["remote"])),
             _told([sources["encryption"]], lambda: _keyring(values["encryption"])),
         )

@@ -53,6 +53,8 @@ class PartLoader:
     Each part that `begin` returns has to be ended by one of `finish`, `unread`, `damaged` and `abort`.
     """
 
+    name = "disk"
+
     def __init__(self, store: Store, segments: SegmentSet, counters: Counters, loader: Loader, *, depth: int) -> None:
         self._store = store
         self._segments = segments
