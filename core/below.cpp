@@ -115,7 +115,7 @@ void Store::settle(Dirty& dirty, u32 segment, u64 offset) {
             entry.segment = segment;
             entry.position = static_cast<u32>(offset / kUnit);
         }
-        entry.flags &= static_cast<u8>(~(kDirty | kWriting));
+        entry.flags &= static_cast<u8>(~(kDirty | kWriting | kUsed));
     }
     dirty.pin = Pin();
     settled(bytes);
@@ -255,6 +255,7 @@ Pin Store::commit_load(Loading& loading) {
                 put_in_order(ns, at, Policy::kSameDepth);
                 loaded = true;
             }
+            entry.flags |= kUsed;
             claim(at, lease, pin);
             clients_.mine().hits.fetch_add(1, std::memory_order_relaxed);
         }

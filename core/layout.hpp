@@ -52,6 +52,7 @@ enum EntryFlags : u8 {
     kUnproven = 8, // nobody has used it since it came: the tier below doesn't get it before somebody does
     kLoading = 16, // `owner` is bringing it up from the tier below: others wait for that
     kLazy = 32,    // dirty, but the tier below gets it only when it is to leave memory
+    kUsed = 64,    // somebody has used it since the tier below got it, or last moved it
 };
 
 // One version of one key. Written under the lock of its shard; `node` under the lock of its namespace's policy;

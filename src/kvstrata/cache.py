@@ -78,15 +78,22 @@ class Cache(Namespace):
             Remotes.restore_trust(store, self.path)
         if self.options.disk:
             assert self.path is not None
-            self._below = DiskTier(self.path, self.options.disk, store)
+            self._below = self._disk_tier(store)
             self._below.recover()
+
+    def _disk_tier(self, store: _core.Store) -> DiskTier:
+        assert self.path is not None
+        options = self.options
+        return DiskTier(
+            self.path, options.disk, store, policy=options.disk_policy, write_limit=options.disk_write_limit
+        )
 
     def _open_below(self) -> None:
         if not self.options.disk:
             return
         assert self.path is not None
         if self._below is None:
-            self._below = DiskTier(self.path, self.options.disk, self._memory.store)
+            self._below = self._disk_tier(self._memory.store)
         self._hot = HotSet(self.path, self.options.disk)
         self._writer = WriteBehind(self._memory.store, self._below, self._save_hottest)
 
@@ -460,6 +467,8 @@ def open(
     *,
     memory: int | str | None = None,
     disk: int | str | None = None,
+    disk_policy: Literal["fifo", "lru", "ttl"] | None = None,
+    disk_write_limit: int | str | None = None,
     shared: bool | None = None,
     huge_pages: bool | None = None,
     remote: str | Sequence[str] | None = None,
@@ -471,6 +480,10 @@ def open(
     most `disk` bytes (8 GiB where there is a path; 0: no disk tier). Sizes are ints or strings such as "512MiB". The
     options of all that have it open must agree, or ConfigMismatch says how they differ. `shared=False` opens it for
     this process alone.
+
+    `disk_policy` says what leaves a full disk first: "fifo", the oldest; "lru", the oldest, but what was used meanwhile
+    stays; "ttl", what expires first. It is recorded with the cache. `disk_write_limit`, such as "50MiB/s", bounds what
+    this process writes there, for the life of the device: what is beyond it stays in memory only.
 
     `huge_pages=True` puts the memory tier into pages of 2 MiB, for this process and whoever attaches; it takes a
     while at opening, in which the memory is copied once. Raises ConfigError, saying what to do, when the kernel
@@ -486,7 +499,8 @@ def open(
     """
     settings = Settings.gather(
         {
-            "path": path, "memory": memory, "disk": disk, "shared": shared, "huge_pages": huge_pages, "remote": remote,
+            "path": path, "memory": memory, "disk": disk, "disk_policy": disk_policy,
+            "disk_write_limit": disk_write_limit, "shared": shared, "huge_pages": huge_pages, "remote": remote,
         },
         config=config,
         environment=os.environ,

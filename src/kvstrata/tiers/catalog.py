@@ -27,13 +27,15 @@ from kvstrata.tiers.blockio import sync_directory
 from kvstrata.tiers.catalog_schema import FORMAT, CatalogDamaged, Row
 from kvstrata.tiers.ledger import Ledger, Mark, after_fork, before_fork, boot_id
 
-__all__ = ["FORMAT", "Catalog", "CatalogDamaged", "Lasting", "Row"]
+__all__ = ["FORMAT", "Catalog", "CatalogDamaged", "Lasting", "Move", "Row"]
 
 _NAME = re.compile(r"catalog-(\d{6})\.(db|new)(-wal|-shm|-journal)?")
 Lasting = Literal["later", "marked", "synced"]
 """How a commit gets onto the device: when there's time; the same, but the ledger says before that something may come
 back when power is lost; at once, before the call returns. The last costs some milliseconds, the second as much once in
 a while, and then power loss costs all mutable records."""
+Move = tuple[int, int, int, bytes, int, int, int]
+"""To which segment and offset, of which ns, key and seq, from which segment and offset."""
 _out_of_reach: set[Path] = set()  # directories that this forked process can't use, as its parent was using them
 
 
@@ -231,6 +233,16 @@ class Catalog:
             alive = list(live())
             connection.executemany(schema.UPSERT, [row for row, wanted in zip(rows, alive, strict=True) if wanted])
         return alive
+
+    def move(self, moves: Sequence[Move]) -> None:
+        """Commit that records lie elsewhere, those that are still where they were."""
+        for start in range(0, len(moves), self.batch_rows):
+            part = moves[start : start + self.batch_rows]
+            with self._transaction(len(part), sum(len(move[3]) for move in part)) as connection:
+                connection.executemany(
+                    "UPDATE records SET segment=?, offset=? WHERE ns=? AND key=? AND seq=? AND segment=? AND offset=?",
+                    part,
+                )
 
     def delete(self, ns: int, keys: Iterable[tuple[bytes, int | None]], lasting: Lasting = "marked") -> int:
         """Commit the deletion of rows, of those with a lower number where one is given; returns how many."""

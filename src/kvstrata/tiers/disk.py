@@ -21,12 +21,14 @@ from kvstrata.tiers.blockio import page_ceil
 from kvstrata.tiers.breaker import Breaker
 from kvstrata.tiers.capacity import Capacity
 from kvstrata.tiers.catalog import Catalog, CatalogDamaged, Lasting
+from kvstrata.tiers.cleaning import Cleaner
 from kvstrata.tiers.counters import Counters, errno_name
 from kvstrata.tiers.ledger import Ledger
 from kvstrata.tiers.loading import Loaded, Loader, key_bytes
 from kvstrata.tiers.recovery import recovered
 from kvstrata.tiers.segment_format import read_header
 from kvstrata.tiers.segments import SegmentSet, segment_bytes_for
+from kvstrata.tiers.wear import WriteLimit
 
 if TYPE_CHECKING:
     from kvstrata._core import DirtyRecord, Store
@@ -44,6 +46,9 @@ _COUNTERS = (
     "failed_records",
     "refused_records",
     "refused_loads",
+    "limited_records",
+    "reinserted_records",
+    "reinserted_bytes",
     "loaded_records",
     "loaded_bytes",
     "unpromoted_records",
@@ -62,10 +67,21 @@ class DiskTier:
 
     name = "disk"
 
-    def __init__(self, directory: Path, capacity: int, store: Store, *, direct: bool = True, depth: int = 8) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        capacity: int,
+        store: Store,
+        *,
+        policy: str = "fifo",
+        write_limit: int = 0,
+        direct: bool = True,
+        depth: int = 8,
+    ) -> None:
         """Prepare the tier: at most `capacity` bytes over all files in it, `depth` transfers at a time.
 
-        Raises TierUnavailable when the directory can't be used.
+        `policy` is one of `config.DISK_POLICIES`, `write_limit` in bytes per second by this process, 0 = none. Raises
+        TierUnavailable when the directory can't be used.
         """
         self.directory = directory
         self.capacity = capacity
@@ -73,6 +89,7 @@ class DiskTier:
         self._counters = Counters(str(directory))
         self._namespaces: dict[int, NamespaceInfo] = {}
         self._segment_bytes = segment_bytes_for(capacity)
+        self._segments_ahead = 2 if policy == "lru" else 1  # what is to be kept takes time to be written anew
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._ledger = Ledger(directory, seed=store.seed)
@@ -88,6 +105,8 @@ class DiskTier:
                 capacity,
                 reserve=self._catalog.reserve,
                 ledger=self._ledger,
+                order=lambda segments: self._cleaner.order(segments),
+                keep_some=lambda number: self._cleaner.keep_some(number),
                 drop=self._drop_segment,
             )
             self._segments = SegmentSet(
@@ -102,6 +121,8 @@ class DiskTier:
             )
         except OSError as error:
             raise TierUnavailable(f"{directory} can't hold a disk tier: {error.strerror or error}") from error
+        self._write_limit = WriteLimit(write_limit)
+        self._cleaner = Cleaner(policy, store, self._segments, self._catalog, self._counters, self._write_limit.admits)
         # A full or read-only file system can still be read.
         self._writing = Breaker(f"writing to {directory}")
         self._reading = Breaker(f"reading from {directory}")
@@ -127,11 +148,11 @@ class DiskTier:
 
     def close(self) -> None:
         """Finish the segment that is being written, fold up the catalog and let go of the directory."""
+        self._capacity.close()
         self._segments.seal()
         with contextlib.suppress(TierUnavailable):
             self.sync()
         self._segments.close()
-        self._capacity.close()
         self._catalog.close()
         self._ledger.close()
 
@@ -199,6 +220,7 @@ class DiskTier:
         alive = self._store.still_live(list(records))
         left = [record for record, lives in zip(records, alive, strict=True) if lives]
         self._store.mark_failed([record for record, lives in zip(records, alive, strict=True) if not lives])
+        left = self._within_limit(left)
         if not left:
             return
         if not self._writing.allow():
@@ -207,6 +229,15 @@ class DiskTier:
             self._counters.add("refused_records", len(left))
         elif self._write(left):
             self._writing.success()
+
+    def _within_limit(self, records: list[DirtyRecord]) -> list[DirtyRecord]:
+        """Return those that may be written now, and leave the others to memory."""
+        admitted = [self._write_limit.admits(record.length) for record in records]
+        over = [record for record, may in zip(records, admitted, strict=True) if not may]
+        if over:
+            self._store.mark_failed(over)
+            self._counters.add("limited_records", len(over))
+        return [record for record, may in zip(records, admitted, strict=True) if may]
 
     def _write(self, left: list[DirtyRecord]) -> bool:
         """Store and settle records; returns whether the device did all that it should."""
@@ -476,7 +507,7 @@ class DiskTier:
 
     def _make_room_for_segment(self, size: int) -> None:
         self._capacity.make(self._segments, size)
-        self._capacity.make_ahead(self._segments, size + self._segment_bytes)
+        self._capacity.make_ahead(self._segments, size + self._segments_ahead * self._segment_bytes)
 
     def _drop_segment(self, number: int) -> None:
         # Rows first, so that none ever outlives what it points to; then the index.

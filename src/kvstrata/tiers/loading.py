@@ -96,7 +96,7 @@ class Loader:
         others: list[_Load] = []
         writes: list[Write | None] = []
         reads: list[Read] = []
-        lost: list[tuple[bytes, int]] = []
+        lost: list[_Load] = []
         faults: dict[int, str] = {}  # errno -> where
         for load in wanted:
             write = self._store.begin_load(ns, load.key, load.entry, load.seq, load.length, take_over)
@@ -114,7 +114,7 @@ class Loader:
                 if write is not None:
                     write.abort()
                 if error in (errno.ENOENT, SHORT_READ):
-                    lost.append((load.key, load.seq))
+                    lost.append(load)
                     self._counters.add("vanished_records")
                 else:
                     place = self._segments.path_of(load.segment)
@@ -126,7 +126,7 @@ class Loader:
             except CorruptRecord as corrupt:
                 if write is not None:
                     write.abort()
-                lost.append((load.key, load.seq))
+                lost.append(load)
                 self._store.count_corrupt()
                 self._counters.add("corrupt_records")
                 self._counters.fault("corrupt", f"segment {load.segment}, byte {load.offset}: {corrupt}")
@@ -141,7 +141,10 @@ class Loader:
                     arrived(load.position, value)
 
         self._segments.read(reads, done)
-        if (not lost or self._forget(ns, lost)) and not faults:
+        if lost:  # unless they have been moved meanwhile
+            now = self._store.find_on_disk(ns, [load.key for load in lost])
+            lost = [load for load, at in zip(lost, now, strict=True) if at and at[2:4] == (load.segment, load.offset)]
+        if (not lost or self._forget(ns, [(load.key, load.seq) for load in lost])) and not faults:
             self._breaker.success()
         elif faults:
             code, told = faults.popitem()
