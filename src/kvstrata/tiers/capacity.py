@@ -57,8 +57,8 @@ class Capacity:
         after_fork(self)
 
     def used(self) -> int:
-        """Return how many bytes all files of the directory take."""
-        total = 0
+        """Return how many bytes the directory and all files in it take."""
+        total = self._directory.stat().st_blocks * 512
         with os.scandir(self._directory) as entries:
             for entry in entries:
                 with contextlib.suppress(FileNotFoundError):

@@ -145,6 +145,10 @@ class Catalog:
             self._generation = generation
             self._connect()
 
+    def discard_others(self) -> None:
+        """Remove what is left of catalogs that were replaced; the ledger must be held."""
+        self._discard(self._generation)
+
     def is_superseded(self) -> bool:
         """Whether another process has put another catalog in place of the one that is open."""
         return self._newest() > self._generation
@@ -324,15 +328,20 @@ class Catalog:
 
     def _delete_where(self, condition: str, arguments: tuple[int | bytes, ...], lasting: Lasting = "later") -> int:
         deleted = 0
+        each: Lasting = "later" if lasting == "synced" else lasting
         while True:
-            with self._transaction(self.batch_rows, must=True, lasting=lasting) as connection:
+            with self._transaction(self.batch_rows, must=True, lasting=each) as connection:
                 found = connection.execute(
                     f"SELECT ns, key FROM records WHERE {condition} LIMIT ?", (*arguments, self.batch_rows)
                 ).fetchall()
                 connection.executemany("DELETE FROM records WHERE ns=? AND key=?", found)
             deleted += len(found)
             if len(found) < self.batch_rows:
-                return deleted
+                break
+        if lasting == "synced":  # all at once
+            with self._ledger.hold(), self._lock, self._translated():
+                self._sync_log()
+        return deleted
 
     def _shrink(self) -> None:
         """Give pages back to the file system, some at a time, when a quarter of the database is empty."""

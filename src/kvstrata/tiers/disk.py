@@ -341,9 +341,22 @@ class DiskTier:
             for segment in self._segments.all():
                 self._store.drop_segment(segment.number)  # what it was told so far
             self._restore()
-        with contextlib.suppress(TierFull):
+        try:
             self._make_room(0)
+        except TierFull:
+            self._drop_everything()
         self.sync()
+
+    def _drop_everything(self) -> None:
+        """Make the directory as small as can be, for a capacity that the catalog alone would exceed."""
+        log.warning("%s: what was stored under a larger capacity doesn't fit; it is dropped", self.directory)
+        self.namespaces()
+        self._catalog.replace(self._namespaces, [])
+        for segment in self._segments.all():
+            if not self._segments.is_being_written(segment.number):
+                self._store.drop_segment(segment.number)
+                self._segments.remove(segment.number)
+        self._catalog.discard_others()
 
     def _start_over(self) -> None:
         log.warning("%s belongs to another cache, whose records can't be checked; they are dropped", self.directory)
