@@ -27,6 +27,7 @@ PARTS = {
     "scaling": "benchmarks.own.scaling",
     "peers": "benchmarks.own.peers",
     "disk": "benchmarks.own.disk",
+    "disk-peers": "benchmarks.own.disk_peers",
     "remote": "benchmarks.own.remote",
     "ttft": "benchmarks.own.ttft",
 }

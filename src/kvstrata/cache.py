@@ -131,6 +131,7 @@ class Cache(Namespace):
         version: int = 1,
         policy: str = "lru",
         quota: int | str | None = None,
+        disk_quota: int | str | None = None,
         guarantee: int | str | None = None,
         ttl: float | None = None,
         ttl_jitter: float = 0.0,
@@ -143,7 +144,8 @@ class Cache(Namespace):
 
         A higher `version` than the last one makes all older records unreachable; a lower one raises VersionConflict.
         `quota` bounds its bytes in memory, and `guarantee` says how many of them no other namespace takes from it,
-        whatever that stores; at most 3/4 of the memory can be guaranteed. (The exception is a value that finds room
+        whatever that stores; at most 3/4 of the memory can be guaranteed. `disk_quota` bounds its bytes on disk, those
+        of whole records; who opens it last decides. (The exception to a guarantee is a value that finds room
         enough, but only in pieces too small.) `ttl` is the time to live of its records in seconds; with `ttl_jitter`,
         0 to 1, each lives up to that part shorter, so that what was stored together doesn't expire together.
         `immutable` promises that a key implies its value, as content digests do: such records are stored once and can
@@ -172,6 +174,9 @@ class Cache(Namespace):
         quota_bytes = 0 if quota is None else parse_size(quota, option="quota")
         if quota is not None and quota_bytes == 0:
             raise ConfigError("quota must be more than 0 bytes; None means no limit")
+        disk_quota_bytes = 0 if disk_quota is None else parse_size(disk_quota, option="disk_quota")
+        if disk_quota is not None and not (disk_quota_bytes and self.options.disk):
+            raise ConfigError("disk_quota must be more than 0 bytes, and needs a disk tier; None means no limit")
         guaranteed = 0 if guarantee is None else parse_size(guarantee, option="guarantee")
         if guaranteed > self.options.memory // 4 * 3:
             raise ConfigError(f"guarantee={guarantee!r} is more than 3/4 of the memory, {self.options.memory:,} bytes")
@@ -187,6 +192,7 @@ class Cache(Namespace):
             admission == "reused",
             write == "back",
             bool(remote),
+            disk_quota_bytes,
         )
         ttl_ms, jitter = parse_duration(ttl), parse_jitter(ttl_jitter)
         with self._lock:
@@ -203,7 +209,10 @@ class Cache(Namespace):
 
     def _open_space(self, options: SpaceOptions) -> _core.Space:
         self._check_open()
-        ns = self._below.open_namespace(options.name, options.version, options.immutable).id if self._below else 0
+        ns = 0
+        if self._below:
+            ns = self._below.open_namespace(options.name, options.version, options.immutable).id
+            self._below.set_quota(ns, options.disk_quota)
         return self._memory.store.open_namespace(ns, *options.native())
 
     # ---- The tier below, for namespaces
@@ -340,9 +349,14 @@ class Cache(Namespace):
         """
         self._check_open()
         namespaces = {}
+        below = self._below.usage() if self._below else {}
         for namespace in list(self._opened):
             records, used = namespace._space.usage
-            namespaces[namespace.name] = {"records": records, "memory_bytes": used, "version": namespace.version}
+            on_disk, disk_bytes = below.get(namespace._space.id, (0, 0))
+            namespaces[namespace.name] = {
+                "records": records, "memory_bytes": used, "version": namespace.version,
+                "disk_records": on_disk, "disk_bytes": disk_bytes,
+            }  # fmt: skip
         return {
             "memory": self._memory.store.stats(),
             "disk": self._below.stats() if self._below else None,

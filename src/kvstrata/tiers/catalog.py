@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from kvstrata.errors import TierFull, TierUnavailable
 from kvstrata.record import PAGE, NamespaceInfo
@@ -27,7 +27,7 @@ from kvstrata.tiers.blockio import sync_directory
 from kvstrata.tiers.catalog_schema import FORMAT, CatalogDamaged, Row
 from kvstrata.tiers.ledger import Ledger, Mark, after_fork, before_fork, boot_id
 
-__all__ = ["FORMAT", "Catalog", "CatalogDamaged", "Lasting", "Move", "Row"]
+__all__ = ["FORMAT", "Catalog", "CatalogDamaged", "Lasting", "Move", "Row", "Usage"]
 
 _NAME = re.compile(r"catalog-(\d{6})\.(db|new)(-wal|-shm|-journal)?")
 Lasting = Literal["later", "marked", "synced"]
@@ -37,6 +37,14 @@ a while, and then power loss costs all mutable records."""
 Move = tuple[int, int, int, bytes, int, int, int]
 """To which segment and offset, of which ns, key and seq, from which segment and offset."""
 _out_of_reach: set[Path] = set()  # directories that this forked process can't use, as its parent was using them
+
+
+class Usage(NamedTuple):
+    """What the rows of a namespace come to; bytes are those of whole records, quota 0 is none."""
+
+    records: int
+    bytes: int
+    quota: int
 
 
 class Catalog:
@@ -192,6 +200,32 @@ class Catalog:
             )
             schema.put_namespace(connection, merged)
         return merged
+
+    def usage(self) -> dict[int, Usage]:
+        """Return by namespace what its rows come to, and its quota."""
+        with self._reading() as connection:
+            found = connection.execute("SELECT ns, records, bytes, quota FROM usage").fetchall()
+        return {ns: Usage(*numbers) for ns, *numbers in found}
+
+    def set_quota(self, ns: int, quota: int) -> None:
+        """Commit how many bytes a namespace may have, 0 = any number."""
+        with self._transaction(1) as connection:
+            connection.execute(
+                "INSERT INTO usage VALUES(?,0,0,?) ON CONFLICT(ns) DO UPDATE SET quota=excluded.quota", (ns, quota)
+            )
+
+    def oldest(self, ns: int, size: int) -> list[tuple[bytes, int]]:
+        """Return key and number of the records of a namespace that were written first, `size` bytes or a bit more."""
+        found: list[tuple[bytes, int]] = []
+        with self._reading() as connection:
+            for key, seq, length in connection.execute(
+                "SELECT key, seq, length FROM records WHERE ns=? ORDER BY segment, offset", (ns,)
+            ):
+                if size <= 0:
+                    break
+                found.append((key, seq))
+                size -= length
+        return found
 
     # ---- Tags
 

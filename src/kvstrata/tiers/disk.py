@@ -25,6 +25,7 @@ from kvstrata.tiers.cleaning import Cleaner
 from kvstrata.tiers.counters import Counters, errno_name
 from kvstrata.tiers.ledger import Ledger
 from kvstrata.tiers.loading import Loaded, Loader, key_bytes
+from kvstrata.tiers.quotas import Quotas
 from kvstrata.tiers.recovery import recovered
 from kvstrata.tiers.segment_format import read_header
 from kvstrata.tiers.segments import SegmentSet, segment_bytes_for
@@ -121,6 +122,7 @@ class DiskTier:
             )
         except OSError as error:
             raise TierUnavailable(f"{directory} can't hold a disk tier: {error.strerror or error}") from error
+        self._quotas = Quotas(self._catalog, store, lambda ns: self._known(ns).immutable)
         self._write_limit = WriteLimit(write_limit)
         self._cleaner = Cleaner(policy, store, self._segments, self._catalog, self._counters, self._write_limit.admits)
         # A full or read-only file system can still be read.
@@ -197,6 +199,17 @@ class DiskTier:
         self._namespaces[info.id] = info
         return _state(info)
 
+    def set_quota(self, ns: int, quota: int) -> None:
+        """Bound the bytes that a namespace has on disk, for all processes; 0 = no bound. Raises TierUnavailable."""
+        self._mended(lambda: self._quotas.set(ns, quota))
+
+    def usage(self) -> dict[int, tuple[int, int]]:
+        """Return by number of a namespace how many records and bytes it has on disk; none when that isn't known."""
+        try:
+            return {ns: (use.records, use.bytes) for ns, use in self._mended(self._catalog.usage).items()}
+        except TierUnavailable:
+            return {}
+
     def set_epoch(self, ns: int, epoch: int) -> None:
         """Make records of an earlier epoch unreachable, also after a restart.
 
@@ -220,7 +233,7 @@ class DiskTier:
         alive = self._store.still_live(list(records))
         left = [record for record, lives in zip(records, alive, strict=True) if lives]
         self._store.mark_failed([record for record, lives in zip(records, alive, strict=True) if not lives])
-        left = self._within_limit(left)
+        left = self._within_limit(self._within_quota(left))
         if not left:
             return
         if not self._writing.allow():
@@ -229,6 +242,14 @@ class DiskTier:
             self._counters.add("refused_records", len(left))
         elif self._write(left):
             self._writing.success()
+
+    def _within_quota(self, records: list[DirtyRecord]) -> list[DirtyRecord]:
+        """Return those that a quota can hold at all, and leave the others to memory."""
+        fits = self._quotas.hold(records)
+        for record, may in zip(records, fits, strict=True):
+            if not may:
+                self._failed("quota", f"a record of {record.length:,} bytes is larger than its namespace's", [record])
+        return [record for record, may in zip(records, fits, strict=True) if may]
 
     def _within_limit(self, records: list[DirtyRecord]) -> list[DirtyRecord]:
         """Return those that may be written now, and leave the others to memory."""
@@ -434,11 +455,14 @@ class DiskTier:
 
     def _commit(self, records: list[DirtyRecord], segment: int, offsets: list[int]) -> bool:
         """Make rows of records that are written, and settle them; returns False when the catalog fails."""
-        for start in range(0, len(records), self._catalog.batch_rows):
-            part = records[start : start + self._catalog.batch_rows]
+        start = 0
+        while start < len(records):
+            part = self._quotas.part(records[start : start + self._catalog.batch_rows])
             places = offsets[start : start + len(part)]
             try:
-                alive = self._add(part, segment, places)
+                with self._ledger.hold():  # nobody else adds between
+                    self._quotas.make_room(part)
+                    alive = self._add(part, segment, places)
             except (TierFull, TierUnavailable) as error:
                 kind = "full" if isinstance(error, TierFull) else "catalog"
                 self._failed(kind, error, records[start:])
@@ -450,6 +474,7 @@ class DiskTier:
             self._counters.add("written_bytes", sum(record.length for record, _ in durable))
             self._store.mark_durable([record for record, _ in durable], segment, [at for _, at in durable])
             self._store.mark_failed([r for r, lives in zip(part, alive, strict=True) if not lives])
+            start += len(part)
         return True
 
     def _add(self, records: list[DirtyRecord], segment: int, offsets: list[int]) -> list[bool]:
