@@ -28,6 +28,7 @@ PARTS = {
     "peers": "benchmarks.own.peers",
     "disk": "benchmarks.own.disk",
     "tiered": "benchmarks.own.tiered",
+    "disk-peers": "benchmarks.own.disk_peers",
     "remote": "benchmarks.own.remote",
     "pipeline": "benchmarks.own.pipeline",
     "ttft": "benchmarks.own.ttft",

@@ -115,9 +115,9 @@ void Store::settle(Dirty& dirty, u32 segment, u64 offset, u64 encoded) {
             entry.segment = segment;
             entry.position = static_cast<u32>(offset / kUnit);
             entry.disk_units = encoded ? static_cast<u32>(encoded / kUnit) : entry.units;
-            if (encoded) entry.flags |= kEncoded;
+            entry.flags = static_cast<u8>((entry.flags & ~kEncoded) | (encoded ? kEncoded : 0));
         }
-        entry.flags &= static_cast<u8>(~(kDirty | kWriting));
+        entry.flags &= static_cast<u8>(~(kDirty | kWriting | kUsed));
     }
     dirty.pin = Pin();
     settled(bytes);
@@ -259,6 +259,7 @@ Pin Store::commit_load(Loading& loading) {
                 put_in_order(ns, at, Policy::kSameDepth);
                 loaded = true;
             }
+            entry.flags |= kUsed;
             claim(at, lease, pin);
             clients_.mine().hits.fetch_add(1, std::memory_order_relaxed);
         }

@@ -1103,6 +1103,42 @@ void bind_store(nb::module_& m) {
         }, nb::arg("ns"), nb::arg("key"), nb::arg("seq"))
         .def("drop_segment", [](StoreHandle& self, u32 segment) { return self.live()->drop_segment(segment); },
              nb::arg("segment"))
+        .def("segments_in_use", [](StoreHandle& self) {
+            const std::shared_ptr<Store> store = self.live();
+            std::vector<SegmentUse> found;
+            {
+                const nb::gil_scoped_release free;
+                found = store->segments_in_use();
+            }
+            nb::list list;
+            for (const auto& use : found)
+                list.append(nb::make_tuple(use.segment, use.records, use.bytes, use.used_bytes, use.last_expiry));
+            return list;
+        })
+        .def("rows_of", [](StoreHandle& self, u32 segment, bool used_only) {
+            const std::shared_ptr<Store> store = self.live();
+            std::vector<KeptRow> found;
+            {
+                const nb::gil_scoped_release free;
+                found = store->rows_of(segment, used_only);
+            }
+            nb::list list;
+            for (const auto& row : found)
+                list.append(nb::make_tuple(row.ns, nb::bytes(reinterpret_cast<const char*>(row.key.data()), row.key.size()),
+                                           row.seq, row.offset, row.length, row.version, row.epoch));
+            return list;
+        }, nb::arg("segment"), nb::arg("used_only"))
+        .def("move_on_disk", [](StoreHandle& self, u32 ns, nb::handle key_object, u64 seq, u32 from, u64 from_offset, u32 to,
+                                u64 offset) {
+            const Key key = key_of(key_object);
+            KeptRow row;
+            row.ns = ns;
+            row.key.assign(key.begin(), key.end());
+            row.seq = seq;
+            row.offset = from_offset;
+            return self.live()->move_on_disk(row, from, to, offset);
+        }, nb::arg("ns"), nb::arg("key"), nb::arg("seq"), nb::arg("from_segment"), nb::arg("from_offset"),
+             nb::arg("to_segment"), nb::arg("to_offset"))
         .def("pay", [](StoreHandle& self, u32 ns, nb::handle keys_object) {
             const Keys keys(keys_object);
             for (size_t i = 0; i < keys.size(); ++i) self.live()->pay(ns, keys[i]);

@@ -52,7 +52,8 @@ enum EntryFlags : u8 {
     kUnproven = 8, // nobody has used it since it came: the tier below doesn't get it before somebody does
     kLoading = 16, // `owner` is bringing it up from the tier below: others wait for that
     kLazy = 32,    // dirty, but the tier below gets it only when it is to leave memory
-    kEncoded = 64, // below it is encoded: its length there is another one, and it can't be loaded as it is
+    kUsed = 64,    // somebody has used it since the tier below got it, or last moved it
+    kEncoded = 128, // below it is encoded: its length there is another one, and it can't be loaded as it is
 };
 
 // One version of one key. Written under the lock of its shard; `node` under the lock of its namespace's policy;

@@ -192,6 +192,21 @@ struct DiskRow {
     u16 tags[kTags] = {};
 };
 
+// What still counts of a segment of the tier below, as far as the index knows.
+struct SegmentUse {
+    u32 segment = 0, records = 0;
+    u64 bytes = 0, used_bytes = 0;  // of all, and of what was used since it was written
+    u64 last_expiry = 0;            // ms since the epoch; the highest number there is: never
+};
+
+// A record that is to be kept when its segment goes.
+struct KeptRow {
+    std::vector<u8> key;
+    u32 ns = 0;
+    u64 seq = 0, offset = 0, length = 0;
+    u32 version = 0, epoch = 0;
+};
+
 struct TagState {
     u16 slot;
     u64 seq;  // records with that tag and a lower number are not there
@@ -364,6 +379,10 @@ public:
     bool insert_disk(const DiskRow& row);                 // false when there's no room for its entry
     bool forget_disk(u32 ns, Key key, u64 seq);
     u64 drop_segment(u32 segment);
+    // ---- Cleaning the tier below (cleaning.cpp)
+    std::vector<SegmentUse> segments_in_use();
+    std::vector<KeptRow> rows_of(u32 segment, bool used_only);  // of what still counts
+    bool move_on_disk(const KeptRow& row, u32 from, u32 to, u64 offset);  // false when it's no more there
     void pay(u32 ns, Key key);  // the row that a put or removal said is, or may be, on disk is gone for good
     void raise_seq(u64 above);  // so that the next is higher
     u64 next_seq() { return header_.seq.fetch_add(1); }

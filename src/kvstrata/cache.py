@@ -92,7 +92,15 @@ class Cache(Namespace):
 
     def _disk_tier(self, store: _core.Store) -> DiskTier:
         assert self.path is not None
-        return DiskTier(self.path, self.options.disk, store, sealer=self._sealer)
+        options = self.options
+        return DiskTier(
+            self.path,
+            options.disk,
+            store,
+            sealer=self._sealer,
+            policy=options.disk_policy,
+            write_limit=options.disk_write_limit,
+        )
 
     def _open_below(self) -> None:
         if not self.options.disk:
@@ -145,6 +153,7 @@ class Cache(Namespace):
         version: int = 1,
         policy: str = "lru",
         quota: int | str | None = None,
+        disk_quota: int | str | None = None,
         guarantee: int | str | None = None,
         ttl: float | None = None,
         ttl_jitter: float = 0.0,
@@ -159,7 +168,8 @@ class Cache(Namespace):
 
         A higher `version` than the last one makes all older records unreachable; a lower one raises VersionConflict.
         `quota` bounds its bytes in memory, and `guarantee` says how many of them no other namespace takes from it,
-        whatever that stores; at most 3/4 of the memory can be guaranteed. (The exception is a value that finds room
+        whatever that stores; at most 3/4 of the memory can be guaranteed. `disk_quota` bounds its bytes on disk, those
+        of whole records; who opens it last decides. (The exception to a guarantee is a value that finds room
         enough, but only in pieces too small.) `ttl` is the time to live of its records in seconds; with `ttl_jitter`,
         0 to 1, each lives up to that part shorter, so that what was stored together doesn't expire together.
         `immutable` promises that a key implies its value, as content digests do: such records are stored once and can
@@ -195,6 +205,9 @@ class Cache(Namespace):
         quota_bytes = 0 if quota is None else parse_size(quota, option="quota")
         if quota is not None and quota_bytes == 0:
             raise ConfigError("quota must be more than 0 bytes; None means no limit")
+        disk_quota_bytes = 0 if disk_quota is None else parse_size(disk_quota, option="disk_quota")
+        if disk_quota is not None and not (disk_quota_bytes and self.options.disk):
+            raise ConfigError("disk_quota must be more than 0 bytes, and needs a disk tier; None means no limit")
         guaranteed = 0 if guarantee is None else parse_size(guarantee, option="guarantee")
         if guaranteed > self.options.memory // 4 * 3:
             raise ConfigError(f"guarantee={guarantee!r} is more than 3/4 of the memory, {self.options.memory:,} bytes")
@@ -210,6 +223,7 @@ class Cache(Namespace):
             admission == "reused",
             write == "back",
             bool(remote),
+            disk_quota_bytes,
         )
         ttl_ms, jitter = parse_duration(ttl), parse_jitter(ttl_jitter)
         encodings = self._parse_codec(codec, tensor)
@@ -249,8 +263,10 @@ class Cache(Namespace):
 
     def _open_space(self, options: SpaceOptions) -> _core.Space:
         self._check_open()
-        ns = self._below.open_namespace(options.name, options.version, options.immutable).id if self._below else 0
+        ns = 0
         if self._below:
+            ns = self._below.open_namespace(options.name, options.version, options.immutable).id
+            self._below.set_quota(ns, options.disk_quota)
             self._below.encodings.set(ns, self._encodings.get(options.name, {}).get("disk"))
         return self._memory.store.open_namespace(ns, *options.native())
 
@@ -410,9 +426,14 @@ class Cache(Namespace):
         """
         self._check_open()
         namespaces = {}
+        below = self._below.usage() if self._below else {}
         for namespace in list(self._opened):
             records, used = namespace._space.usage
-            namespaces[namespace.name] = {"records": records, "memory_bytes": used, "version": namespace.version}
+            on_disk, disk_bytes = below.get(namespace._space.id, (0, 0))
+            namespaces[namespace.name] = {
+                "records": records, "memory_bytes": used, "version": namespace.version,
+                "disk_records": on_disk, "disk_bytes": disk_bytes,
+            }  # fmt: skip
         return {
             "memory": self._memory.store.stats(),
             "disk": self._below.stats() if self._below else None,
@@ -541,6 +562,8 @@ def open(
     *,
     memory: int | str | None = None,
     disk: int | str | None = None,
+    disk_policy: Literal["fifo", "lru", "ttl"] | None = None,
+    disk_write_limit: int | str | None = None,
     shared: bool | None = None,
     huge_pages: bool | None = None,
     prefetch: int | str | None = None,
@@ -554,6 +577,10 @@ def open(
     most `disk` bytes (8 GiB where there is a path; 0: no disk tier). Sizes are ints or strings such as "512MiB". The
     options of all that have it open must agree, or ConfigMismatch says how they differ. `shared=False` opens it for
     this process alone.
+
+    `disk_policy` says what leaves a full disk first: "fifo", the oldest; "lru", the oldest, but what was used meanwhile
+    stays; "ttl", what expires first. It is recorded with the cache. `disk_write_limit`, such as "50MiB/s", bounds what
+    this process writes there, for the life of the device: what is beyond it stays in memory only.
 
     `huge_pages=True` puts the memory tier into pages of 2 MiB, for this process and whoever attaches; it takes a
     while at opening, in which the memory is copied once. Raises ConfigError, saying what to do, when the kernel
@@ -576,8 +603,9 @@ def open(
     """
     settings = Settings.gather(
         {
-            "path": path, "memory": memory, "disk": disk, "shared": shared, "huge_pages": huge_pages,
-            "prefetch": prefetch, "encryption": encryption, "remote": remote,
+            "path": path, "memory": memory, "disk": disk, "disk_policy": disk_policy,
+            "disk_write_limit": disk_write_limit, "shared": shared, "huge_pages": huge_pages, "prefetch": prefetch,
+            "encryption": encryption, "remote": remote,
         },
         config=config,
         environment=os.environ,

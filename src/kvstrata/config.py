@@ -6,9 +6,9 @@ import re
 
 import msgspec
 
-from kvstrata.errors import ConfigError
+from kvstrata.errors import ConfigError, UnknownOption
 
-__all__ = ["CacheOptions", "check_name", "parse_duration", "parse_jitter", "parse_size"]
+__all__ = ["CacheOptions", "check_name", "parse_duration", "parse_jitter", "parse_rate", "parse_size"]
 
 _UNITS = {
     "": 1, "b": 1,
@@ -22,6 +22,7 @@ MIN_DISK = 4 << 20
 MAX_MEMORY = (256 << 30) - (1 << 20)
 MAX_SIZE = 1 << 45
 DEFAULT_DISK = 8 << 30
+DISK_POLICIES = ("fifo", "lru", "ttl")
 
 
 def parse_size(value: int | str, *, option: str = "size") -> int:
@@ -37,6 +38,16 @@ def parse_size(value: int | str, *, option: str = "size") -> int:
     if not 0 <= value <= MAX_SIZE:
         raise ConfigError(f"{option}={value!r} is out of range (0 to {MAX_SIZE:,} bytes)")
     return value
+
+
+def parse_rate(value: int | str, *, option: str) -> int:
+    """Return bytes per second, more than 0, from an int or a string such as "50MiB/s"."""
+    if isinstance(value, str):
+        value = value.strip().removesuffix("/s")
+    rate = parse_size(value, option=option)
+    if rate == 0:
+        raise ConfigError(f"{option} must be more than 0 bytes per second; None means no limit")
+    return rate
 
 
 def check_name(name: str, of: str) -> None:
@@ -68,9 +79,19 @@ class CacheOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     memory: int
     disk: int
+    disk_policy: str = "fifo"
+    disk_write_limit: int = 0  # bytes per second, 0 = none; each process's own
 
     @classmethod
-    def parse(cls, *, memory: int | str, disk: int | str | None, has_path: bool) -> CacheOptions:
+    def parse(
+        cls,
+        *,
+        memory: int | str,
+        disk: int | str | None,
+        has_path: bool,
+        disk_policy: str = "fifo",
+        disk_write_limit: int | str | None = None,
+    ) -> CacheOptions:
         """Check the arguments of `kvstrata.open`; raises ConfigError."""
         memory_bytes = parse_size(memory, option="memory")
         if memory_bytes < MIN_MEMORY:
@@ -85,7 +106,10 @@ class CacheOptions(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError("disk needs a path: kvstrata.open('/some/directory', disk=...)")
         if 0 < disk_bytes < MIN_DISK:
             raise ConfigError(f"disk={disk!r} is too small; the least is {MIN_DISK:,} bytes, 0 means none")
-        return cls(memory=memory_bytes, disk=disk_bytes)
+        if disk_policy not in DISK_POLICIES:
+            raise UnknownOption("disk_policy", disk_policy, DISK_POLICIES)
+        limit = 0 if disk_write_limit is None else parse_rate(disk_write_limit, option="disk_write_limit")
+        return cls(memory=memory_bytes, disk=disk_bytes, disk_policy=disk_policy, disk_write_limit=limit)
 
     def differences(self, other: CacheOptions) -> dict[str, tuple[object, object]]:
         """Return {option: (other's, ours)} for each option that differs."""

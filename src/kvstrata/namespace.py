@@ -48,6 +48,7 @@ class SpaceOptions(NamedTuple):
     proven_only: bool = False
     write_back: bool = False
     remote: bool = True  # only this process's affair
+    disk_quota: int = 0  # the tier below keeps it
 
     def native(self) -> tuple[str, int, str, int, int, bool, bool, bool]:
         """What the core has to know."""

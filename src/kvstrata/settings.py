@@ -46,12 +46,15 @@ _OPTIONS = {
     "path": _Option(None, str, (str,), "the path of a directory"),
     "memory": _Option("1GiB", _size, (int, str), _SIZE),
     "disk": _Option(None, _size, (int, str), _SIZE),
+    "disk_policy": _Option("fifo", str, (str,), '"fifo", "lru" or "ttl"'),
+    "disk_write_limit": _Option(None, _size, (int, str), "a rate such as '50MiB/s'"),
     "shared": _Option(True, _flag, (bool,), "yes or no"),
     "huge_pages": _Option(False, _flag, (bool,), "yes or no"),
     "prefetch": _Option(DEFAULT_IN_FLIGHT, _size, (int, str), _SIZE),
     "encryption": _Option(None, str, (str,), "the path of a file of keys"),
     "remote": _Option((), str.split, (str, list), "a URL, or several"),
 }
+_SIZES = ("memory", "disk", "disk_policy", "disk_write_limit")
 
 
 class Settings(NamedTuple):
@@ -98,8 +101,8 @@ class Settings(NamedTuple):
         return cls(
             path,
             _told(
-                [sources["memory"], sources["disk"]],
-                lambda: CacheOptions.parse(memory=values["memory"], disk=values["disk"], has_path=path is not None),
+                [sources[name] for name in _SIZES],
+                lambda: CacheOptions.parse(**{name: values[name] for name in _SIZES}, has_path=path is not None),
             ),
             bool(values["shared"]),
             bool(values["huge_pages"]),

@@ -54,6 +54,12 @@ class Tier(Protocol):
     def open_namespace(self, name: str, version: int, immutable: bool) -> NamespaceState:
         """Make a namespace known, or a newer version of it; raises VersionConflict for an older one."""
 
+    def set_quota(self, ns: int, quota: int) -> None:
+        """Bound the bytes that a namespace has here, 0 = no bound."""
+
+    def usage(self) -> dict[int, tuple[int, int]]:
+        """Return by number of a namespace how many records and bytes it has here."""
+
     def set_epoch(self, ns: int, epoch: int) -> None:
         """Make records of an earlier epoch unreachable, also after a restart, before it returns."""
 

@@ -1,4 +1,4 @@
-"""The bound on all bytes of a disk tier's directory, kept by dropping its oldest segments.
+"""The bound on all bytes of a disk tier's directory, kept by dropping segments.
 
 Deleting a large file waits for the file system for about as long as writing it takes. So a segment is dropped
 ahead, by a thread, as soon as the next one would find no room; and nobody is kept from anything meanwhile.
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from kvstrata.errors import TierError, TierFull
 from kvstrata.tiers.blockio import page_ceil
 from kvstrata.tiers.ledger import Ledger, after_fork
-from kvstrata.tiers.segments import SegmentSet
+from kvstrata.tiers.segments import Segment, SegmentSet
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,25 +29,36 @@ log = logging.getLogger("kvstrata.disk")
 class Capacity:
     """Makes room in a directory of at most `limit` bytes.
 
-    `reserve` bytes stay free for what dropping a segment needs itself. `drop(number)` forgets all that a segment
-    holds; it is called with the ledger held, before the file goes.
+    `reserve` bytes stay free for what dropping a segment needs itself. `order` says which segments go first, and
+    `drop(number)` forgets all that a segment holds; both are called with the ledger held, before the file goes.
+    `keep_some(number)` is called without it, when there's time before a segment goes.
     """
 
     def __init__(
-        self, directory: Path, limit: int, *, reserve: int, ledger: Ledger, drop: Callable[[int], None]
+        self,
+        directory: Path,
+        limit: int,
+        *,
+        reserve: int,
+        ledger: Ledger,
+        order: Callable[[list[Segment]], list[Segment]],
+        keep_some: Callable[[int], None],
+        drop: Callable[[int], None],
     ) -> None:
         self._directory = directory
         self._limit = limit
         self._reserve = reserve
         self._ledger = ledger
+        self._order = order
+        self._keep_some = keep_some
         self._drop = drop
         self._dropping = False  # the ledger is held
         self._ahead: threading.Thread | None = None
         after_fork(self)
 
     def used(self) -> int:
-        """Return how many bytes all files of the directory take."""
-        total = 0
+        """Return how many bytes the directory and all files in it take."""
+        total = self._directory.stat().st_blocks * 512
         with os.scandir(self._directory) as entries:
             for entry in entries:
                 with contextlib.suppress(FileNotFoundError):
@@ -56,12 +67,13 @@ class Capacity:
         return total
 
     def make(self, segments: SegmentSet, need: int) -> None:
-        """Drop the oldest segments until `need` bytes fit. The ledger must be held.
+        """Drop segments until `need` bytes fit. The ledger must be held.
 
         Raises TierFull, and drops nothing, when they can't be made to: processes append to what is left.
         """
         if not self._dropping:  # the deletions of drop() are what the reserve is for
-            for number in self._drop_oldest(segments, need):
+            for number in self._choose(segments, need):
+                self._forget(number)
                 segments.remove(number)
 
     def make_ahead(self, segments: SegmentSet, need: int) -> None:
@@ -84,11 +96,13 @@ class Capacity:
     def _free(self) -> int:
         return self._limit - self._reserve - self.used()
 
-    def _drop_oldest(self, segments: SegmentSet, need: int) -> list[int]:
-        """Forget what as many segments hold as have to go for `need` bytes; their files remain."""
+    def _choose(self, segments: SegmentSet, need: int) -> list[int]:
+        """Return the segments that have to go for `need` bytes; raises TierFull when that isn't enough."""
         free = reached = self._free()
+        if reached >= need:
+            return []
         victims = []
-        for segment in segments.all():
+        for segment in self._order(segments.all()):
             if reached >= need:
                 break
             if not segments.is_being_written(segment.number):
@@ -96,20 +110,30 @@ class Capacity:
                 reached += segment.size
         if reached < need:
             raise TierFull("disk", need, max(free, 0))
+        return victims
+
+    def _forget(self, number: int) -> None:
         self._dropping = True
         try:
-            for number in victims:
-                self._drop(number)
+            self._drop(number)
         finally:
             self._dropping = False
-        return victims
 
     def _clear(self, segments: SegmentSet, need: int) -> None:
         try:
             with self._ledger.hold():
-                victims = self._drop_oldest(segments, need)
-            # Without the ledger: nothing refers to the files any more, and their numbers are never used again.
+                victims = self._choose(segments, need)
             for number in victims:
+                # Without the ledger, since it appends; somebody else may drop the segment meanwhile.
+                try:
+                    self._keep_some(number)
+                except (OSError, TierError) as error:
+                    log.debug("nothing is kept of segment %d: %s", number, error)
+                with self._ledger.hold():
+                    if self._free() >= need:
+                        return
+                    self._forget(number)
+                # Without it: nothing refers to the file any more, and its number is never used again.
                 segments.remove(number)
         except (OSError, TierError) as error:
             log.debug("no room is made ahead: %s", error)  # who needs it will be told

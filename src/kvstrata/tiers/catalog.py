@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from kvstrata.errors import TierFull, TierUnavailable
 from kvstrata.record import PAGE, NamespaceInfo
@@ -27,14 +27,24 @@ from kvstrata.tiers.blockio import sync_directory
 from kvstrata.tiers.catalog_schema import FORMAT, CatalogDamaged, Row
 from kvstrata.tiers.ledger import Ledger, Mark, after_fork, before_fork, boot_id
 
-__all__ = ["FORMAT", "Catalog", "CatalogDamaged", "Lasting", "Row"]
+__all__ = ["FORMAT", "Catalog", "CatalogDamaged", "Lasting", "Move", "Row", "Usage"]
 
 _NAME = re.compile(r"catalog-(\d{6})\.(db|new)(-wal|-shm|-journal)?")
 Lasting = Literal["later", "marked", "synced"]
 """How a commit gets onto the device: when there's time; the same, but the ledger says before that something may come
 back when power is lost; at once, before the call returns. The last costs some milliseconds, the second as much once in
 a while, and then power loss costs all mutable records."""
+Move = tuple[int, int, int, bytes, int, int, int]
+"""To which segment and offset, of which ns, key and seq, from which segment and offset."""
 _out_of_reach: set[Path] = set()  # directories that this forked process can't use, as its parent was using them
+
+
+class Usage(NamedTuple):
+    """What the rows of a namespace come to; bytes are those of whole records, quota 0 is none."""
+
+    records: int
+    bytes: int
+    quota: int
 
 
 class Catalog:
@@ -143,6 +153,10 @@ class Catalog:
             self._generation = generation
             self._connect()
 
+    def discard_others(self) -> None:
+        """Remove what is left of catalogs that were replaced; the ledger must be held."""
+        self._discard(self._generation)
+
     def is_superseded(self) -> bool:
         """Whether another process has put another catalog in place of the one that is open."""
         return self._newest() > self._generation
@@ -186,6 +200,32 @@ class Catalog:
             )
             schema.put_namespace(connection, merged)
         return merged
+
+    def usage(self) -> dict[int, Usage]:
+        """Return by namespace what its rows come to, and its quota."""
+        with self._reading() as connection:
+            found = connection.execute("SELECT ns, records, bytes, quota FROM usage").fetchall()
+        return {ns: Usage(*numbers) for ns, *numbers in found}
+
+    def set_quota(self, ns: int, quota: int) -> None:
+        """Commit how many bytes a namespace may have, 0 = any number."""
+        with self._transaction(1) as connection:
+            connection.execute(
+                "INSERT INTO usage VALUES(?,0,0,?) ON CONFLICT(ns) DO UPDATE SET quota=excluded.quota", (ns, quota)
+            )
+
+    def oldest(self, ns: int, size: int) -> list[tuple[bytes, int]]:
+        """Return key and number of the records of a namespace that were written first, `size` bytes or a bit more."""
+        found: list[tuple[bytes, int]] = []
+        with self._reading() as connection:
+            for key, seq, length in connection.execute(
+                "SELECT key, seq, length FROM records WHERE ns=? ORDER BY segment, offset", (ns,)
+            ):
+                if size <= 0:
+                    break
+                found.append((key, seq))
+                size -= length
+        return found
 
     # ---- Tags
 
@@ -231,6 +271,16 @@ class Catalog:
             alive = list(live())
             connection.executemany(schema.UPSERT, [row for row, wanted in zip(rows, alive, strict=True) if wanted])
         return alive
+
+    def move(self, moves: Sequence[Move]) -> None:
+        """Commit that records lie elsewhere, those that are still where they were."""
+        for start in range(0, len(moves), self.batch_rows):
+            part = moves[start : start + self.batch_rows]
+            with self._transaction(len(part), sum(len(move[3]) for move in part)) as connection:
+                connection.executemany(
+                    "UPDATE records SET segment=?, offset=? WHERE ns=? AND key=? AND seq=? AND segment=? AND offset=?",
+                    part,
+                )
 
     def delete(self, ns: int, keys: Iterable[tuple[bytes, int | None]], lasting: Lasting = "marked") -> int:
         """Commit the deletion of rows, of those with a lower number where one is given; returns how many."""
@@ -312,15 +362,20 @@ class Catalog:
 
     def _delete_where(self, condition: str, arguments: tuple[int | bytes, ...], lasting: Lasting = "later") -> int:
         deleted = 0
+        each: Lasting = "later" if lasting == "synced" else lasting
         while True:
-            with self._transaction(self.batch_rows, must=True, lasting=lasting) as connection:
+            with self._transaction(self.batch_rows, must=True, lasting=each) as connection:
                 found = connection.execute(
                     f"SELECT ns, key FROM records WHERE {condition} LIMIT ?", (*arguments, self.batch_rows)
                 ).fetchall()
                 connection.executemany("DELETE FROM records WHERE ns=? AND key=?", found)
             deleted += len(found)
             if len(found) < self.batch_rows:
-                return deleted
+                break
+        if lasting == "synced":  # all at once
+            with self._ledger.hold(), self._lock, self._translated():
+                self._sync_log()
+        return deleted
 
     def _shrink(self) -> None:
         """Give pages back to the file system, some at a time, when a quarter of the database is empty."""

@@ -56,6 +56,23 @@ _SCHEMA = {
     ),
     "tags": "CREATE TABLE tags(slot INTEGER PRIMARY KEY, seq INTEGER NOT NULL, crc INTEGER NOT NULL)",
     "records_by_segment": "CREATE INDEX records_by_segment ON records(segment)",
+    "usage": (
+        "CREATE TABLE usage(ns INTEGER PRIMARY KEY, records INTEGER NOT NULL, bytes INTEGER NOT NULL,"
+        " quota INTEGER NOT NULL)"
+    ),
+    "count_added": (
+        "CREATE TRIGGER count_added AFTER INSERT ON records BEGIN"
+        " INSERT INTO usage VALUES(new.ns, 1, new.length, 0)"
+        " ON CONFLICT(ns) DO UPDATE SET records=records+1, bytes=bytes+excluded.bytes; END"
+    ),
+    "count_changed": (
+        "CREATE TRIGGER count_changed AFTER UPDATE OF length ON records BEGIN"
+        " UPDATE usage SET bytes=bytes+new.length-old.length WHERE ns=new.ns; END"
+    ),
+    "count_removed": (
+        "CREATE TRIGGER count_removed AFTER DELETE ON records BEGIN"
+        " UPDATE usage SET records=records-1, bytes=bytes-old.length WHERE ns=old.ns; END"
+    ),
 }
 ANY = (1 << 63) - 1  # above every sequence number
 COLUMNS = "ns, key, seq, segment, offset, length, expires, version, epoch, flags, tags"

@@ -21,14 +21,17 @@ from kvstrata.tiers.blockio import page_ceil
 from kvstrata.tiers.breaker import Breaker
 from kvstrata.tiers.capacity import Capacity
 from kvstrata.tiers.catalog import Catalog, CatalogDamaged, Lasting
+from kvstrata.tiers.cleaning import Cleaner
 from kvstrata.tiers.counters import Counters, errno_name
 from kvstrata.tiers.encodings import Encodings
 from kvstrata.tiers.ledger import Ledger
 from kvstrata.tiers.loading import Loaded, Loader, key_bytes
 from kvstrata.tiers.partial import PartLoader
+from kvstrata.tiers.quotas import Quotas
 from kvstrata.tiers.recovery import recovered
 from kvstrata.tiers.segment_format import read_header
 from kvstrata.tiers.segments import SegmentSet, segment_bytes_for
+from kvstrata.tiers.wear import WriteLimit
 
 if TYPE_CHECKING:
     from kvstrata._core import DirtyRecord, Store
@@ -47,6 +50,9 @@ _COUNTERS = (
     "failed_records",
     "refused_records",
     "refused_loads",
+    "limited_records",
+    "reinserted_records",
+    "reinserted_bytes",
     "loaded_records",
     "loaded_bytes",
     "unpromoted_records",
@@ -73,13 +79,15 @@ class DiskTier:
         store: Store,
         *,
         sealer: Sealer | None = None,
+        policy: str = "fifo",
+        write_limit: int = 0,
         direct: bool = True,
         depth: int = 8,
     ) -> None:
         """Prepare the tier: at most `capacity` bytes over all files in it, `depth` transfers at a time.
 
-        With a `sealer` all values are encrypted.
-        Raises TierUnavailable when the directory can't be used.
+        With a `sealer` all values are encrypted. `policy` is one of `config.DISK_POLICIES`, `write_limit` in bytes per
+        second by this process, 0 = none. Raises TierUnavailable when the directory can't be used.
         """
         self.directory = directory
         self.capacity = capacity
@@ -88,6 +96,7 @@ class DiskTier:
         self._counters = Counters(str(directory))
         self._namespaces: dict[int, NamespaceInfo] = {}
         self._segment_bytes = segment_bytes_for(capacity)
+        self._segments_ahead = 2 if policy == "lru" else 1  # what is to be kept takes time to be written anew
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._ledger = Ledger(directory, seed=store.seed)
@@ -103,6 +112,8 @@ class DiskTier:
                 capacity,
                 reserve=self._catalog.reserve,
                 ledger=self._ledger,
+                order=lambda segments: self._cleaner.order(segments),
+                keep_some=lambda number: self._cleaner.keep_some(number),
                 drop=self._drop_segment,
             )
             self._segments = SegmentSet(
@@ -117,6 +128,9 @@ class DiskTier:
             )
         except OSError as error:
             raise TierUnavailable(f"{directory} can't hold a disk tier: {error.strerror or error}") from error
+        self._quotas = Quotas(self._catalog, store, lambda ns: self._known(ns).immutable)
+        self._write_limit = WriteLimit(write_limit)
+        self._cleaner = Cleaner(policy, store, self._segments, self._catalog, self._counters, self._write_limit.admits)
         # A full or read-only file system can still be read.
         self._writing = Breaker(f"writing to {directory}")
         self._reading = Breaker(f"reading from {directory}")
@@ -144,11 +158,11 @@ class DiskTier:
 
     def close(self) -> None:
         """Finish the segment that is being written, fold up the catalog and let go of the directory."""
+        self._capacity.close()
         self._segments.seal()
         with contextlib.suppress(TierUnavailable):
             self.sync()
         self._segments.close()
-        self._capacity.close()
         self._catalog.close()
         self._ledger.close()
 
@@ -193,6 +207,17 @@ class DiskTier:
         self._namespaces[info.id] = info
         return _state(info)
 
+    def set_quota(self, ns: int, quota: int) -> None:
+        """Bound the bytes that a namespace has on disk, for all processes; 0 = no bound. Raises TierUnavailable."""
+        self._mended(lambda: self._quotas.set(ns, quota))
+
+    def usage(self) -> dict[int, tuple[int, int]]:
+        """Return by number of a namespace how many records and bytes it has on disk; none when that isn't known."""
+        try:
+            return {ns: (use.records, use.bytes) for ns, use in self._mended(self._catalog.usage).items()}
+        except TierUnavailable:
+            return {}
+
     def set_epoch(self, ns: int, epoch: int) -> None:
         """Make records of an earlier epoch unreachable, also after a restart.
 
@@ -216,16 +241,34 @@ class DiskTier:
         alive = self._store.still_live(list(records))
         left = [record for record, lives in zip(records, alive, strict=True) if lives]
         self._store.mark_failed([record for record, lives in zip(records, alive, strict=True) if not lives])
-        if not left:
-            return
         for record in left:
             self.encodings.apply(record, self._store.seed)
+        left = self._within_limit(self._within_quota(left))
+        if not left:
+            return
         if not self._writing.allow():
             self._store.mark_failed(left)
             self._counters.add("failed_records", len(left))
             self._counters.add("refused_records", len(left))
         elif self._write(left):
             self._writing.success()
+
+    def _within_quota(self, records: list[DirtyRecord]) -> list[DirtyRecord]:
+        """Return those that a quota can hold at all, and leave the others to memory."""
+        fits = self._quotas.hold(records)
+        for record, may in zip(records, fits, strict=True):
+            if not may:
+                self._failed("quota", f"a record of {record.length:,} bytes is larger than its namespace's", [record])
+        return [record for record, may in zip(records, fits, strict=True) if may]
+
+    def _within_limit(self, records: list[DirtyRecord]) -> list[DirtyRecord]:
+        """Return those that may be written now, and leave the others to memory."""
+        admitted = [self._write_limit.admits(record.length) for record in records]
+        over = [record for record, may in zip(records, admitted, strict=True) if not may]
+        if over:
+            self._store.mark_failed(over)
+            self._counters.add("limited_records", len(over))
+        return [record for record, may in zip(records, admitted, strict=True) if may]
 
     def _write(self, left: list[DirtyRecord]) -> bool:
         """Store and settle records; returns whether the device did all that it should."""
@@ -333,9 +376,22 @@ class DiskTier:
             for segment in self._segments.all():
                 self._store.drop_segment(segment.number)  # what it was told so far
             self._restore()
-        with contextlib.suppress(TierFull):
+        try:
             self._make_room(0)
+        except TierFull:
+            self._drop_everything()
         self.sync()
+
+    def _drop_everything(self) -> None:
+        """Make the directory as small as can be, for a capacity that the catalog alone would exceed."""
+        log.warning("%s: what was stored under a larger capacity doesn't fit; it is dropped", self.directory)
+        self.namespaces()
+        self._catalog.replace(self._namespaces, [])
+        for segment in self._segments.all():
+            if not self._segments.is_being_written(segment.number):
+                self._store.drop_segment(segment.number)
+                self._segments.remove(segment.number)
+        self._catalog.discard_others()
 
     def _start_over(self) -> None:
         log.warning("%s belongs to another cache, whose records can't be checked; they are dropped", self.directory)
@@ -413,11 +469,14 @@ class DiskTier:
 
     def _commit(self, records: list[DirtyRecord], segment: int, offsets: list[int]) -> bool:
         """Make rows of records that are written, and settle them; returns False when the catalog fails."""
-        for start in range(0, len(records), self._catalog.batch_rows):
-            part = records[start : start + self._catalog.batch_rows]
+        start = 0
+        while start < len(records):
+            part = self._quotas.part(records[start : start + self._catalog.batch_rows])
             places = offsets[start : start + len(part)]
             try:
-                alive = self._add(part, segment, places)
+                with self._ledger.hold():  # nobody else adds between
+                    self._quotas.make_room(part)
+                    alive = self._add(part, segment, places)
             except (TierFull, TierUnavailable) as error:
                 kind = "full" if isinstance(error, TierFull) else "catalog"
                 self._failed(kind, error, records[start:])
@@ -429,6 +488,7 @@ class DiskTier:
             self._counters.add("written_bytes", sum(record.length for record, _ in durable))
             self._store.mark_durable([record for record, _ in durable], segment, [at for _, at in durable])
             self._store.mark_failed([r for r, lives in zip(part, alive, strict=True) if not lives])
+            start += len(part)
         return True
 
     def _add(self, records: list[DirtyRecord], segment: int, offsets: list[int]) -> list[bool]:
@@ -499,7 +559,7 @@ class DiskTier:
 
     def _make_room_for_segment(self, size: int) -> None:
         self._capacity.make(self._segments, size)
-        self._capacity.make_ahead(self._segments, size + self._segment_bytes)
+        self._capacity.make_ahead(self._segments, size + self._segments_ahead * self._segment_bytes)
 
     def _drop_segment(self, number: int) -> None:
         # Rows first, so that none ever outlives what it points to; then the index.

@@ -113,7 +113,7 @@ class Loader:
     ) -> bool:
         """Load some; returns whether the device did what it should."""
         reads: list[Read] = []
-        lost: list[tuple[bytes, int]] = []
+        lost: list[Load] = []
         faults: list[tuple[Load, int]] = []
         for load, place in loads:
             buffer = place.view() if isinstance(place, _core.Write) else aligned_buffer(load.length)
@@ -125,7 +125,7 @@ class Loader:
                 if isinstance(place, _core.Write):
                     place.abort()
                 if self.unread(load, error):
-                    lost.append((load.key, load.seq))
+                    lost.append(load)
                 else:
                     faults.append((load, error))
                 return
@@ -137,7 +137,7 @@ class Loader:
             except CorruptRecord as corrupt:
                 if isinstance(place, _core.Write):
                     place.abort()
-                lost.append((load.key, load.seq))
+                lost.append(load)
                 self.damaged(load, corrupt)
                 return
             except WrongKey as wrong:  # somebody may have the right one
@@ -154,7 +154,7 @@ class Loader:
                     arrived(load.position, value)
 
         self._segments.read(reads, done)
-        if lost and not self._forget(ns, lost):
+        if lost and not self.forget(ns, lost):
             return False
         if faults:
             self.failed(*faults[0])
@@ -189,9 +189,11 @@ class Loader:
         self._counters.add("corrupt_records")
         self._counters.fault("corrupt", f"segment {load.segment}, byte {load.offset}: {corrupt}")
 
-    def forget(self, ns: int, load: Load) -> None:
-        """Drop a record that proved to be wrong."""
-        self._forget(ns, [(load.key, load.seq)])
+    def forget(self, ns: int, lost: list[Load]) -> bool:
+        """Drop records that proved to be wrong, unless they have been moved meanwhile; False if that can't be done."""
+        now = self._store.find_on_disk(ns, [load.key for load in lost])
+        lost = [load for load, at in zip(lost, now, strict=True) if at and at[2:4] == (load.segment, load.offset)]
+        return not lost or self._forget(ns, [(load.key, load.seq) for load in lost])
 
     def checked(self, ns: int, load: Load, data: memoryview) -> bool:
         """Say whether a raw record in private memory still counts; raises CorruptRecord."""

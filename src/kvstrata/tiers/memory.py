@@ -33,6 +33,7 @@ class _Identity(msgspec.Struct, frozen=True):
 
     format: int
     id: str
+    disk_policy: str = "fifo"
 
 
 class _Format(msgspec.Struct):
@@ -85,6 +86,7 @@ class MemoryTier:
                     # Left by processes that were killed. What is done here would make it untrue.
                     file.unlink(missing_ok=True)
                     store = _core.Store.open_private(options.memory, options.disk, _seed(directory))
+                _record_policy(directory, options)
                 restore(store)
                 return cls(store, options, directory, None, users)
             except BaseException:
@@ -218,13 +220,25 @@ def _identity(directory: Path) -> _Identity:
             return msgspec.json.decode(text, type=_Identity)
         except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError):
             new = _Identity(_FORMAT, secrets.token_hex(16))
-            draft = directory / "identity.json.new"
-            with draft.open("wb") as file:
-                file.write(msgspec.json.encode(new))
-                file.flush()
-                os.fsync(file.fileno())
-            draft.replace(path)
+            _write_identity(directory, new)
             return new
+
+
+def _write_identity(directory: Path, identity: _Identity) -> None:
+    draft = directory / "identity.json.new"
+    with draft.open("wb") as file:
+        file.write(msgspec.json.encode(identity))
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(directory / "identity.json")
+
+
+def _record_policy(directory: Path, options: CacheOptions) -> None:
+    """Say what leaves the disk first, for all who attach from now on."""
+    known = _identity(directory)
+    if known.disk_policy != options.disk_policy:
+        with _usable(directory):
+            _write_identity(directory, msgspec.structs.replace(known, disk_policy=options.disk_policy))
 
 
 def _seed(directory: Path) -> int:
@@ -247,13 +261,17 @@ def _open_shared(
         exists, ready, format, in_use, memory, disk = _core.probe(str(file))
         if not in_use:
             _refuse_another_mapping(users, directory)
+            _record_policy(directory, options)
         if exists and not in_use and (not ready or (memory, disk) != (options.memory, options.disk)):
             file.unlink()  # left by processes that were killed, and of no use now
             exists = False
         if exists:
             if not ready:
                 raise FormatError(f"{file} is in use by a release with format {format}, which this one doesn't read")
-            differences = options.differences(CacheOptions(memory=memory, disk=disk))
+            theirs = msgspec.structs.replace(
+                options, memory=memory, disk=disk, disk_policy=_identity(directory).disk_policy
+            )
+            differences = options.differences(theirs)
             if differences:
                 raise ConfigMismatch.of_cache(str(directory), differences)
             try:

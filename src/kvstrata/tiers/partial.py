@@ -156,7 +156,7 @@ class PartLoader:
         """End a part of which a piece could not be read."""
         self.abort(part)
         if self._loader.unread(part.load, error):
-            self._loader.forget(part.ns, part.load)
+            self._loader.forget(part.ns, [part.load])
         else:
             self._loader.failed(part.load, error)
 
@@ -164,7 +164,7 @@ class PartLoader:
         """End a part that proved to be something else than what was stored."""
         self.abort(part)
         self._loader.damaged(part.load, corrupt)
-        self._loader.forget(part.ns, part.load)
+        self._loader.forget(part.ns, [part.load])
 
     def abort(self, part: Part) -> None:
         """End a part without publishing anything."""
