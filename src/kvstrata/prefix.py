@@ -16,7 +16,7 @@ from kvstrata.movement.cost import Prefill
 from kvstrata.movement.warm import Progress, Warmed
 from kvstrata.prefix_blocks import Layers, Words, as_layers, fill_block, trailer_of
 from kvstrata.prefix_layers import LayerLoad
-from kvstrata.prefix_loading import LoadedKV, PrefixLoader, Tally, release
+from kvstrata.prefix_loading import LoadedKV, PrefixLoader, StoredHead, Tally
 
 if TYPE_CHECKING:
     from kvstrata.cache import Cache
@@ -111,18 +111,16 @@ class PrefixCache:
         if length != count:
             raise InvalidValue(f"kv holds {length} tokens, but {count} tokens were given")
         present = self.ns.contains_prefix(keys)
-        # In a cache of memory alone, a long prompt must not push out its own head. What is pinned for that isn't used.
-        held = None if self.ns._cache.options.disk else self.ns._space.pin_many(keys[:present], uses=False)[0]
         stored = 0
         try:
-            for index in range(present, len(keys)):
-                stored += self._store_block(keys[index], layers, index)
-                if held is not None:
-                    held += self.ns._space.pin_many(keys[index : index + 1], uses=False)[0]
+            with StoredHead(self.ns) as head:
+                head.add(keys[:present])
+                for index in range(present, len(keys)):
+                    stored += self._store_block(keys[index], layers, index)
+                    head.add(keys[index : index + 1])
         except TierFull:
             self._tally.add(stores_cut_short=1)
         finally:
-            release(held or ())
             if not self._loader.head_first:
                 for key in reversed(keys):  # most recently used is the head, so that a prefix is evicted from its tail
                     self.ns._space.present_immutable(key)

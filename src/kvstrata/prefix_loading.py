@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kvstrata._core import Pin
     from kvstrata.namespace import Namespace
 
-__all__ = ["LoadedKV", "PrefixLoader", "Tally", "release"]
+__all__ = ["LoadedKV", "PrefixLoader", "StoredHead", "Tally", "release"]
 
 _BATCH_BYTES = 256 << 20
 """How much is pinned at once: enough for any queue depth, a bound on what a load claims."""
@@ -211,6 +211,29 @@ class _Copier:
         _scatter(places[:step], out)
         for part in rest:
             part.result()
+
+
+class StoredHead:
+    """What has been stored of a prefix so far: in a cache of memory alone, a long one must not push out its own head.
+
+    Blocks that are added stay until the end of the `with` block, where there is no disk for them to go to; that isn't
+    taken for a use of theirs.
+    """
+
+    def __init__(self, ns: Namespace) -> None:
+        self._ns = ns
+        self._pins: list[Pin | None] | None = None if ns._cache.options.disk else []
+
+    def add(self, keys: Sequence[bytes]) -> None:
+        """Keep blocks that were stored, or were there."""
+        if self._pins is not None:
+            self._pins += self._ns._space.pin_many(keys, uses=False)[0]
+
+    def __enter__(self) -> StoredHead:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        release(self._pins or ())
 
 
 def release(pins: Sequence[Pin | None]) -> None:

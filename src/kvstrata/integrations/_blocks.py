@@ -1,0 +1,177 @@
+"""Blocks of KV for engines: what every plug-in does the same way.
+
+An engine names blocks by keys of its own, which hold only for one model and layout; so there is a namespace for each
+fingerprint. Trouble in the cache never fails a request that could be computed: it is a miss, or a block that wasn't
+stored, and it is counted; after some in a row a breaker keeps the engine from waiting for more. Only options that
+can't be used raise, when the plug-in starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import blake3
+
+from kvstrata.cache import Cache
+from kvstrata.cache import open as open_cache
+from kvstrata.errors import KVStrataError, TierFull, UnknownOption
+from kvstrata.prefix_loading import StoredHead, Tally, release
+from kvstrata.tiers.base import Stats
+from kvstrata.tiers.breaker import Breaker
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+    from kvstrata._core import Pin
+
+__all__ = ["EngineBlocks", "fingerprint", "open_for_engine"]
+
+T = TypeVar("T")
+Fill = Callable[[int, memoryview], None]
+"""Writes the block at that position into its place."""
+
+_CACHE_OPTIONS = (
+    "path", "memory", "disk", "disk_policy", "disk_write_limit", "shared", "huge_pages", "prefetch", "encryption",
+    "remote", "config",
+)  # fmt: skip
+_CONTEXT = "kvstrata 2026-11-25 engine namespace"
+
+
+def open_for_engine(options: Mapping[str, Any], *, known: Sequence[str] = ()) -> Cache:
+    """Open the cache that an engine's configuration describes: the arguments of `kvstrata.open`, by their names.
+
+    `known` are options of the plug-in's own, which are left to it. Raises UnknownOption for any other, and what
+    `kvstrata.open` raises.
+    """
+    for name in options:
+        if name not in _CACHE_OPTIONS and name not in known:
+            raise UnknownOption("option of kvstrata", name, [*_CACHE_OPTIONS, *known])
+    return open_cache(**{name: options[name] for name in _CACHE_OPTIONS if name in options})
+
+
+def fingerprint(engine: str, facts: Mapping[str, object]) -> str:
+    """Name the namespace of everything that the bytes of a block depend on besides its key.
+
+    Each fact counts by the text of its value: give it plain values, the same in every process.
+    """
+    digest = blake3.blake3(derive_key_context=_CONTEXT)
+    for name in sorted(facts):
+        for part in (name, str(facts[name])):
+            data = part.encode()
+            digest.update(len(data).to_bytes(8, "little") + data)
+    return f"{engine}-{digest.hexdigest(16)}"
+
+
+class EngineBlocks:
+    """The blocks of one engine, model and layout. Thread-safe; a block's key implies its bytes.
+
+    `policy` and what is in `namespace_options` are those of `Cache.namespace`. A secret among the facts keeps tenants
+    apart.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        engine: str,
+        facts: Mapping[str, object],
+        *,
+        policy: str = "auto",
+        **namespace_options: Any,
+    ) -> None:
+        self.cache = cache
+        self.name = fingerprint(engine, facts)
+        self.ns = cache.namespace(self.name, policy=policy, immutable=True, **namespace_options)
+        self._breaker = Breaker(f"kvstrata under {engine}")
+        self._tally = Tally(
+            "lookups", "looked_up_blocks", "found_blocks", "loaded_blocks", "loaded_bytes", "missed_blocks",
+            "stored_blocks", "stored_bytes", "unstored_blocks", "errors",
+        )  # fmt: skip
+
+    def match(self, keys: Sequence[bytes]) -> int:
+        """Return how many blocks from the first on are there, in whichever tier; loads nothing."""
+        found = self._guarded(lambda: self.ns.contains_prefix(keys), 0) if keys else 0
+        self._tally.add(lookups=1, looked_up_blocks=len(keys), found_blocks=found)
+        return found
+
+    def present(self, keys: Sequence[bytes]) -> list[bool]:
+        """Say of each block whether it is there; loads nothing."""
+        found = self._guarded(lambda: [key in self.ns for key in keys], [False] * len(keys))
+        self._tally.add(lookups=1, looked_up_blocks=len(keys), found_blocks=sum(found))
+        return found
+
+    def store(self, keys: Sequence[bytes], nbytes: int, fill: Fill, *, depth: int = 0) -> int:
+        """Store blocks of `nbytes` each, in order, and return how many of them are there, from the first on.
+
+        `fill(i, memory)` writes block i where it isn't there yet. It ends at the first that can't be stored, so that
+        none is stored behind a hole. `depth` is the place of the first in its prefix, from 1 on; 0: they aren't of one.
+        """
+        done = written = 0
+
+        def go() -> None:
+            nonlocal done, written
+            with StoredHead(self.ns) as head:
+                for position, key in enumerate(keys):
+                    if key not in self.ns:
+                        with self.ns._reserve(key, nbytes, depth=depth and depth + position) as memory:
+                            fill(position, memory)
+                        written += 1
+                    head.add([key])
+                    done += 1
+
+        self._guarded(go, None)
+        self._tally.add(stored_blocks=written, stored_bytes=written * nbytes, unstored_blocks=len(keys) - done)
+        return done
+
+    def load(self, keys: Sequence[bytes], outs: Sequence[Buffer]) -> list[bool]:
+        """Copy each block to its buffer, which must be of its length; False where that isn't possible."""
+        got = [False] * len(keys)
+        with self.pinned(keys) as pins:
+            for position, (pin, out) in enumerate(zip(pins, outs, strict=True)):
+                target = memoryview(out).cast("B")
+                if pin is not None and len(pin) == target.nbytes:
+                    target[:] = memoryview(pin)
+                    got[position] = True
+        return got
+
+    @contextmanager
+    def pinned(self, keys: Sequence[bytes]) -> Iterator[Sequence[Pin | None]]:
+        """Keep blocks in memory and give them, None where there is none; each exports its bytes as a buffer."""
+        nothing: list[Pin | None] = [None] * len(keys)
+        pins = self._guarded(lambda: self.ns.pin_many(keys), nothing)
+        try:
+            sizes = [0 if pin is None else len(pin) for pin in pins]
+            missed = sum(pin is None for pin in pins)
+            self._tally.add(loaded_blocks=len(keys) - missed, loaded_bytes=sum(sizes), missed_blocks=missed)
+            yield pins
+        finally:
+            release(pins)
+
+    def delete(self, keys: Sequence[bytes]) -> int:
+        """Remove blocks; returns how many were there."""
+        return self._guarded(lambda: self.ns.delete_many(keys), 0)
+
+    def clear(self) -> None:
+        """Remove all blocks of this fingerprint; raises TierUnavailable where that would not outlast a restart."""
+        self.ns.clear()
+
+    def stats(self) -> Stats:
+        """Return this object's counters since it was made, and the state of its breaker."""
+        return {**self._tally.snapshot(), **self._breaker.stats()}
+
+    def _guarded(self, call: Callable[[], T], otherwise: T) -> T:
+        """Make a call to the cache; what goes wrong is counted, and `otherwise` is returned."""
+        if not self._breaker.allow():
+            return otherwise
+        try:
+            result = call()
+        except TierFull:  # no fault: what is pinned, or not on disk yet, takes all the room
+            self._breaker.success()
+            return otherwise
+        except (KVStrataError, OSError) as error:
+            self._tally.add(errors=1)
+            self._breaker.failure(type(error).__name__, error)
+            return otherwise
+        self._breaker.success()
+        return result

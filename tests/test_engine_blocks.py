@@ -1,0 +1,112 @@
+"""What the plug-ins of all engines have in common: blocks by the engine's keys, trouble that never fails a request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import kvstrata
+from kvstrata.errors import TierUnavailable, UnknownOption
+from kvstrata.integrations._blocks import EngineBlocks, fingerprint, open_for_engine
+
+SIZE = 64 << 10
+KEYS = [b"block %d" % i for i in range(4)]
+
+
+@pytest.fixture
+def cache() -> Iterator[kvstrata.Cache]:
+    with kvstrata.open(memory="8MiB") as cache:
+        yield cache
+
+
+@pytest.fixture
+def blocks(cache: kvstrata.Cache) -> EngineBlocks:
+    return EngineBlocks(cache, "test", {"model": "m"})
+
+
+def filled(blocks: EngineBlocks, keys: list[bytes] = KEYS) -> int:
+    def fill(position: int, memory: memoryview) -> None:
+        memory[:] = bytes([position % 255 + 1]) * SIZE
+
+    return blocks.store(keys, SIZE, fill, depth=1)
+
+
+def test_what_was_stored_is_loaded_into_the_buffers_given(blocks: EngineBlocks) -> None:
+    assert filled(blocks) == 4
+    outs = [bytearray(SIZE) for _ in KEYS]
+
+    assert blocks.match(KEYS) == 4
+    assert blocks.load(KEYS, outs) == [True] * 4
+    assert [out[:1] + out[-1:] for out in outs] == [bytes([i, i]) for i in (1, 2, 3, 4)]
+    assert blocks.present([KEYS[0], b"another"]) == [True, False]
+
+
+def test_a_block_of_another_length_than_its_buffer_is_a_miss(blocks: EngineBlocks) -> None:
+    filled(blocks)
+    out = bytearray(SIZE - 1)
+
+    assert blocks.load(KEYS[:1], [out]) == [False]
+    assert out == bytes(SIZE - 1)
+
+
+def test_blocks_that_are_there_are_not_filled_again(blocks: EngineBlocks) -> None:
+    filled(blocks)
+
+    def never(position: int, memory: memoryview) -> None:
+        raise AssertionError
+
+    assert blocks.store(KEYS, SIZE, never) == 4
+    assert blocks.stats()["stored_blocks"] == 4
+
+
+def test_a_long_prefix_ends_where_memory_does_and_keeps_its_head(blocks: EngineBlocks) -> None:
+    keys = [b"%d" % i for i in range(200)]  # more than fit
+
+    done = filled(blocks, keys)
+
+    assert 50 < done < 200
+    assert blocks.match(keys) == done
+    assert blocks.stats()["unstored_blocks"] == 200 - done
+    assert blocks.stats()["errors"] == 0
+
+
+def test_a_failing_cache_is_a_miss_that_is_counted_and_soon_not_asked(
+    blocks: EngineBlocks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled(blocks)
+    asked = 0
+
+    def fail(keys: object) -> None:
+        nonlocal asked
+        asked += 1
+        raise TierUnavailable("gone")
+
+    monkeypatch.setattr(blocks.ns, "contains_prefix", fail)
+    for _ in range(10):
+        assert blocks.match(KEYS) == 0
+
+    assert asked == 3
+    assert blocks.stats()["errors"] == 3
+    assert blocks.stats()["breaker"] == "open"
+
+
+def test_other_facts_mean_other_blocks(cache: kvstrata.Cache, blocks: EngineBlocks) -> None:
+    filled(blocks)
+
+    assert EngineBlocks(cache, "test", {"model": "another"}).match(KEYS) == 0
+    assert EngineBlocks(cache, "test", {"model": "m"}).match(KEYS) == 4
+
+
+def test_a_fingerprint_is_the_same_in_every_process_and_tells_facts_apart() -> None:
+    assert fingerprint("vllm", {"a": 1, "b": "x"}) == fingerprint("vllm", {"b": "x", "a": "1"})
+    assert fingerprint("vllm", {"a": "bc"}) != fingerprint("vllm", {"ab": "c"})
+    assert fingerprint("vllm", {}) == "vllm-59b540cfc63098c6c7b2e37db11a0c60"
+
+
+def test_the_options_of_an_engine_are_those_of_open_and_others_are_refused(tmp_path: Path, shm: Path) -> None:
+    with open_for_engine({"path": str(tmp_path), "memory": "4MiB", "disk": 0, "own": 1}, known=["own"]) as cache:
+        assert cache.options.memory == 4 << 20
+    with pytest.raises(UnknownOption, match="memory"):
+        open_for_engine({"path": str(tmp_path), "memmory": "4MiB"})
