@@ -28,7 +28,8 @@ def test_expired_records_are_reclaimed_by_the_puts_of_others(open_cache: OpenCac
     stats = cache.stats()
     assert stats["memory"]["expired"] == 3000
     assert stats["memory"]["memory_used_bytes"] < before / 10
-    assert stats["namespaces"]["short"] == {"records": 0, "memory_bytes": 0, "version": 1}
+    short = stats["namespaces"]["short"]
+    assert (short["records"], short["memory_bytes"]) == (0, 0)
     assert all(cache.get(f"kept {i}") == b"1" for i in range(100))
 
 

@@ -17,11 +17,13 @@ ONLY_WHEN_MANY_KEYS_ARE_PUT = {"allocator.chunk", "store.forgotten"}
 ONLY_WHEN_A_VERSION_IS_OPENED = {"store.epoch"}
 ONLY_WHEN_THE_INDEX_IS_RESTORED = {"store.row"}
 ONLY_WHEN_A_POLICY_GETS_SCRATCH_MEMORY = {"scratch.left", "scratch.placed"}
+ONLY_WHEN_A_SEGMENT_IS_CLEANED = {"store.moved"}
 SPECIAL = (
     ONLY_WHEN_MANY_KEYS_ARE_PUT
     | ONLY_WHEN_A_VERSION_IS_OPENED
     | ONLY_WHEN_THE_INDEX_IS_RESTORED
     | ONLY_WHEN_A_POLICY_GETS_SCRATCH_MEMORY
+    | ONLY_WHEN_A_SEGMENT_IS_CLEANED
 )
 
 OPEN = "cache = kvstrata.open(directory / 'cache', **options)"
@@ -130,5 +132,32 @@ def test_a_death_while_a_policy_gets_scratch_memory_harms_nobody_else(
             "for i in range(10_000):\n"
             "    ns.put(b'%d' % i, b'%d' % i)\n"
             "    assert ns.get(b'%d' % i) == b'%d' % i\n"
+            "cache.close()\n" + RECLAIM
+        )
+
+
+@pytest.mark.parametrize("countdown", COUNTDOWNS)
+def test_a_death_while_what_was_used_is_moved_out_of_a_segment_serves_nobody_another_value(
+    core: Path, shm: Path, tmp_path: Path, countdown: int
+) -> None:
+    variables = {"directory": tmp_path, "options": OPTIONS | {"disk": "8MiB", "disk_policy": "lru"}}
+    values = "def value(i): return b'%d ' % i * 2000\ndef key(i): return b'%d' % i\n"
+    with Process(core=core) as survivor:
+        survivor.run(values + OPEN, **variables)
+        with Process(core=core, KVSTRATA_FAILPOINT=f"store.moved:{countdown}") as victim:
+            victim.run(values + OPEN, **variables)
+            victim.start(
+                "for i in range(10_000):\n"
+                "    cache.put(key(i), value(i))\n"
+                "    if i % 20 == 0:\n"
+                "        cache.flush(); cache.demote()\n"
+                "        for j in range(max(0, i - 300), i, 3): cache.get(key(j))\n"
+            )
+            assert victim.wait() == -9
+        survivor.run(
+            "for i in range(10_000): assert cache.get(key(i)) in (None, value(i))\n"
+            "for i in range(1000): cache.put(key(i), value(i))\n"
+            "cache.flush()\n"
+            "for i in range(10_000): assert cache.get(key(i)) in (None, value(i))\n"
             "cache.close()\n" + RECLAIM
         )
