@@ -23,7 +23,7 @@ from typing import Any, Literal
 import kvstrata
 import kvstrata.policies
 from kvstrata.errors import TierFull
-from support.processes import HANG_LIMIT_S
+from support.processes import HANG_LIMIT_S, die_with_parent
 from support.values import SMALLEST, make_value, serial_of
 
 KEYS = 40  # of each writer
@@ -208,6 +208,7 @@ class Boss:
             return
         status = 3
         try:
+            die_with_parent()
             worker = Worker(number, self.writers, self.directory, self.options, self.seed, seed)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
             if failpoint:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import pickle
 import select
@@ -17,6 +18,12 @@ from typing import Any, BinaryIO
 TESTS = Path(__file__).parents[1]
 HANG_LIMIT_S = 60.0  # nothing here takes seconds; a process that needs this long is stuck
 SOAK = int(os.environ.get("KVSTRATA_SOAK", "1"))  # multiplies the length of random runs
+
+
+def die_with_parent() -> None:
+    """Let this forked process be killed when its parent ends, so that a test that fails leaves nobody behind."""
+    prctl_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(prctl_set_pdeathsig, signal.SIGKILL)
 
 
 class RemoteError(AssertionError):
