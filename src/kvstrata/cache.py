@@ -37,6 +37,7 @@ from kvstrata.tiers.partial import PartLoader
 __all__ = ["Cache", "open"]
 
 _ENCODING_TIERS = ("disk", "remote")
+_ADMISSION = {"all": 1, "reused": 2, "frequent": 4}  # how often something has to be wanted lately
 _MOST_HOT = 100_000  # keys that are remembered for a warm-up
 
 
@@ -158,7 +159,7 @@ class Cache(Namespace):
         ttl: float | None = None,
         ttl_jitter: float = 0.0,
         immutable: bool = False,
-        admission: Literal["all", "reused"] = "all",
+        admission: Literal["all", "reused", "frequent"] = "all",
         write: Literal["behind", "through", "back"] = "behind",
         remote: bool = True,
         codec: str | Codec | Mapping[str, str | Codec] | None = None,
@@ -175,7 +176,8 @@ class Cache(Namespace):
         `immutable` promises that a key implies its value, as content digests do: such records are stored once and can
         be recovered from the disk even when the index is lost. With `admission="reused"` only what is used again, or
         put again after it had gone, is written to the disk: what is wanted once costs no writes there, and what was
-        used by nobody is gone with the last process. `write` says when records go to the disk: "behind" the put, soon
+        used by nobody is gone with the last process. "frequent" asks for four puts and uses, as counted by a sketch of
+        what was wanted lately. `write` says when records go to the disk: "behind" the put, soon
         after it; "through", before the put returns, which raises TierUnavailable when the disk doesn't take them;
         or "back", not before they are to leave memory, or flush() or close() is called: then what is overwritten
         often is seldom written, and a crash of the machine takes more. With `remote=False` it stays on this host,
@@ -196,8 +198,8 @@ class Cache(Namespace):
             raise ConfigError("the namespace 'default', which is the cache itself, has no versions; use another name")
         if policy not in _core.policy_names():
             raise UnknownOption("policy", policy, _core.policy_names())
-        if admission not in ("all", "reused"):
-            raise UnknownOption("admission", admission, ["all", "reused"])
+        if admission not in _ADMISSION:
+            raise UnknownOption("admission", admission, _ADMISSION)
         if write not in ("behind", "through", "back"):
             raise UnknownOption("write", write, ["behind", "through", "back"])
         if write == "through" and not self.options.disk:
@@ -220,7 +222,7 @@ class Cache(Namespace):
             quota_bytes,
             guaranteed,
             bool(immutable),
-            admission == "reused",
+            _ADMISSION[admission],
             write == "back",
             bool(remote),
             disk_quota_bytes,
