@@ -285,7 +285,7 @@ private:
 class Target {
 public:
     Target(nb::handle object, size_t need) {
-        const bool given = PyObject_GetBuffer(object.ptr(), &view_, PyBUF_WRITABLE | PyBUF_FORMAT) == 0;
+        const bool given = PyObject_GetBuffer(object.ptr(), &view_, PyBUF_CONTIG | PyBUF_FORMAT) == 0;
         if (given && holds_addresses(view_.format)) PyBuffer_Release(&view_);
         if (!given || !view_.obj) {
             PyErr_Clear();

@@ -8,7 +8,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Literal
@@ -184,7 +184,7 @@ class Cache(Namespace):
         whatever the cache was opened with; do that in all processes alike.
 
         `codec` encodes values below memory, where they are always as they were put: one for all tiers, or one for each,
-        as in {"disk": "planes", "remote": "int8"}; docs/codecs.md says which there are. Lossy ones want to know what
+        as in {"memory": "raw", "disk": "planes", "remote": "int8"}; docs/codecs.md says which there are. Lossy ones want to know what
         values are: `tensor`; values that aren't such tensors are stored raw. It is this process's affair: records say
         themselves how they are encoded.
 
@@ -246,8 +246,12 @@ class Cache(Namespace):
         by_tier = wanted if isinstance(wanted, Mapping) else dict.fromkeys(_ENCODING_TIERS, wanted)
         encodings = {}
         for tier, spec in by_tier.items():
+            if tier == "memory":
+                if codec_named(spec).name != "raw":
+                    raise ConfigError(f"values in memory are as they were put: codec={{'memory': {spec!r}}} can't be")
+                continue
             if tier not in _ENCODING_TIERS:
-                raise UnknownOption("tier with a codec", tier, list(_ENCODING_TIERS))
+                raise UnknownOption("tier with a codec", tier, ["memory", *_ENCODING_TIERS])
             chosen = codec_named(spec)
             if chosen.lossy and tensor is None:
                 raise ConfigError(f"codec={spec!r} is lossy and has to know what it encodes: tensor=TensorInfo(...)")
@@ -569,7 +573,7 @@ def open(
     shared: bool | None = None,
     huge_pages: bool | None = None,
     prefetch: int | str | None = None,
-    encryption: str | os.PathLike[str] | Keyring | None = None,
+    encryption: str | os.PathLike[str] | Callable[[], Sequence[bytes]] | Keyring | None = None,
     remote: str | Sequence[str] | None = None,
     config: str | os.PathLike[str] | None = None,
 ) -> Cache:
@@ -591,7 +595,7 @@ def open(
     `prefetch` is how many bytes this process reads ahead at a time for `Namespace.prefetch` (64 MiB); 0: it does
     nothing.
 
-    `encryption` is a file of keys, or a `kvstrata.codecs.Keyring`: all values on the disk and in tiers elsewhere are
+    `encryption` is a file of keys, a function that returns them, or a `kvstrata.codecs.Keyring`: all values on the disk and in tiers elsewhere are
     encrypted then (AES-256-GCM); keys of records are not. Raises WrongKey where the disk's are encrypted under others,
     and MissingExtra without `kvstrata[encryption]`.
 
