@@ -1,7 +1,9 @@
-// Admission to the tier below: in a namespace with proven_only, a record goes there when it has been used since it came, or when
-// its key was put before (then it was wanted again after it had gone). So what is wanted once never gets there.
+// Admission to the tier below: in a namespace with an admission of N, a record goes there when its key has been wanted N times lately:
+// put, or used while a record of it was in memory. So what is wanted once, or N - 1 times, never gets there.
 //
-// Which keys were put is kept in two generations of a Bloom filter; when the younger one is full, it becomes the older one.
+// How often is kept in two generations of a counting Bloom filter, of which the lowest counter of a key is the estimate (Fan, Cao,
+// Almeida, Broder: "Summary Cache", 1998). When the younger one has all the keys that it is made for, it becomes the older one, and what
+// that knew is forgotten.
 #include "store.hpp"
 
 namespace kvstrata {
@@ -12,26 +14,29 @@ u64 capacity_of(const BloomShape& shape) {
 }
 }  // namespace
 
-bool Store::seen_before(u32 hash) {
+bool Store::wanted_often(u32 hash, u32 times) {
     const auto generation = [this](u32 number) {
         return CountingBloom(reinterpret_cast<CountingBloom::Byte*>(region_->at(header_.seen_at + number * header_.seen.bytes())), header_.seen);
     };
     const u64 key = spread(hash);
     const u32 now = header_.seen_now.load() % 2;
-    if (generation(now).contains(key)) return true;
-    const bool earlier = generation(1 - now).contains(key);
-    if (header_.seen_keys.fetch_add(1) == capacity_of(header_.seen)) {  // exactly one sees this number
+    const u32 lately = generation(now).count(key);
+    if (lately + 1 >= times) return true;
+    const u32 before = lately + generation(1 - now).count(key);
+    if (!lately && header_.seen_keys.fetch_add(1) == capacity_of(header_.seen)) {  // exactly one sees this number
         generation(1 - now).clear();
         header_.seen_keys.store(0);
         header_.seen_now.store(1 - now);
     }
     generation(header_.seen_now.load() % 2).add(key);
-    return earlier;
+    return before + 1 >= times;
 }
 
 // A use of a record that the tier below was not to get. Its shard is locked.
-void Store::prove(u32 at) {
+void Store::use_unproven(u32 at) {
     Entry& entry = index_.entry(at);
+    const u32 times = space(entry.ns).admission;
+    if (times > 2 && !wanted_often(entry.hash, times)) return;  // its put was the first of two, however long ago
     entry.flags = static_cast<u8>((entry.flags & ~kUnproven) | kDirty);
     entry.owner = static_cast<u8>(clients_.self());
     clients_.mine().dirty_bytes.fetch_add(u64{entry.units} * kUnit);

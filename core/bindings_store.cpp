@@ -233,7 +233,11 @@ class Value {
 public:
     explicit Value(nb::handle object) {
         if (PyObject_CheckBuffer(object.ptr())) {
-            if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_FULL_RO) != 0) throw nb::python_error();
+            if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_FULL_RO) != 0) {
+                PyErr_Clear();
+                throw InvalidValue(std::string("this ") + Py_TYPE(object.ptr())->tp_name +
+                                   " has no plain bytes to store; for an array, store array.view('u1')");
+            }
             if (holds_addresses(view_.format)) {
                 PyBuffer_Release(&view_);
                 view_.obj = nullptr;
@@ -281,9 +285,11 @@ private:
 class Target {
 public:
     Target(nb::handle object, size_t need) {
-        if (PyObject_GetBuffer(object.ptr(), &view_, PyBUF_WRITABLE) != 0) {
+        const bool given = PyObject_GetBuffer(object.ptr(), &view_, PyBUF_CONTIG | PyBUF_FORMAT) == 0;
+        if (given && holds_addresses(view_.format)) PyBuffer_Release(&view_);
+        if (!given || !view_.obj) {
             PyErr_Clear();
-            throw InvalidValue(std::string("out has to be a writable, contiguous buffer, not ") +
+            throw InvalidValue(std::string("out has to be a writable, contiguous buffer of plain bytes or numbers, not ") +
                                Py_TYPE(object.ptr())->tp_name);
         }
         if (static_cast<size_t>(view_.len) < need) {
@@ -1031,10 +1037,10 @@ void bind_store(nb::module_& m) {
         .def("close", [](StoreHandle& self) { self.store.reset(); })
         .def_prop_ro("closed", [](const StoreHandle& self) { return !self.store; })
         .def("open_namespace", [](const std::shared_ptr<StoreHandle>& self, u32 id, const std::string& name, u32 version,
-                                  const std::string& policy, u64 quota, u64 guarantee, bool immutable, bool proven_only, bool write_back) {
-            return SpaceHandle{self, self->live()->open_namespace(id, name, version, {policy, quota, guarantee, immutable, proven_only, write_back})};
+                                  const std::string& policy, u64 quota, u64 guarantee, bool immutable, u32 admission, bool write_back) {
+            return SpaceHandle{self, self->live()->open_namespace(id, name, version, {policy, quota, guarantee, immutable, admission, write_back})};
         }, nb::arg("id"), nb::arg("name"), nb::arg("version"), nb::arg("policy"), nb::arg("quota"), nb::arg("guarantee"),
-             nb::arg("immutable"), nb::arg("proven_only") = false, nb::arg("write_back") = false)
+             nb::arg("immutable"), nb::arg("admission") = 1, nb::arg("write_back") = false)
         .def("restore_namespace", [](StoreHandle& self, u32 id, const std::string& name, u32 version, u32 epoch, bool immutable) {
             self.live()->restore_namespace(id, name, version, epoch, immutable);
         }, nb::arg("id"), nb::arg("name"), nb::arg("version"), nb::arg("epoch"), nb::arg("immutable"))

@@ -59,11 +59,13 @@ public:
     const BloomShape& shape() const { return shape_; }
 
     // A hash has 64 good bits: see spread().
-    bool contains(u64 hash) const {
+    bool contains(u64 hash) const { return count(hash) != 0; }
+    // How often it was added: never too few up to kStuck, and too many where all its counters are others', too.
+    u32 count(u64 hash) const {
         Positions at(hash, shape_);
-        for (u32 i = 0; i < shape_.hashes; ++i)
-            if (!counter(at.next())) return false;
-        return true;
+        u32 least = kStuck;
+        for (u32 i = 0; i < shape_.hashes && least; ++i) least = std::min<u32>(least, counter(at.next()));
+        return least;
     }
     void add(u64 hash) {
         Positions at(hash, shape_);

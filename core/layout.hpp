@@ -49,7 +49,7 @@ enum EntryFlags : u8 {
     kImmutable = 1,
     kDirty = 2,    // the tier below does not have it yet, so it must not leave memory
     kWriting = 4,  // and is being given it right now
-    kUnproven = 8, // nobody has used it since it came: the tier below doesn't get it before somebody does
+    kUnproven = 8, // not wanted often enough yet for the tier below
     kLoading = 16, // `owner` is bringing it up from the tier below: others wait for that
     kLazy = 32,    // dirty, but the tier below gets it only when it is to leave memory
     kUsed = 64,    // somebody has used it since the tier below got it, or last moved it
@@ -175,7 +175,7 @@ struct alignas(64) Namespace {
     u64 scratch_at, scratch_bytes;  // offset in the mapping; changed under the admin lock, too
     u32 configured;             // policy, quota and immutable hold for everybody (someone has it open)
     u32 immutable;
-    u32 proven_only;            // only what is used again goes to the tier below
+    u32 admission;              // how often a key has to be wanted before its record goes to the tier below
     u32 write_back;             // and only when it is to leave memory
     u64 quota;                  // bytes in memory, 0 = no limit
     std::atomic<u64> guarantee; // bytes in memory that no other namespace takes from it

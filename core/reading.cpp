@@ -98,7 +98,7 @@ Lookup Store::acquire(Space wanted, Key key, u32 hash, Pin& pin, Small* small, U
             if (done) {
                 if (uses) {
                     uses->add({at, index_.entry(at).seq});
-                    if (index_.entry(at).flags & kUnproven) prove(at);
+                    if (index_.entry(at).flags & kUnproven) use_unproven(at);
                     if (!(index_.entry(at).flags & kUsed)) index_.entry(at).flags |= kUsed;
                 }
                 return Lookup::hit;

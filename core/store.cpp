@@ -131,7 +131,7 @@ Space Store::open_namespace(u32 id, const std::string& name, u32 version, const 
         ns.guarantee.store(options.guarantee);
         ns.quota = options.quota;
         ns.immutable = options.immutable;
-        ns.proven_only = options.proven_only;
+        ns.admission = options.admission;
         ns.write_back = options.write_back;
         ns.configured = 1;
         ns.defined.store(1);
@@ -142,8 +142,8 @@ Space Store::open_namespace(u32 id, const std::string& name, u32 version, const 
         else if (ns.quota != options.quota) differs = "quota " + std::to_string(ns.quota);
         else if (ns.guarantee.load() != options.guarantee) differs = "guarantee " + std::to_string(ns.guarantee.load());
         else if (ns.immutable != u32{options.immutable}) differs = ns.immutable ? "immutable=True" : "immutable=False";
-        else if (ns.proven_only != u32{options.proven_only})
-            differs = ns.proven_only ? "admission='reused'" : "admission='all'";
+        else if (ns.admission != options.admission)
+            differs = ns.admission == 1 ? "admission='all'" : ns.admission == 2 ? "admission='reused'" : "admission='frequent'";
         else if (ns.write_back != u32{options.write_back}) differs = ns.write_back ? "write='back'" : "another write than 'back'";
         if (!differs.empty())
             throw ConfigMismatch("namespace '" + name + "' is already open with " + differs + "; use the same");
@@ -248,7 +248,7 @@ Published Store::publish(Reservation& reservation, Pin* keep, const Promotion* p
     RecordHeader& header = reservation.header;
     const u64 length = u64{reservation.block.units()} * kUnit;
     if (ns.hungry.load(std::memory_order_relaxed)) feed_policy(wanted.id);
-    const bool writes = header_.disk && (!ns.proven_only || seen_before(hash)), at_once = writes && !ns.write_back;
+    const bool writes = header_.disk && (ns.admission <= 1 || wanted_often(hash, ns.admission)), at_once = writes && !ns.write_back;
     Published result = Published::stored;
     u32 at = kNone;
     for (int tries = 0;; ++tries) {

@@ -29,8 +29,8 @@ struct NamespaceOptions {
     u64 quota = 0;          // bytes in memory, 0 = no limit
     u64 guarantee = 0;      // bytes in memory that others leave to it
     bool immutable = false;
-    bool proven_only = false;  // to the tier below goes only what is used again (admission.cpp)
-    bool write_back = false;   // and only when it is to leave memory
+    u32 admission = 1;      // how often a key has to be wanted before its record goes to the tier below (admission.cpp)
+    bool write_back = false;  // and only when it is to leave memory
 };
 
 // What a put says of its record.
@@ -492,8 +492,8 @@ private:
         u32 entry, units;
         u64 seq;
     };
-    bool seen_before(u32 hash);
-    void prove(u32 at);
+    bool wanted_often(u32 hash, u32 times);
+    void use_unproven(u32 at);
     void enqueue_dirty(const Waiting& waiting);
     void settled(u64 bytes);
     void count_namespace(u32 id);

@@ -75,11 +75,54 @@ def test_keys_seen_long_ago_are_forgotten(open_cache: OpenCache) -> None:
     assert written(cache) == before
 
 
+@pytest.mark.parametrize("how", ["put", "get", "get_many", "pin", "put and get"])
+def test_what_is_wanted_four_times_gets_there_where_only_that_is_frequent(open_cache: OpenCache, how: str) -> None:
+    cache = open_cache(**DISK)
+    ns = cache.namespace("ns", admission="frequent")
+    keys = [f"{i}" for i in range(500)]
+
+    def want(use: str) -> None:
+        if use == "put":
+            ns.put_many(dict.fromkeys(keys, b"1"))
+        elif use == "get_many":
+            ns.get_many(keys)
+        else:
+            for key in keys:
+                ns.get(key) if use == "get" else ns.pin(key).release()
+
+    want("put")
+    for n in range(2):
+        want(how if how != "put and get" else ("put", "get")[n])
+    assert written(cache) <= 25
+    want(how if how != "put and get" else "put")
+    assert written(cache) >= 500
+
+
+def test_a_sketch_knows_what_had_gone_from_memory_and_forgets_what_was_wanted_long_ago(open_cache: OpenCache) -> None:
+    cache = open_cache(**DISK)
+    ns = cache.namespace("ns", admission="frequent")
+    for n in range(4):
+        assert written(cache) <= 25 * n
+        for i in range(1000):  # more than memory holds
+            ns.put(f"{i}", bytes(10_000))
+    before = written(cache)
+    assert before >= 1000
+    ns.put_many({f"other {i}": b"1" for i in range(20_000)})
+    for n in range(4):
+        ns.put("0", bytes(n))
+        cache.flush()
+        assert (ns._space.id in cache._below.usage()) and written(cache) - before < 400 + (n == 3) * 1000
+    assert written(cache) > before
+
+
 def test_admission_is_the_same_for_all_who_have_a_namespace_open(open_cache: OpenCache) -> None:
     cache = open_cache(**DISK)
     cache.namespace("ns", admission="reused")
     with pytest.raises(ConfigMismatch, match="admission='reused'"):
         open_cache(**DISK).namespace("ns")
+    cache.namespace("often", admission="frequent")
+    with pytest.raises(ConfigMismatch, match="admission='frequent'"):
+        open_cache(**DISK).namespace("often", admission="reused")
     with pytest.raises(UnknownOption, match="admission"):
         cache.namespace("another", admission="sometimes")  # type: ignore[arg-type]
     open_cache(None).namespace("in memory", admission="reused").put("key", b"1")

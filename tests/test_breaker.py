@@ -90,7 +90,7 @@ def test_a_late_failure_of_an_earlier_call_changes_nothing(breaker: Breaker, clo
 def test_each_change_of_state_is_one_line_in_the_log(
     breaker: Breaker, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "kvstrata.remote")
+    caplog.set_level(logging.INFO, "kvstrata.breaker")
     fail(breaker, 10)
     clock.now += 1
     for _ in range(5):

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.processes import Process
 
 import kvstrata
 from kvstrata.codecs.base import TensorInfo
@@ -194,6 +195,21 @@ def test_keys_come_from_a_file_that_the_environment_names(
         assert TEXT[:40] not in contents(tmp_path / "cache")
 
 
+def test_keys_come_from_a_function_that_is_asked_again_for_a_key_that_is_not_known(shm: Path, tmp_path: Path) -> None:
+    keys = [secrets.token_bytes(32)]
+    with kvstrata.open(tmp_path, **OPTIONS, encryption=lambda: keys) as cache:
+        cache.put("old", TEXT)
+        leave_memory(cache)
+        keys.append(secrets.token_bytes(32))
+        with Process() as process:
+            process.run(
+                "with kvstrata.open(root, **options, encryption=lambda: keys) as cache:\n    cache.put('new', text)",
+                root=tmp_path, options=OPTIONS, keys=keys, text=TEXT,
+            )  # fmt: skip
+        leave_memory(cache)
+        assert cache.get_many(["old", "new"]) == [TEXT, TEXT]
+
+
 # ---- Wishes
 
 
@@ -209,7 +225,10 @@ def test_wishes_that_can_not_be_met_are_told(shm: Path, tmp_path: Path) -> None:
         with pytest.raises(UnknownOption, match="codec"):
             cache.namespace("n", codec="gzip")
         with pytest.raises(UnknownOption, match="disk"):
+            cache.namespace("n", codec={"dsik": "zstd"})
+        with pytest.raises(ConfigError, match="in memory are as they were put"):
             cache.namespace("n", codec={"memory": "zstd"})
+        cache.namespace("n", codec={"memory": "raw", "disk": "zstd"})
         with pytest.raises(ConfigError, match="is lossy"):
             cache.namespace("n", codec="int8")
 

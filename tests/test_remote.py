@@ -487,7 +487,7 @@ def test_a_full_queue_drops_records_and_counts_them_and_distrusts_what_they_repl
 def test_a_server_that_is_killed_and_started_again_under_load_costs_hits_only(
     open_cache: OpenCache, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "kvstrata.remote")
+    caplog.set_level(logging.INFO, "kvstrata")
     with valkey_server() as server:
         url = f"redis://127.0.0.1:{server.port}?lookup_timeout=0.05"
         cache = open_cache(tmp_path / "a", remote=url)

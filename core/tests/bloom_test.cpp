@@ -34,6 +34,20 @@ constexpr u64 kElsewhere = u64{1} << 40;  // numbers that nobody added
 
 }  // namespace
 
+TEST(a_count_is_never_too_low_and_seldom_too_high) {
+    Filter filter(10000, 0.01);
+    for (u64 i = 1; i <= 10000; ++i)
+        for (u64 times = 0; times < i % 4; ++times) filter.bloom.add(spread(i));
+    u64 too_high = 0;
+    for (u64 i = 1; i <= 10000; ++i) {
+        CHECK(filter.bloom.count(spread(i)) >= i % 4);
+        too_high += filter.bloom.count(spread(i)) > i % 4;
+    }
+    CHECK(too_high < 200);
+    for (int i = 0; i < 20; ++i) filter.bloom.add(spread(kElsewhere));
+    CHECK(filter.bloom.count(spread(kElsewhere)) == CountingBloom::kStuck);
+}
+
 TEST(what_was_added_is_found_and_the_false_positives_are_as_many_as_theory_says) {
     for (const u64 capacity : {u64{100}, u64{10000}, u64{50000}})
         for (const double wanted : {0.2, 0.03, 0.01, 0.001}) {

@@ -213,7 +213,7 @@ class Store:
         quota: int,
         guarantee: int,
         immutable: bool,
-        proven_only: bool = False,
+        admission: int = 1,
         write_back: bool = False,
     ) -> Space: ...
     def space(self, ns: int) -> Space: ...

@@ -8,7 +8,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Literal
@@ -37,6 +37,7 @@ from kvstrata.tiers.partial import PartLoader
 __all__ = ["Cache", "open"]
 
 _ENCODING_TIERS = ("disk", "remote")
+_ADMISSION = {"all": 1, "reused": 2, "frequent": 4}  # how often something has to be wanted lately
 _MOST_HOT = 100_000  # keys that are remembered for a warm-up
 
 
@@ -158,7 +159,7 @@ class Cache(Namespace):
         ttl: float | None = None,
         ttl_jitter: float = 0.0,
         immutable: bool = False,
-        admission: Literal["all", "reused"] = "all",
+        admission: Literal["all", "reused", "frequent"] = "all",
         write: Literal["behind", "through", "back"] = "behind",
         remote: bool = True,
         codec: str | Codec | Mapping[str, str | Codec] | None = None,
@@ -175,14 +176,15 @@ class Cache(Namespace):
         `immutable` promises that a key implies its value, as content digests do: such records are stored once and can
         be recovered from the disk even when the index is lost. With `admission="reused"` only what is used again, or
         put again after it had gone, is written to the disk: what is wanted once costs no writes there, and what was
-        used by nobody is gone with the last process. `write` says when records go to the disk: "behind" the put, soon
+        used by nobody is gone with the last process. "frequent" asks for four puts and uses, as counted by a sketch of
+        what was wanted lately. `write` says when records go to the disk: "behind" the put, soon
         after it; "through", before the put returns, which raises TierUnavailable when the disk doesn't take them;
         or "back", not before they are to leave memory, or flush() or close() is called: then what is overwritten
         often is seldom written, and a crash of the machine takes more. With `remote=False` it stays on this host,
         whatever the cache was opened with; do that in all processes alike.
 
         `codec` encodes values below memory, where they are always as they were put: one for all tiers, or one for each,
-        as in {"disk": "planes", "remote": "int8"}; docs/codecs.md says which there are. Lossy ones want to know what
+        as in {"memory": "raw", "disk": "planes", "remote": "int8"}; docs/codecs.md says which there are. Lossy ones want to know what
         values are: `tensor`; values that aren't such tensors are stored raw. It is this process's affair: records say
         themselves how they are encoded.
 
@@ -196,8 +198,8 @@ class Cache(Namespace):
             raise ConfigError("the namespace 'default', which is the cache itself, has no versions; use another name")
         if policy not in _core.policy_names():
             raise UnknownOption("policy", policy, _core.policy_names())
-        if admission not in ("all", "reused"):
-            raise UnknownOption("admission", admission, ["all", "reused"])
+        if admission not in _ADMISSION:
+            raise UnknownOption("admission", admission, _ADMISSION)
         if write not in ("behind", "through", "back"):
             raise UnknownOption("write", write, ["behind", "through", "back"])
         if write == "through" and not self.options.disk:
@@ -220,7 +222,7 @@ class Cache(Namespace):
             quota_bytes,
             guaranteed,
             bool(immutable),
-            admission == "reused",
+            _ADMISSION[admission],
             write == "back",
             bool(remote),
             disk_quota_bytes,
@@ -244,8 +246,12 @@ class Cache(Namespace):
         by_tier = wanted if isinstance(wanted, Mapping) else dict.fromkeys(_ENCODING_TIERS, wanted)
         encodings = {}
         for tier, spec in by_tier.items():
+            if tier == "memory":
+                if codec_named(spec).name != "raw":
+                    raise ConfigError(f"values in memory are as they were put: codec={{'memory': {spec!r}}} can't be")
+                continue
             if tier not in _ENCODING_TIERS:
-                raise UnknownOption("tier with a codec", tier, list(_ENCODING_TIERS))
+                raise UnknownOption("tier with a codec", tier, ["memory", *_ENCODING_TIERS])
             chosen = codec_named(spec)
             if chosen.lossy and tensor is None:
                 raise ConfigError(f"codec={spec!r} is lossy and has to know what it encodes: tensor=TensorInfo(...)")
@@ -567,7 +573,7 @@ def open(
     shared: bool | None = None,
     huge_pages: bool | None = None,
     prefetch: int | str | None = None,
-    encryption: str | os.PathLike[str] | Keyring | None = None,
+    encryption: str | os.PathLike[str] | Callable[[], Sequence[bytes]] | Keyring | None = None,
     remote: str | Sequence[str] | None = None,
     config: str | os.PathLike[str] | None = None,
 ) -> Cache:
@@ -589,7 +595,7 @@ def open(
     `prefetch` is how many bytes this process reads ahead at a time for `Namespace.prefetch` (64 MiB); 0: it does
     nothing.
 
-    `encryption` is a file of keys, or a `kvstrata.codecs.Keyring`: all values on the disk and in tiers elsewhere are
+    `encryption` is a file of keys, a function that returns them, or a `kvstrata.codecs.Keyring`: all values on the disk and in tiers elsewhere are
     encrypted then (AES-256-GCM); keys of records are not. Raises WrongKey where the disk's are encrypted under others,
     and MissingExtra without `kvstrata[encryption]`.
 

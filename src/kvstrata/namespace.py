@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,12 +46,12 @@ class SpaceOptions(NamedTuple):
     quota: int = 0
     guarantee: int = 0
     immutable: bool = False
-    proven_only: bool = False
+    admission: int = 1  # how often a key has to be wanted before its record goes to the disk
     write_back: bool = False
     remote: bool = True  # only this process's affair
     disk_quota: int = 0  # the tier below keeps it
 
-    def native(self) -> tuple[str, int, str, int, int, bool, bool, bool]:
+    def native(self) -> tuple[str, int, str, int, int, bool, int, bool]:
         """What the core has to know."""
         return self[:8]
 
@@ -563,7 +564,7 @@ def _prefix_bytes(prefix: Key) -> bytes:
 def _number(cost: Any) -> float:
     if cost is None:
         return 1.0
-    if not hasattr(cost, "__float__"):
+    if not hasattr(cost, "__float__") or math.isnan(cost):
         raise InvalidValue(f"cost must be a number or None, not {cost!r}")
     return max(-_HIGHEST_COST, min(float(cost), _HIGHEST_COST))
 

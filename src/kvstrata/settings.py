@@ -115,8 +115,13 @@ class Settings(NamedTuple):
 def _keyring(given: Any) -> Keyring | None:
     if given is None or isinstance(given, Keyring):
         return given
+    if callable(given):
+        return Keyring(given)
     if not isinstance(given, (str, os.PathLike)):
-        raise ConfigError(f"encryption takes the path of a file of keys, or a Keyring, not {type(given).__name__}")
+        raise ConfigError(
+            "encryption takes the path of a file of keys, a function that returns them, or a Keyring, "
+            f"not {type(given).__name__}"
+        )
     return Keyring.from_file(given)
 
 

@@ -20,7 +20,7 @@ from kvstrata.tiers.ledger import after_fork
 __all__ = ["Breaker", "State"]
 
 State = Literal["closed", "open", "half-open"]
-log = logging.getLogger("kvstrata.remote")
+log = logging.getLogger("kvstrata.breaker")
 
 
 class Breaker:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import logging
+import sqlite3
 import threading
 from collections import Counter
 
 from kvstrata.tiers.ledger import after_fork
 
-__all__ = ["Counters", "errno_name"]
+__all__ = ["Counters", "errno_name", "reason"]
 
 log = logging.getLogger("kvstrata.disk")
 
@@ -36,7 +37,7 @@ class Counters:
             first = kind not in self._logged
             self._logged.add(kind)
         if first:
-            log.warning("%s: %s (further faults of this kind are only counted)", self._subject, error)
+            log.warning("%s: %s: %s (further faults of this kind are only counted)", self._subject, kind, error)
 
     def snapshot(self) -> dict[str, int]:
         """Return all numbers."""
@@ -45,6 +46,27 @@ class Counters:
 
     def _forget_parent(self) -> None:
         self._lock = threading.Lock()
+
+
+_SQLITE = {  # it keeps the number to itself
+    sqlite3.SQLITE_FULL: "ENOSPC",
+    sqlite3.SQLITE_IOERR: "EIO",
+    sqlite3.SQLITE_READONLY: "EROFS",
+    sqlite3.SQLITE_PERM: "EACCES",
+    sqlite3.SQLITE_NOMEM: "ENOMEM",
+}
+
+
+def reason(error: BaseException) -> str:
+    """Return what is behind an error in a word: "ENOSPC" and the like, else SQLite's name for it or "catalog"."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno:
+            return errno_name(cause.errno)
+        if isinstance(cause, sqlite3.Error) and hasattr(cause, "sqlite_errorcode"):
+            return _SQLITE.get(cause.sqlite_errorcode & 0xFF, cause.sqlite_errorname)
+        cause = cause.__cause__
+    return "catalog"
 
 
 def errno_name(code: int | None) -> str:

@@ -22,7 +22,7 @@ from kvstrata.tiers.breaker import Breaker
 from kvstrata.tiers.capacity import Capacity
 from kvstrata.tiers.catalog import Catalog, CatalogDamaged, Lasting
 from kvstrata.tiers.cleaning import Cleaner
-from kvstrata.tiers.counters import Counters, errno_name
+from kvstrata.tiers.counters import Counters, reason
 from kvstrata.tiers.encodings import Encodings
 from kvstrata.tiers.ledger import Ledger
 from kvstrata.tiers.loading import Loaded, Loader, key_bytes
@@ -181,8 +181,8 @@ class DiskTier:
             try:
                 self.sync()
             except TierUnavailable as error:
-                self._counters.fault("sync", error)
-                self._writing.failure("sync", error)
+                self._counters.fault(reason(error), error)
+                self._writing.failure(reason(error), error)
 
     # ---- Namespaces
 
@@ -279,9 +279,8 @@ class DiskTier:
                 self._failed("full", error, left[:1])  # the others may be smaller
                 left = left[1:]
             except (OSError, TierUnavailable) as error:
-                kind = errno_name(error.errno) if isinstance(error, OSError) else "catalog"
-                self._failed(kind, error, left)
-                self._writing.failure(kind, error)
+                self._failed(reason(error), error, left)
+                self._writing.failure(reason(error), error)
                 return False
             else:
                 written, left = left[: len(offsets)], left[len(offsets) :]
@@ -477,12 +476,13 @@ class DiskTier:
                 with self._ledger.hold():  # nobody else adds between
                     self._quotas.make_room(part)
                     alive = self._add(part, segment, places)
-            except (TierFull, TierUnavailable) as error:
-                kind = "full" if isinstance(error, TierFull) else "catalog"
-                self._failed(kind, error, records[start:])
-                if kind == "catalog":
-                    self._writing.failure(kind, error)
-                return kind == "full"
+            except TierFull as error:
+                self._failed("full", error, records[start:])
+                return True
+            except TierUnavailable as error:
+                self._failed(reason(error), error, records[start:])
+                self._writing.failure(reason(error), error)
+                return False
             durable = [(r, at) for r, at, lives in zip(part, places, alive, strict=True) if lives]
             self._counters.add("written_records", len(durable))
             self._counters.add("written_bytes", sum(record.length for record, _ in durable))
@@ -520,8 +520,8 @@ class DiskTier:
         try:
             self.delete(ns, [(key, seq + 1) for key, seq in records])
         except TierUnavailable as error:
-            self._counters.fault("catalog", error)
-            self._reading.failure("catalog", error)
+            self._counters.fault(reason(error), error)
+            self._reading.failure(reason(error), error)
             return False
         for key, seq in records:
             self._store.forget_disk(ns, key, seq)
