@@ -182,7 +182,9 @@ class RemoteSpace:
 
     def fetch(self, keys: Sequence[Key]) -> list[Pin | None]:
         """Bring up what the tiers have of keys that aren't here; None for the rest."""
-        remotes, targets = self._bind()
+        remotes, targets = self._bound or self._bind()
+        if len(keys) == 1 and _lacked(keys[0], targets):  # the whole of most lookups, so it goes first
+            return [None]
         space = self._space()
         state = space.epoch, space.last_change_of_all
         low = remotes.store.low()
@@ -234,6 +236,15 @@ class RemoteSpace:
                 there[i] = answer
             left = [i for i in left if not there[i]]
         return there
+
+
+def _lacked(key: Key, targets: Sequence[Target]) -> bool:
+    """Whether no tier has a key, as their filters know."""
+    for target in targets:
+        names = target.keyed.filter
+        if names is None or not names.lacks(key):
+            return False
+    return True
 
 
 def _bytes(key: Key) -> bytes:
