@@ -85,7 +85,7 @@ class KeyedTier:
         self.store = store
         self.breaker = breaker or Breaker(store.name)
         self._prefix = prefix
-        self._lookup_s = lookup_s
+        self.lookup_s = lookup_s
         self._change_s = change_s
         self._generation_s = generation_s
         self._filters = None if bloom is None else Filters(store, bloom, self.breaker, change_s, self._failed)
@@ -198,7 +198,7 @@ class KeyedTier:
         ask: Callable[[Sequence[bytes], float], list[T | None]],
     ) -> tuple[int, list[T | None]] | None:
         """Ask for the names of keys in the current generation; None where that can't be done, or there is none."""
-        until = time.monotonic() + self._lookup_s
+        until = time.monotonic() + self.lookup_s
 
         def left() -> float:
             return max(0.001, until - time.monotonic())
