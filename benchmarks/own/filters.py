@@ -1,4 +1,4 @@
-"""A miss through memory, the index of the disk and the filter before a tier elsewhere; what the server notices of it."""
+"""A miss through memory, the index of the disk and the filter before a tier elsewhere; what the server notices."""
 
 from __future__ import annotations
 
