@@ -18,7 +18,7 @@ from benchmarks.measure import Sample
 
 __all__ = ["Row", "machine", "show", "write_markdown"]
 
-Unit = Literal["s", "B/s", "B"]
+Unit = Literal["s", "B/s", "B", "%", ""]
 
 _COLUMNS = ("what", "kvstrata", "peer", "peer's figure", "ratio", "target", "")
 _LEGEND = (
@@ -31,7 +31,7 @@ _LEGEND = (
 class Row:
     """One line. `at_least` is a part of the peer's speed, `at_most` and `no_less` figures in the row's own unit.
 
-    Of seconds and bytes less is better, of bytes per second more.
+    Of bytes per second more is better, of all else less; "%" are parts from 0 to 1, "" numbers.
     """
 
     section: str
@@ -92,6 +92,8 @@ def _number(value: float) -> str:
 
 
 def _figure(value: float, unit: Unit) -> str:
+    if unit in ("%", ""):
+        return f"{value:.2%}" if unit else f"{value:,.0f}"
     if unit == "s":
         steps: Sequence[tuple[float, str]] = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns"))
     elif unit == "B/s":

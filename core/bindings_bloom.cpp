@@ -1,7 +1,11 @@
 // The Bloom filter as kvstrata.bloom sees it.
 #include "bindings.hpp"
 
+#include <nanobind/stl/optional.h>
+
+#include <cstring>
 #include <memory>
+#include <optional>
 #include <random>
 #include <vector>
 
@@ -16,13 +20,19 @@ using Answers = nb::ndarray<bool, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 constexpr u64 kMostBytes = u64{1} << 36;
 
-// A filter in memory of its own. Hashes are keyed, so that nobody can choose keys that it takes for its own.
+// A filter in memory of its own. Hashes are keyed, so that nobody can choose keys that it takes for its own; filters with
+// the same secret hash alike, wherever they are.
 class Filter {
 public:
-    Filter(u64 capacity, double fp_rate)
+    Filter(u64 capacity, double fp_rate, const std::optional<nb::bytes>& secret)
         : shape_(checked(capacity, fp_rate)),
           bytes_(new CountingBloom::Byte[shape_.bytes()]()),
           bloom_(bytes_.get(), shape_) {
+        if (secret) {
+            if (secret->size() != sizeof secret_) throw InvalidValue("a secret has 16 bytes");
+            std::memcpy(secret_, secret->c_str(), sizeof secret_);
+            return;
+        }
         std::random_device random;
         for (u64& word : secret_) word = u64{random()} << 32 | random();
     }
@@ -90,11 +100,39 @@ void contains_many(Filter& self, const Keys& keys, Answers out) {
     each(self, hashes, [&](u64 hash, size_t i) { to[i] = self.bloom().contains(hash); });
 }
 
+nb::bytes bytes_of(const std::vector<u64>& hashes) {
+    return nb::bytes(hashes.data(), hashes.size() * sizeof(u64));
+}
+
+std::vector<u64> hashes_in(const nb::bytes& bytes) {
+    if (bytes.size() % sizeof(u64)) throw InvalidValue("hashes have 8 bytes each");
+    std::vector<u64> hashes(bytes.size() / sizeof(u64));
+    std::memcpy(hashes.data(), bytes.c_str(), bytes.size());
+    return hashes;
+}
+
+// Those of the hashes that are certainly not in there.
+nb::bytes absent(Filter& self, const nb::bytes& bytes) {
+    std::vector<u64> missing;
+    each(self, hashes_in(bytes), [&](u64 hash, size_t) {
+        if (!self.bloom().contains(hash)) missing.push_back(hash);
+    });
+    return bytes_of(missing);
+}
+
 }  // namespace
 
 void bind_bloom(nb::module_& m) {
     nb::class_<Filter>(m, "BloomFilter")
-        .def(nb::init<u64, double>(), nb::arg("capacity"), nb::arg("fp_rate"))
+        .def(nb::init<u64, double, const std::optional<nb::bytes>&>(), nb::arg("capacity"), nb::arg("fp_rate"),
+             nb::arg("secret") = nb::none())
+        .def("hash_many", [](Filter& self, nb::handle keys) { return bytes_of(self.hashes(keys)); }, nb::arg("keys"))
+        .def("add_hashes",
+             [](Filter& self, const nb::bytes& hashes) {
+                 each(self, hashes_in(hashes), [&](u64 hash, size_t) { self.bloom().add(hash); });
+             },
+             nb::arg("hashes"))
+        .def("absent", &absent, nb::arg("hashes"))
         .def("add_many", &add_many<Digests>, nb::arg("keys").noconvert())
         .def("add_many", &add_many<nb::handle>, nb::arg("keys"))
         .def("remove_many", &remove_many<Digests>, nb::arg("keys").noconvert())

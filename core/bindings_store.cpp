@@ -1003,10 +1003,12 @@ void bind_store(nb::module_& m) {
         .def("change_all", [](const SpaceHandle& s) { s.owner->live()->change_all(s.space); })
         .def_prop_ro("last_change_of_all", [](const SpaceHandle& s) { return s.owner->live()->last_change_of_all(s.space); })
         .def("clear", [](const SpaceHandle& s) { return s.owner->live()->clear(s.space); })
-        .def("promise", [](const SpaceHandle& s, nb::handle key, u64 ms) { return s.owner->live()->promise(s.space, key_of(key), ms); },
-             nb::arg("key").none(), nb::arg("ms"))
-        .def("withdraw", [](const SpaceHandle& s, nb::handle key, u64 token) { s.owner->live()->withdraw(s.space, key_of(key), token); },
-             nb::arg("key").none(), nb::arg("token"))
+        .def("promise", [](const SpaceHandle& s, nb::handle key, u64 ms, bool fetch) {
+            return s.owner->live()->promise(s.space, key_of(key), ms, fetch ? Store::Promised::fetch : Store::Promised::compute);
+        }, nb::arg("key").none(), nb::arg("ms"), nb::arg("fetch") = false)
+        .def("withdraw", [](const SpaceHandle& s, nb::handle key, u64 token, bool fetch) {
+            s.owner->live()->withdraw(s.space, key_of(key), token, fetch ? Store::Promised::fetch : Store::Promised::compute);
+        }, nb::arg("key").none(), nb::arg("token"), nb::arg("fetch") = false)
         .def("wait_until_durable", [](const SpaceHandle& s, nb::handle keys_object, double timeout) {
             const std::shared_ptr<Store> store = s.owner->live();
             const Keys keys(keys_object);

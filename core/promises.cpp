@@ -1,4 +1,5 @@
-// Who computes what isn't there: so that of all processes of the host one does it, and the others wait for the value.
+// Who computes what isn't there, or fetches it from elsewhere: so that of all processes of the host one does it, and the
+// others wait for the value.
 #include "clock.hpp"
 #include "siphash.hpp"
 #include "store.hpp"
@@ -10,8 +11,13 @@ constexpr u64 kAnybody = ~u64{0};  // a token for which nothing is written down
 }  // namespace
 
 // Two keys whose hashes are equal wait for each other, and nothing else comes of it.
-std::optional<u64> Store::promise(Space wanted, Key key, u64 ms) {
-    const u64 hash = siphash13(header_.secret[1] ^ wanted.id, header_.secret[0], key.data(), key.size());
+u64 Store::promised(Space wanted, Key key, Promised what) const {
+    const u64 domain = static_cast<u64>(what) << 32 | wanted.id;
+    return siphash13(header_.secret[1] ^ domain, header_.secret[0], key.data(), key.size());
+}
+
+std::optional<u64> Store::promise(Space wanted, Key key, u64 ms, Promised what) {
+    const u64 hash = promised(wanted, key, what);
     Promises& table = promises();
     const RobustLock held(table.mutex, [] {});  // each is written whole, its token last
     const u64 now = now_ms();
@@ -31,9 +37,9 @@ std::optional<u64> Store::promise(Space wanted, Key key, u64 ms) {
     return free->token = table.next_token.fetch_add(1) + 1;
 }
 
-void Store::withdraw(Space wanted, Key key, u64 token) {
+void Store::withdraw(Space wanted, Key key, u64 token, Promised what) {
     if (token == kAnybody) return;
-    const u64 hash = siphash13(header_.secret[1] ^ wanted.id, header_.secret[0], key.data(), key.size());
+    const u64 hash = promised(wanted, key, what);
     Promises& table = promises();
     const RobustLock held(table.mutex, [] {});
     for (u32 i = 0; i < kProbes; ++i) {

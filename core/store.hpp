@@ -347,10 +347,11 @@ public:
     std::vector<HolderState> holders() const;
 
     // ---- Promises (promises.cpp)
+    enum class Promised : u32 { compute, fetch };  // who computes a value may fetch it meanwhile, and others, too
     // A token when the caller is the one to compute the value now, and has to withdraw() the promise then; nothing when
     // somebody else is at it. When the table is full, everybody may compute.
-    std::optional<u64> promise(Space space, Key key, u64 ms);
-    void withdraw(Space space, Key key, u64 token);
+    std::optional<u64> promise(Space space, Key key, u64 ms, Promised what = Promised::compute);
+    void withdraw(Space space, Key key, u64 token, Promised what = Promised::compute);
 
     // The keys that were used last, youngest first, of all namespaces.
     struct Used {
@@ -442,6 +443,7 @@ private:
     bool outlived(const Identity& identity) const;
     bool any_removed(const u16* tags, u64 seq) const;  // since the record of that number was put
     u64 held_by(u8 holder) const;
+    u64 promised(Space space, Key key, Promised what) const;
     Promises& promises() const { return *reinterpret_cast<Promises*>(region_->at(header_.promises_at)); }
     void forget_promises(u32 client);
     void write_now(u32 at);

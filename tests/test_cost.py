@@ -110,18 +110,28 @@ def test_threads_may_observe_and_ask_at_once() -> None:
     assert model.stats()["disk"]["observations"] == 400
 
 
-@given(st.lists(st.integers(0, 1 << 24), max_size=30), latencies, bandwidths, st.floats(1e-6, 1.0))
+@given(
+    st.lists(st.none() | st.tuples(st.sampled_from(["disk", "elsewhere"]), st.integers(1, 1 << 24)), max_size=30),
+    latencies, bandwidths, st.floats(1, 100), st.floats(1e-6, 1.0),
+)  # fmt: skip
 def test_what_is_worth_loading_is_what_takes_the_least_time_in_all(
-    below: list[int], latency: float, bandwidth: float, block_s: float
+    places: list[tuple[str, int] | None], latency: float, bandwidth: float, slower: float, block_s: float
 ) -> None:
+    def load(tier: str, nbytes: int) -> float:
+        return (latency + nbytes / bandwidth) * (slower if tier == "elsewhere" else 1)
+
     def total(count: int) -> float:
-        nbytes = sum(below[:count])
-        return (latency + nbytes / bandwidth if nbytes else 0.0) + (len(below) - count) * block_s
+        found = len(places) - count
+        return found * block_s + sum(
+            load(tier, nbytes)
+            for tier in ("disk", "elsewhere")
+            if (nbytes := sum(place[1] for place in places[:count] if place is not None and place[0] == tier))
+        )
 
-    count = worth_loading(below, lambda nbytes: latency + nbytes / bandwidth, block_s)
+    count = worth_loading(places, load, block_s)
 
-    assert total(count) == pytest.approx(min(total(each) for each in range(len(below) + 1)))
-    in_memory = next((i for i, size in enumerate(below) if size), len(below))
+    assert total(count) == pytest.approx(min(total(each) for each in range(len(places) + 1)))
+    in_memory = next((i for i, place in enumerate(places) if place), len(places))
     assert count >= in_memory
 
 

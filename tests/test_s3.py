@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,13 @@ obstore: Any = pytest.importorskip("obstore")
 from kvstrata.tiers.s3 import S3Store  # noqa: E402
 
 ACCESS, SECRET = "tester", "hunter2secret"
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def options(port: int, secret: str = SECRET) -> dict[str, Any]:
@@ -89,6 +96,10 @@ def test_hosts_share_records_through_a_bucket(server: Server, open_cache: OpenCa
     a.put("short", b"x", ttl=0.001)
     a.flush()
     assert b.get_many([*values, "absent"]) == [*values.values(), None]
+    wait_for(lambda: b.stats()["remote"][0]["filter_off"] is None)  # there is one by default
+    requests = b.stats()["remote"][0]["requests"]
+    assert [b.get(f"absent {i}") for i in range(100)] == [None] * 100
+    assert b.stats()["remote"][0]["requests"] - requests < 20
     a.delete("5000")
     b.clear()
     c = open_cache(tmp_path / "c", remote=url)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.measure import Settings, Work, interleaved
+from benchmarks.own import filters
 from benchmarks.peers import Unavailable
 from benchmarks.table import Row
 from kvstrata import _core
@@ -27,6 +28,7 @@ SECTION = "Tiers elsewhere: Valkey"
 REMARKS = [
     "Tiers elsewhere: kvstrata makes names, frames each record, checks header, key and checksum of what comes back, "
     "and with a put looks whether the namespace was cleared meanwhile; the peers do none of that.",
+    *filters.REMARKS,
 ]
 
 
@@ -50,6 +52,7 @@ def rows(settings: Settings) -> list[Row]:
             ):
                 for batch in BATCHES:
                     found += _batch(settings, place, url, connect(), batch)
+            found += filters.rows(settings, SECTION, path)
     except Unavailable as reason:
         REMARKS.append(f"Tiers elsewhere weren't measured: {reason}.")
     return found

@@ -294,6 +294,11 @@ TEST(a_value_is_promised_by_one_at_a_time) {
     const auto token = store->promise(space, bytes_of("key"), 60'000);
     CHECK(token.has_value());
     CHECK(!store->promise(space, bytes_of("key"), 60'000));
+    const auto fetching = store->promise(space, bytes_of("key"), 60'000, Store::Promised::fetch);
+    CHECK(fetching.has_value());
+    CHECK(!store->promise(space, bytes_of("key"), 60'000, Store::Promised::fetch));
+    store->withdraw(space, bytes_of("key"), *fetching, Store::Promised::fetch);
+    CHECK(!store->promise(space, bytes_of("key"), 60'000));
     CHECK(store->promise(other, bytes_of("key"), 60'000).has_value());
     store->withdraw(space, bytes_of("key"), *token + 1000);  // another's
     CHECK(!store->promise(space, bytes_of("key"), 60'000));

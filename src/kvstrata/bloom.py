@@ -1,11 +1,13 @@
-"""A counting Bloom filter: which keys a slow tier certainly doesn't have, for a few bytes a key.
+"""Bloom filters: which keys a slow tier certainly doesn't have, for a few bytes a key.
 
 After Bloom, "Space/time trade-offs in hash coding with allowable errors" (1970), with counters in place of bits (Fan,
-Cao, Almeida, Broder, "Summary cache", 2000), so that keys can be taken out again.
+Cao, Almeida, Broder, "Summary cache", 2000), so that keys can be taken out again; growing after Almeida, Baquero,
+Preguiça, Hutchison, "Scalable Bloom filters" (2007).
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -15,7 +17,7 @@ import numpy.typing as npt
 from kvstrata import _core
 from kvstrata.errors import ConfigError, InvalidKey
 
-__all__ = ["BloomFilter"]
+__all__ = ["HASH_BYTES", "BloomFilter", "GrowingBloomFilter"]
 
 Key: TypeAlias = bytes | str
 Keys: TypeAlias = Sequence[Key] | npt.NDArray[np.uint8]
@@ -91,6 +93,77 @@ class BloomFilter:
         """
         fill, fp_rate, keys, stuck = self._native.figures()
         return {"fill": fill, "fp_rate": fp_rate, "keys": keys, "stuck": stuck}
+
+
+HASH_BYTES = 8
+"""Bytes of a hash, as GrowingBloomFilter makes and takes them."""
+_FIRST_CAPACITY = 4096
+_GROWTH = 4
+
+
+class GrowingBloomFilter:
+    """Grows with what is put in, and says "may be" of at most a part `fp_rate` of other keys whatever its size.
+
+    Each part is four times as large as the one before and wrong half as often. It takes keys by their hashes, which
+    are the same in all filters with the same `secret` of 16 bytes. All methods may be called from any thread.
+    """
+
+    def __init__(self, secret: bytes, fp_rate: float) -> None:
+        self.fp_rate = fp_rate
+        self._secret = secret
+        self._lock = threading.Lock()
+        self._parts: list[_core.BloomFilter] = []
+        self._room = 0  # of the last part
+        self.count = 0
+        """How many keys were put in that weren't in yet."""
+        self._grow()
+
+    def hashes(self, keys: Sequence[Key]) -> bytes:
+        """Return the hashes of keys, one behind the other."""
+        return self._parts[0].hash_many(keys)
+
+    def absent(self, hashes: bytes) -> bytes:
+        """Return those of the hashes that certainly aren't in."""
+        for part in self._parts:
+            hashes = part.absent(hashes)
+        return hashes
+
+    def add_hashes(self, hashes: bytes) -> None:
+        """Put keys in by their hashes, where they aren't in yet."""
+        with self._lock:
+            hashes = self.absent(hashes)
+            while hashes:
+                some, hashes = hashes[: self._room * HASH_BYTES], hashes[self._room * HASH_BYTES :]
+                self._parts[-1].add_hashes(some)
+                self.count += len(some) // HASH_BYTES
+                self._room -= len(some) // HASH_BYTES
+                if not self._room:
+                    self._grow()
+
+    def __contains__(self, key: Key) -> bool:
+        for part in self._parts:  # noqa: SIM110 - any() takes a quarter of what a whole lookup may take
+            if part.contains(key):
+                return True
+        return False
+
+    def contains_many(self, keys: Sequence[Key]) -> npt.NDArray[np.bool_]:
+        """Return for each key whether it may be in, shape [count]; False is certain."""
+        found = np.zeros(len(keys), dtype=np.bool_)
+        one = np.empty(len(keys), dtype=np.bool_)
+        for part in self._parts:
+            part.contains_many(keys, one)
+            found |= one
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return sum(part.nbytes for part in self._parts)
+
+    def _grow(self) -> None:
+        number = len(self._parts)
+        self._room = _FIRST_CAPACITY * _GROWTH**number
+        self._parts.append(_core.BloomFilter(self._room, max(self.fp_rate / 2 ** (number + 1), 1e-7), self._secret))
 
 
 def _checked(keys: Keys) -> Any:

@@ -121,7 +121,7 @@ class Cache(Namespace):
 
     def _open_remotes(self) -> None:
         if self._remote_urls:
-            self._remotes = Remotes(self._memory.store, [url.open() for url in self._remote_urls])
+            self._remotes = Remotes(self._memory.store, [url.open() for url in self._remote_urls], self.cost)
 
     def _remote_space(self, namespace: Namespace) -> RemoteSpace | None:
         if not self._remote_urls:
@@ -289,14 +289,15 @@ class Cache(Namespace):
             self.cost.observe(self._below.name, sum(sizes), self.cost.clock() - started)
         return values
 
-    def load_seconds(self, nbytes: int) -> float:
-        """Return what a load of that many bytes from the tier below is estimated to take."""
-        return self.cost.seconds(self._below.name, nbytes) if self._below else 0.0
-
     def parts(self) -> PartLoader | None:
         """Return what loads records of the tier below piece by piece, if that is possible there."""
         self._check_open()
         return self._below.parts() if isinstance(self._below, DiskTier) else None
+
+    @property
+    def below(self) -> str:
+        """The name of the tier below memory, "" if there is none."""
+        return self._below.name if self._below else ""
 
     def sizes_below(self, ns: int, keys: Sequence[Key]) -> list[int]:
         """Return for each key the bytes of its record if that lies in the tier below only; 0 for others."""

@@ -377,18 +377,23 @@ class Namespace:
 
         With a tier elsewhere, that is asked, in one batch, for those behind the first that isn't on this host.
         """
+        return self._prefix_places(keys)[0]
+
+    def _prefix_places(self, keys: Sequence[Key]) -> tuple[int, dict[int, str]]:
+        """As `contains_prefix`; also the tiers that seem to have those that aren't on this host, by position."""
         here = self._space.contains_prefix(keys)
+        places: dict[int, str] = {}
         if self._remote is None or here == len(keys):
-            return here
-        keys = keys[here:]
-        there = self._remote.contains(keys)
-        for i, found in enumerate(there):
-            if not found and not self._space.contains(keys[i]):
-                return here + i
-        return here + len(keys)
+            return here, places
+        for i, place in enumerate(self._remote.places(keys[here:]), here):
+            if not self._space.contains(keys[i]):
+                if place is None:
+                    return i, places
+                places[i] = place
+        return len(keys), places
 
     def __contains__(self, key: Key) -> bool:
-        return self._space.contains(key) or (self._remote is not None and self._remote.contains([key])[0])
+        return self._space.contains(key) or (self._remote is not None and self._remote.places([key])[0] is not None)
 
     def keys(self, prefix: Key = b"") -> Iterator[bytes]:
         """Iterate over the keys that start with `prefix`, in memory or on disk of this host and in no order.

@@ -52,7 +52,8 @@ class PrefixCache:
         self._tally = Tally(
             "matches", "matched_tokens", "loads", "loaded_tokens", "loaded_bytes",
             "short_loads", "load_errors", "stored_blocks", "stored_bytes", "stores_cut_short",
-            "skips", "skipped_tokens", "skipped_tokens_memory", "skipped_tokens_disk", "probes",
+            "skips", "skipped_tokens", "skipped_tokens_memory", "skipped_tokens_disk",
+            "skipped_tokens_remote", "probes",
         )  # fmt: skip
         self._loader = PrefixLoader(ns, layout, self._tally, threads, Prefill(prefill_tokens_per_s))
 
@@ -89,8 +90,8 @@ class PrefixCache:
         With `prefetch`, what of it lies below memory begins to come up in the background: see `Match.prefetched`.
         """
         keys = self.keys(tokens)
-        found = self.ns.contains_prefix(keys) if keys else 0
-        match = Match(self, keys[:found])
+        found, elsewhere = self.ns._prefix_places(keys) if keys else (0, {})
+        match = Match(self, keys[:found], elsewhere)
         self._tally.add(matches=1, matched_tokens=match.tokens)
         if prefetch and found:
             match.prefetched = self.ns.prefetch(match.keys)
@@ -142,7 +143,8 @@ class PrefixCache:
         """Return this object's counters since it was made.
 
         "skipped_tokens" were sooner computed than loaded, "skips" how often; of these, "skipped_tokens_disk" lay on
-        disk and "skipped_tokens_memory" in memory, behind such ones. "probes" were loaded although it seemed slower.
+        disk, "skipped_tokens_remote" elsewhere, and "skipped_tokens_memory" in memory, behind such ones. "probes" were
+        loaded although it seemed slower.
         """
         return self._tally.snapshot()
 
@@ -158,8 +160,9 @@ class PrefixCache:
 class Match:
     """The longest cached prefix of some tokens, as the index saw it; nothing is loaded or claimed yet."""
 
-    def __init__(self, prefixes: PrefixCache, keys: list[bytes]) -> None:
+    def __init__(self, prefixes: PrefixCache, keys: list[bytes], elsewhere: Mapping[int, str]) -> None:
         self._prefixes = prefixes
+        self._elsewhere = elsewhere  # the tier that has it, for blocks that weren't on this host
         self.keys = keys
         self.prefetched: Prefetch | None = None
         """The prefetch that the lookup started, if it was to start one and anything matched."""
@@ -195,4 +198,4 @@ class Match:
         keys = self.keys
         if max_tokens is not None:
             keys = keys[: max(0, max_tokens) // self._prefixes.layout.block_tokens]
-        return self._prefixes._loader.worthwhile(keys)
+        return self._prefixes._loader.worthwhile(keys, self._elsewhere)

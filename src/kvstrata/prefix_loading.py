@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -88,28 +88,37 @@ class PrefixLoader:
         self.head_first = ns._options.policy == "auto"
         self._copier = _Copier(threads or min(4, len(os.sched_getaffinity(0))))
 
-    def worthwhile(self, keys: list[bytes]) -> list[bytes]:
+    def worthwhile(self, keys: list[bytes], elsewhere: Mapping[int, str]) -> list[bytes]:
         """Return the head of a prefix that is sooner loaded than computed: all of it where no prefill rate is known.
 
-        What lies in memory counts as there. Now and then some more is loaded, to find out whether that is still slow.
+        What lies in memory counts as there; `elsewhere` names the tiers of blocks that aren't on this host. Now and
+        then some more is loaded, to find out whether that is still slow.
         """
         token_s = self.prefill.token_s
         if token_s is None or not keys:
             return keys
         cache = self.ns._cache
-        sizes = cache.sizes_below(self.ns._space.id, keys)
-        count = worth_loading(sizes, cache.load_seconds, token_s * self.layout.block_tokens)
+        places: list[tuple[str, int] | None] = [
+            (cache.below, size) if size else None for size in cache.sizes_below(self.ns._space.id, keys)
+        ]
+        for index, tier in elsewhere.items():
+            if index < len(keys) and places[index] is None and not self.ns._space.contains(keys[index]):
+                places[index] = tier, self.layout.value_bytes
+        count = worth_loading(places, cache.cost.seconds, token_s * self.layout.block_tokens)
         if count < len(keys) and next(self._skips) % _PROBE_EVERY == 0:
-            below = [index for index in range(count, len(keys)) if sizes[index]][:_PROBE_BLOCKS]
+            below = [index for index in range(count, len(keys)) if places[index]][:_PROBE_BLOCKS]
             count = below[-1] + 1
             self.tally.add(probes=1)
-        blocks, from_below = len(keys) - count, sum(size > 0 for size in sizes[count:])
+        blocks = len(keys) - count
+        skipped = [place[0] for place in places[count:] if place is not None]
+        from_disk = skipped.count(cache.below)
         if blocks:
             self.tally.add(
                 skips=1,
                 skipped_tokens=blocks * self.layout.block_tokens,
-                skipped_tokens_memory=(blocks - from_below) * self.layout.block_tokens,
-                skipped_tokens_disk=from_below * self.layout.block_tokens,
+                skipped_tokens_memory=(blocks - len(skipped)) * self.layout.block_tokens,
+                skipped_tokens_disk=from_disk * self.layout.block_tokens,
+                skipped_tokens_remote=(len(skipped) - from_disk) * self.layout.block_tokens,
             )
         return keys[:count]
 

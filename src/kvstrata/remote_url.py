@@ -10,14 +10,17 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 from kvstrata.errors import ConfigError, UnknownOption
 from kvstrata.tiers.base import RecordStore
 from kvstrata.tiers.breaker import Breaker
-from kvstrata.tiers.keyed import MAX_PREFIX, KeyedTier
+from kvstrata.tiers.keyed import KeyedTier
+from kvstrata.tiers.keyed_space import MAX_PREFIX
+from kvstrata.tiers.presence import FilterOptions
 
 __all__ = ["RemoteURL"]
 
 _VALKEY = ("redis", "rediss", "valkey", "valkeys", "unix")
 _CLUSTER = ("redis+cluster", "rediss+cluster", "valkey+cluster", "valkeys+cluster")
 _SCHEMES = (*_VALKEY, *_CLUSTER, "s3")
-_COMMON = ("lookup_timeout", "change_timeout", "generation_ttl")
+_SECONDS = ("lookup_timeout", "change_timeout", "generation_ttl", "bloom_refresh")
+_COMMON = (*_SECONDS, "bloom", "bloom_fp")
 _VALKEY_OPTIONS = (
     *_COMMON, "prefix", "db", "username", "password_env", "password_file",
     "tls_ca", "tls_cert", "tls_key", "tls_verify",
@@ -28,6 +31,8 @@ _S3_OPTIONS = (
 )  # fmt: skip
 _LOOKUP_S = {"s3": 0.5}
 _CHANGE_S = {"s3": 10.0}
+_REFRESH_S = {"s3": 10.0}
+_FILTERED = ("s3",)  # where a miss costs more than to find what others write a little later
 
 
 class RemoteURL:
@@ -81,6 +86,7 @@ class RemoteURL:
             change_s=self._seconds("change_timeout", _CHANGE_S.get(self.scheme, 2.0)),
             generation_s=self._seconds("generation_ttl", 1.0),
             breaker=Breaker(self.label),
+            bloom=self._bloom(),
         )
 
     # ---- Inside
@@ -92,8 +98,9 @@ class RemoteURL:
         elif not self._parts.hostname:
             what = "a bucket: 's3://bucket/prefix'" if self.scheme == "s3" else "a host: 'redis://host:6379/0'"
             raise ConfigError(f"remote: {self.scheme}:// needs {what}")
-        for name in _COMMON:
+        for name in _SECONDS:
             self._seconds(name, 1.0)
+        self._bloom()
         self._prefix()
         self._database()
         for name in ("tls_verify", "virtual_hosted"):
@@ -114,6 +121,18 @@ class RemoteURL:
         if text not in (None, "yes", "no"):
             raise ConfigError(f"remote {self.label}: {name}={text!r} must be yes or no")
         return default if text is None else text == "yes"
+
+    def _bloom(self) -> FilterOptions | None:
+        text = self._options.get("bloom_fp", "0.01")
+        try:
+            fp_rate = float(text)
+        except ValueError:
+            fp_rate = 0.0
+        if not 1e-6 <= fp_rate <= 0.5:
+            raise ConfigError(f"remote {self.label}: bloom_fp={text!r} must be a number from 1e-6 to 0.5")
+        refresh_s = self._seconds("bloom_refresh", _REFRESH_S.get(self.scheme, 1.0))
+        wanted = self._flag("bloom", default=self.scheme in _FILTERED)
+        return FilterOptions(fp_rate, refresh_s) if wanted else None
 
     def _prefix(self) -> bytes:
         prefix = self._options.get("prefix", "kvstrata").encode()

@@ -1,4 +1,4 @@
-"""Stores of records that need nobody else: in memory, and in memory but at fault when a test says so."""
+"""Stores of records that need nobody else: in memory, and at fault when a test says so; and hosts that use them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import threading
 import time
 from collections.abc import Sequence
 
-from kvstrata.tiers.base import NamedRecord, Stats, StoreFault
+from kvstrata import _core
+from kvstrata.tiers.base import NamedRecord, RecordStore, Stats, StoreFault
+from kvstrata.tiers.keyed import Found, KeyedTier
+from kvstrata.tiers.keyed_space import KeyedSpace
 
 
 class MemoryStore:
@@ -61,3 +64,25 @@ class MemoryStore:
     def _get(self, name: bytes) -> bytes | None:
         data, expires = self.records.get(name, (None, 0))
         return None if data is None or 0 < expires <= time.time() * 1000 else data
+
+
+class Host:
+    """A host with records of its own: what is put can be written to a tier."""
+
+    def __init__(self, store: RecordStore, name: str = "ns", version: int = 1, **options: object) -> None:
+        self.native = _core.Store.open_private(4 << 20)
+        self.tier = KeyedTier(store, lookup_s=10.0, **options)  # type: ignore[arg-type]
+        self.local = self.native.open_namespace(0, name, version, "lru", 0, 0, False)
+        self.space: KeyedSpace = self.tier.open_namespace(name, version)
+        self.epoch = 1
+
+    def write(self, items: dict[bytes, bytes], ttl_ms: int = 0) -> None:
+        for key, value in items.items():
+            self.local.put(key, value, ttl_ms)
+        self.tier.write(self.space, [r for r in self.local.records(list(items)) if r is not None])
+
+    def load(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        return [None if found is None else bytes(found.value) for found in self.found(keys)]
+
+    def found(self, keys: Sequence[bytes]) -> list[Found | None]:
+        return self.tier.load(self.space, keys, self.epoch)

@@ -131,17 +131,22 @@ class Prefill:
             self._token_s *= math.exp(max(_STEP, 1 / (self._observations + 1)) * error)
 
 
-def worth_loading(sizes: Sequence[int], load_s: Callable[[int], float], block_s: float) -> int:
+def worth_loading(places: Sequence[tuple[str, int] | None], load_s: Callable[[str, int], float], block_s: float) -> int:
     """Return how many blocks of a prefix, from the first on, are to be loaded, so that it takes the least time in all.
 
-    `sizes` are bytes of each block that has to come from below memory, 0 of one that is there; `load_s(bytes)` is what
-    a load takes, and `block_s` what it takes to compute a block. Of equal choices it is the longest.
+    `places` are of each block that has to come up the tier and the bytes, None of one that is in memory;
+    `load_s(tier, bytes)` is what a load takes, one tier after the other, and `block_s` what it takes to compute a
+    block. Of equal choices it is the longest.
     """
-    best, best_s = 0, len(sizes) * block_s
-    nbytes = 0
-    for count, size in enumerate(sizes, start=1):
-        nbytes += size
-        total = (load_s(nbytes) if nbytes else 0.0) + (len(sizes) - count) * block_s
+    best, best_s = 0, len(places) * block_s
+    nbytes: dict[str, int] = {}
+    seconds: dict[str, float] = {}
+    for count, place in enumerate(places, start=1):
+        if place is not None:
+            tier, size = place
+            nbytes[tier] = nbytes.get(tier, 0) + size
+            seconds[tier] = load_s(tier, nbytes[tier])
+        total = sum(seconds.values()) + (len(places) - count) * block_s
         if total <= best_s:
             best, best_s = count, total
     return best

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 from kvstrata.errors import KVStrataError, TierUnavailable
 from kvstrata.record import TAGGED
 from kvstrata.tiers.base import Stats, StoreFault
-from kvstrata.tiers.keyed import KeyedSpace, KeyedTier
+from kvstrata.tiers.keyed import KeyedTier
+from kvstrata.tiers.keyed_space import KeyedSpace
 
 if TYPE_CHECKING:
     from kvstrata._core import DirtyRecord, Space, Store

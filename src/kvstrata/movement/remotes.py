@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING
 
 from kvstrata import _core
 from kvstrata.errors import TierUnavailable
+from kvstrata.movement.cost import CostModel
 from kvstrata.movement.remote_writer import Change, RemoteWriter, Target, Unsent, trust_from
+from kvstrata.movement.single_flight import fetch_once
 from kvstrata.tiers.base import Key, Stats
 from kvstrata.tiers.encodings import Encoding
 from kvstrata.tiers.keyed import KeyedTier
@@ -34,13 +36,15 @@ _AT_CLOSING_S = 5.0
 class Remotes:
     """The tiers, in the order in which they are asked, and a writer for each."""
 
-    def __init__(self, store: Store, tiers: Sequence[KeyedTier]) -> None:
+    def __init__(self, store: Store, tiers: Sequence[KeyedTier], cost: CostModel) -> None:
         store.watch()
         self.store = store
+        self.cost = cost
+        self.lease_ms = max(1, round(1000 * sum(tier.lookup_s for tier in tiers)))
         self.tiers = list(tiers)
         self.unsent = Unsent(store)
         self.writers = [RemoteWriter(store, tier, self.unsent) for tier in tiers]
-        self.refused = 0
+        self.refused = self.shared = 0
 
     def flush(self, timeout: float) -> bool:
         """Wait until they have what this process put; False when the time, in s, was over first."""
@@ -50,7 +54,10 @@ class Remotes:
     def stats(self) -> list[Stats]:
         """Return the figures of each, of this process."""
         return [
-            {"tier": tier.name} | tier.stats() | writer.stats() | {"refused_records": self.refused}
+            {"tier": tier.name}
+            | tier.stats()
+            | writer.stats()
+            | {"refused_records": self.refused, "shared_lookups": self.shared}
             for tier, writer in zip(self.tiers, self.writers, strict=True)
         ]
 
@@ -182,7 +189,20 @@ class RemoteSpace:
 
     def fetch(self, keys: Sequence[Key]) -> list[Pin | None]:
         """Bring up what the tiers have of keys that aren't here; None for the rest."""
-        remotes, targets = self._bind()
+        remotes, targets = self._bound or self._bind()
+        if len(keys) == 1 and _lacked(keys[0], targets):  # the whole of most lookups, so it goes first
+            return [None]
+        pins, shared = fetch_once(
+            self._space(),
+            keys,
+            lambda chosen: self._fetch(remotes, targets, [keys[i] for i in chosen]),
+            remotes.lease_ms,
+        )
+        if shared:
+            remotes.shared += shared
+        return pins
+
+    def _fetch(self, remotes: Remotes, targets: list[Target], keys: Sequence[Key]) -> list[Pin | None]:
         space = self._space()
         state = space.epoch, space.last_change_of_all
         low = remotes.store.low()
@@ -192,12 +212,14 @@ class RemoteSpace:
             if not left:
                 break
             absent = []
+            nbytes, started = 0, remotes.cost.clock()
             found = tier.load(target.keyed, [keys[i] for i in left], state)
             for n, i in enumerate(left):
                 record, found[n] = found[n], None  # so that its memory goes as soon as it can
                 if record is None:
                     absent.append(i)
                     continue
+                nbytes += len(record.value)
                 became, replaced, pin = space.promote(
                     keys[i], record.value, record.expires, record.written, low, state[0]
                 )
@@ -214,16 +236,18 @@ class RemoteSpace:
                 else:
                     pin = _core.local_pin(record.value)
                 pins[i] = pin
+            if nbytes:
+                remotes.cost.observe(tier.name, nbytes, remotes.cost.clock() - started)
             left = absent
         return pins
 
-    def contains(self, keys: Sequence[Key]) -> list[bool]:
-        """Say which keys seem to be in one of the tiers; only `fetch` checks."""
+    def places(self, keys: Sequence[Key]) -> list[str | None]:
+        """Return in which tier each key seems to be, by its name, None for nowhere; only `fetch` checks."""
         remotes, targets = self._bind()
         space = self._space()
         low = remotes.store.low()
         state = space.epoch, space.last_change_of_all
-        there = [False] * len(keys)
+        there: list[str | None] = [None] * len(keys)
         if state[1] >= low or space.moved_on:
             return there
         # What was changed here and isn't there yet would be refused.
@@ -231,9 +255,18 @@ class RemoteSpace:
         for tier, target in zip(remotes.tiers, targets, strict=True):
             answers = tier.contains(target.keyed, [keys[i] for i in left], state)
             for i, answer in zip(left, answers, strict=True):
-                there[i] = answer
+                there[i] = tier.name if answer else None
             left = [i for i in left if not there[i]]
         return there
+
+
+def _lacked(key: Key, targets: Sequence[Target]) -> bool:
+    """Whether no tier has a key, as their filters know."""
+    for target in targets:
+        names = target.keyed.filter
+        if names is None or not names.lacks(key):
+            return False
+    return True
 
 
 def _bytes(key: Key) -> bytes:

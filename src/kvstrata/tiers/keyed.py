@@ -9,37 +9,29 @@ from __future__ import annotations
 
 import logging
 import secrets
-import struct
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
-import blake3
-
 from kvstrata import _core
 from kvstrata.errors import CorruptRecord, FormatError, TierUnavailable, WrongKey
-from kvstrata.record import NAMESPACE, TAGGED, build_record, parse_record, payload_of
+from kvstrata.record import NAMESPACE, TAGGED, build_record
 from kvstrata.tiers.base import Key, NamedRecord, RecordStore, Stats, StoreFault
 from kvstrata.tiers.breaker import Breaker
 from kvstrata.tiers.encodings import Encoding
+from kvstrata.tiers.filters import Filters
+from kvstrata.tiers.keyed_space import GENERATION, GENERATION_NUMBER, KeyedSpace
+from kvstrata.tiers.presence import FilterOptions, Names, Roll
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from kvstrata._core import DirtyRecord
-    from kvstrata.bloom import BloomFilter
 
-__all__ = ["MAX_PREFIX", "Found", "KeyedSpace", "KeyedTier"]
+__all__ = ["Found", "KeyedTier"]
 
-MAX_PREFIX = 64
-"""Bytes that a prefix of names can have."""
-
-_CONTEXT = "kvstrata 2026-11 remote namespace"
-_LONGEST_KEY = 64  # bytes that stand in a name as they are; of longer keys their digest does
-_GENERATION = b"generation"  # the key of the record that holds it
-_NUMBER = struct.Struct("<Q")
 _LEAST_RATIO, _SMALL = 1024, 65536
 _log = logging.getLogger("kvstrata")
 _COUNTERS = (
@@ -54,7 +46,7 @@ _Question = Callable[[Sequence[bytes], float], list[Any]]  # names and seconds -
 
 def _identity(name: bytes, written: int) -> bytes:
     """What a sealed payload belongs to."""
-    return name + _NUMBER.pack(written)
+    return name + GENERATION_NUMBER.pack(written)
 
 
 class Found(NamedTuple):
@@ -69,43 +61,13 @@ class _Moved(Exception):
     """The generation is another one now."""
 
 
-class KeyedSpace:
-    """A namespace in such a tier: what its names start with, and a copy of its generation."""
-
-    def __init__(self, prefix: bytes, name: str, version: int, encoding: Encoding) -> None:
-        identity = struct.pack("<I", len(name.encode())) + name.encode() + struct.pack("<I", version)
-        digest = blake3.blake3(identity, derive_key_context=_CONTEXT).digest(length=20)
-        self.start = prefix + b":" + digest[:16]
-        self.seed = int.from_bytes(digest[16:], "little")
-        self.version = version
-        self.encoding = encoding
-        self.generation: int | None = None  # None: there is none, or nobody has looked yet
-        self.known_at = float("-inf")  # when it was looked at, monotonic
-        self.known_in: object = None  # and in which state of this host
-        self.uncleared = False  # a clear() could not be made there: nothing counts until it is
-
-    @property
-    def generation_name(self) -> bytes:
-        """Where the generation stands."""
-        return self.start + b"g"
-
-    def names(self, keys: Sequence[Key], generation: int) -> list[bytes]:
-        """Return the names of keys' records."""
-        start = self.start + b"r" + _NUMBER.pack(generation)
-        named = []
-        for key in keys:
-            data = key.encode() if isinstance(key, str) else bytes(key)
-            named.append(start + (b"k" + data if len(data) <= _LONGEST_KEY else b"d" + blake3.blake3(data).digest()))
-        return named
-
-
 class KeyedTier:
     """Asks one store; for all threads of a process, not for its forked children.
 
     A lookup takes `lookup_s` seconds at most (see RecordStore for what is added while bytes arrive), a change
     `change_s`. What goes wrong in a lookup is counted and is a miss; what can't be changed raises StoreFault, a
-    TierUnavailable. A clear() by another host is seen after `generation_s` at most. `bloom` is for a store that only
-    this process writes to: it has to know all names that are in it.
+    TierUnavailable. A clear() by another host is seen after `generation_s` at most. With `bloom`, what is certainly not
+    there isn't asked for, and what is written is published for the others' filters.
     """
 
     def __init__(
@@ -117,22 +79,25 @@ class KeyedTier:
         change_s: float = 2.0,
         generation_s: float = 1.0,
         breaker: Breaker | None = None,
-        bloom: BloomFilter | None = None,
+        bloom: FilterOptions | None = None,
     ) -> None:
         self.name = store.name
         self.store = store
         self.breaker = breaker or Breaker(store.name)
         self._prefix = prefix
-        self._lookup_s = lookup_s
+        self.lookup_s = lookup_s
         self._change_s = change_s
         self._generation_s = generation_s
-        self._bloom = bloom
+        self._filters = None if bloom is None else Filters(store, bloom, self.breaker, change_s, self._failed)
         self._numbers: Counter[str] = Counter()
         self._lock = threading.Lock()
 
     def open_namespace(self, name: str, version: int, encoding: Encoding | None = None) -> KeyedSpace:
         """Return the place of a namespace, in which values are stored by that encoding; nobody is asked yet."""
-        return KeyedSpace(self._prefix, name, version, encoding or Encoding())
+        space = KeyedSpace(self._prefix, name, version, encoding or Encoding())
+        if self._filters is not None:
+            space.filter = self._filters.of(space)
+        return space
 
     # ---- Looking up
 
@@ -141,6 +106,25 @@ class KeyedTier:
 
         Whenever `state` is another one than the last time, the generation is read anew.
         """
+        asked = self._asked(space, keys, count=True)
+        if len(asked) == len(keys):
+            return self._load(space, keys, state)
+        result: list[Found | None] = [None] * len(keys)
+        if asked:
+            for position, found in zip(asked, self._load(space, [keys[i] for i in asked], state), strict=True):
+                result[position] = found
+        return result
+
+    def _asked(self, space: KeyedSpace, keys: Sequence[Key], *, count: bool) -> list[int]:
+        """Return the positions of keys that may be there."""
+        if self._filters is None or space.filter is None:
+            return list(range(len(keys)))
+        positions = space.filter.positions(keys, count=count)
+        if space.filter.stale:
+            self._filters.want()
+        return positions
+
+    def _load(self, space: KeyedSpace, keys: Sequence[Key], state: object) -> list[Found | None]:
         self._count(lookups=len(keys))
         result: list[Found | None] = [None] * len(keys)
         answers = self._look_up(space, keys, state, self.store.read)
@@ -187,7 +171,15 @@ class KeyedTier:
 
     def contains(self, space: KeyedSpace, keys: Sequence[Key], state: object) -> list[bool]:
         """Say which keys seem to be there; only a load checks."""
+        there = [False] * len(keys)
+        asked = self._asked(space, keys, count=False)
+        if asked:
+            found = self._contains(space, [keys[i] for i in asked], state)
+            for position, answer in zip(asked, found, strict=True):
+                there[position] = answer
+        return there
 
+    def _contains(self, space: KeyedSpace, keys: Sequence[Key], state: object) -> list[bool]:
         def ask(names: Sequence[bytes], timeout_s: float) -> list[Any]:
             if names[0] != space.generation_name:
                 return list(self.store.contains(names, timeout_s))
@@ -206,7 +198,7 @@ class KeyedTier:
         ask: Callable[[Sequence[bytes], float], list[T | None]],
     ) -> tuple[int, list[T | None]] | None:
         """Ask for the names of keys in the current generation; None where that can't be done, or there is none."""
-        until = time.monotonic() + self._lookup_s
+        until = time.monotonic() + self.lookup_s
 
         def left() -> float:
             return max(0.001, until - time.monotonic())
@@ -244,14 +236,10 @@ class KeyedTier:
     ) -> tuple[int, list[Any]]:  # fmt: skip
         """Ask for names in a generation, and in the same breath whether that is still the one, unless it is fresh."""
         names = space.names(keys, generation)
-        asked = list(range(len(names)))
-        if self._bloom is not None:
-            maybe = self._bloom.contains_many(names)
-            asked = [i for i in asked if maybe[i]]
         head = [] if fresh else [space.generation_name]
         asked_at = time.monotonic()
         try:
-            got = ask(head + [names[i] for i in asked], left()) if asked or head else []
+            got = ask(head + names, left())
         except StoreFault as fault:
             if fault.found is None or head:
                 raise  # without the generation, nothing of it counts
@@ -263,10 +251,7 @@ class KeyedTier:
             self._remember(space, state, got[0], asked_at)
             if space.generation != generation:
                 raise _Moved
-        answers: list[Any] = [None] * len(keys)
-        for i, answer in zip(asked, got[len(head) :], strict=True):
-            answers[i] = answer
-        return generation, answers
+        return generation, got[len(head) :]
 
     # ---- Changing
 
@@ -277,8 +262,7 @@ class KeyedTier:
         names = space.names([record.key for record in records], generation)
         now = time.time_ns()
         items = [_addressed(name, record, space, generation, now) for name, record in zip(names, records, strict=True)]
-        if self._bloom is not None:
-            self._bloom.add_many(names)
+        self._publish(space, generation, records)
         asked_at = time.monotonic()
         current = self._change(lambda: self.store.write(items, self._change_s, then_read=space.generation_name))
         # What was written under an earlier generation isn't there.
@@ -286,6 +270,24 @@ class KeyedTier:
         if space.generation != generation:
             raise StoreFault("cleared", f"{self.name}: the namespace was cleared meanwhile", sent=False)
         self._count(written_records=len(items), written_bytes=sum(item.length for item in items))
+
+    def _publish(self, space: KeyedSpace, generation: int, records: Sequence[DirtyRecord]) -> None:
+        """Before records are written, tell the others' filters, or that they can't know."""
+
+        def publish() -> None:
+            if space.filter is not None:
+                keys, expires = [record.key for record in records], [record.expires for record in records]
+                space.filter.publish(self.store, Names(space, generation), keys, expires, self._change_s)
+                return
+            if space.roll is None or space.roll.generation != generation:
+                space.roll = Roll(Names(space, generation), me=b"")
+            space.roll.enter(self.store, self._change_s)
+
+        try:
+            self._change(publish)
+        except StoreFault as fault:
+            fault.sent = False  # of the records
+            raise
 
     def delete(self, space: KeyedSpace, keys: Sequence[Key]) -> None:
         """Forget records before it returns; raises StoreFault, and TierUnavailable while nobody is asked."""
@@ -359,13 +361,10 @@ class KeyedTier:
 
     def _remember(self, space: KeyedSpace, state: object, data: Buffer | None, asked_at: float) -> None:
         generation = None
-        if data is not None:
-            try:
-                record = parse_record(data, seed=space.seed)
-                if record.key == _GENERATION and record.flags & NAMESPACE and record.stored_len == _NUMBER.size:
-                    generation = _NUMBER.unpack(payload_of(data, record))[0]
-            except (CorruptRecord, FormatError):
-                self._count(rejected_records=1)
+        try:
+            generation = space.generation_in(data)
+        except (CorruptRecord, FormatError):
+            self._count(rejected_records=1)
         with self._lock:
             if asked_at > space.known_at:  # else another thread has seen a newer one
                 space.generation, space.known_at, space.known_in = generation, asked_at, state
@@ -373,10 +372,12 @@ class KeyedTier:
     def _make_generation(self, space: KeyedSpace) -> None:
         number = secrets.randbits(64)
         record = build_record(
-            _GENERATION, _NUMBER.pack(number), seed=space.seed, ns=0, version=space.version, flags=NAMESPACE,
+            GENERATION, GENERATION_NUMBER.pack(number), seed=space.seed, ns=0, version=space.version, flags=NAMESPACE,
             seq=time.time_ns(),
         )  # fmt: skip
-        self.store.write([NamedRecord(space.generation_name, (record,), 0)], self._change_s)
+        # The list of writers first: whoever sees the generation has to see that it is complete.
+        roll = Roll(Names(space, number), me=b"").first(*([] if space.filter is not None else [b""]))
+        self.store.write([roll, NamedRecord(space.generation_name, (record,), 0)], self._change_s)
         self._count(generations_made=1)
         with self._lock:
             space.generation, space.known_at = number, time.monotonic()
@@ -386,11 +387,18 @@ class KeyedTier:
     def stats(self) -> Stats:
         """Return the counters of this process, "error <kind>" for faults, and what breaker and store say."""
         with self._lock:
-            numbers: Stats = {**dict.fromkeys(_COUNTERS, 0), **self._numbers}
-        return {**numbers, **self.breaker.stats(), **self.store.stats()}
+            numbers = {**dict.fromkeys(_COUNTERS, 0), **self._numbers}
+        filters: Stats = {}
+        if self._filters is not None:
+            filters, spared = self._filters.stats()
+            numbers["lookups"] += spared
+            numbers["misses"] += spared
+        return {**numbers, **filters, **self.breaker.stats(), **self.store.stats()}
 
     def close(self) -> None:
         """Let go of the store."""
+        if self._filters is not None:
+            self._filters.close()
         self.store.close()
 
     def _count(self, **amounts: int) -> None:
