@@ -148,7 +148,8 @@ class EngineBlocks:
         """Store blocks of `nbytes` each, in order, and return how many of them are there, from the first on.
 
         `fill(i, memory)` writes block i where it isn't there yet. It ends at the first that can't be stored, or is
-        withdrawn, so that none is stored behind a hole. `depth` is the place of the first in its prefix, from 1 on; 0: they aren't of one.
+        withdrawn, so that none is stored behind a hole. `depth` is the place of the first in its prefix, from 1 on; 0:
+        they aren't of one.
         """
         done = written = 0
 

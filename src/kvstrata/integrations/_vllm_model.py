@@ -53,29 +53,29 @@ def weights_identity(cache: Cache, vllm_config: Any) -> str:
     return weights_of(cache, model.model, model.revision)
 
 
-def weights_of(cache: Cache, name: str, revision: str | None = None) -> str:
+def weights_of(cache: Cache, name: str, revision: str | None = None, *, any_revision: bool = False) -> str:
     """Return a digest of the files of the weights in a directory, or of that name on the hub: of their content alone.
 
-    The cache remembers it by the files' sizes and times, so that they are read once. Raises ConfigError where there
-    are no files, or several revisions of them and none is given.
+    The cache remembers it by the files' sizes and times, so that they are read once. With `any_revision` it isn't known
+    which one of a name on the hub is in use. Raises ConfigError where it isn't certain which files they are.
     """
-    files = _weight_files(name, revision)
+    files = _weight_files(name, revision, any_revision)
     return blake3.blake3("".join(_file_digest(cache, file) for file in files).encode()).hexdigest()
 
 
-def _weight_files(name: str, revision: str | None) -> list[Path]:
+def _weight_files(name: str, revision: str | None, any_revision: bool) -> list[Path]:
     path = Path(name).expanduser()
     if path.is_file():
         return [path]
     if not path.is_dir():
-        path = _downloaded(name, revision)
+        path = _downloaded(name, revision, any_revision)
     files = sorted((file for file in path.iterdir() if file.suffix in _WEIGHTS), key=lambda file: file.name)
     if not files:
         raise _nameless(name)
     return files
 
 
-def _downloaded(name: str, revision: str | None) -> Path:
+def _downloaded(name: str, revision: str | None, any_revision: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -83,7 +83,7 @@ def _downloaded(name: str, revision: str | None) -> Path:
         path = Path(snapshot_download(name, revision=revision, local_files_only=True))
     except (HFValidationError, LocalEntryNotFoundError, OSError):
         raise _nameless(name) from None
-    if revision is None and len(list(path.parent.iterdir())) > 1:
+    if any_revision and len(list(path.parent.iterdir())) > 1:
         raise _nameless(name)
     return path
 

@@ -7,24 +7,23 @@ long is abandoned: its blocks are reported as failed, and computed.
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from kvstrata.cache import Cache
-from kvstrata.integrations._blocks import EngineBlocks, Withdrawn
+from kvstrata.integrations._blocks import EngineBlocks
 from kvstrata.integrations._vllm_memory import BlockMemory
-from kvstrata.integrations._vllm_messages import Load, Progress, Shard, Store, Work
+from kvstrata.integrations._vllm_messages import Progress, Shard, Work
 from kvstrata.integrations._vllm_metrics import Deltas, KVStrataStats
 from kvstrata.integrations._vllm_model import model_facts, weights_identity
+from kvstrata.integrations._vllm_transfers import Loading, Storing
 
 __all__ = ["Worker"]
 
 _FENCE_S = 0.1  # for stores whose blocks are about to be overwritten, in one step
 _CLOSE_S = 5.0  # for stores that are left at the end
-_GROUPS = 8  # of layers, which a layer-wise load brings one after the other
 
 
 class Worker:
@@ -40,9 +39,9 @@ class Worker:
         self._namespace_options = namespace_options
         self._loader = ThreadPoolExecutor(1, "kvstrata-load")
         self._storer = ThreadPoolExecutor(1, "kvstrata-store")
-        self._loading: list[_Loading] = []
-        self._layerwise: list[_Loading] = []
-        self._storing: list[_Storing] = []
+        self._loading: list[Loading] = []
+        self._layerwise: list[Loading] = []
+        self._storing: list[Storing] = []
         self._failed: set[int] = set()
         self._heads: dict[str, int] = {}  # of requests: how many blocks are stored, in the storer's thread
         self._deltas = Deltas()
@@ -81,7 +80,7 @@ class Worker:
     def start_loads(self, work: Work) -> None:
         """Begin the step's loads."""
         for load in work.loads:
-            loading = _Loading(load, self.blocks, self.memory, time.monotonic() + self._timeout)
+            loading = Loading(load, self.blocks, self.memory, time.monotonic() + self._timeout)
             (self._layerwise if work.layerwise else self._loading).append(loading)
             self._loader.submit(loading.run_layerwise if work.layerwise else loading.run)
 
@@ -99,7 +98,7 @@ class Worker:
         """Begin to store what the step has computed."""
         self._end_layerwise()  # of layers that asked for nothing
         for store in work.stores:
-            storing = _Storing(store)
+            storing = Storing(store)
             self._storing.append(storing)
             self._storer.submit(self._store, storing)
 
@@ -149,7 +148,7 @@ class Worker:
 
     # ---- In the storer's thread
 
-    def _store(self, storing: _Storing) -> None:
+    def _store(self, storing: Storing) -> None:
         store = storing.store
         try:
             if store.first <= self._heads.get(store.request, 0):  # else a block before is missing
@@ -160,113 +159,6 @@ class Worker:
                 self.blocks.unstored(len(store.keys))
         finally:
             storing.ended.set()
-
-
-class _Storing:
-    """A store under way. Blocks from position `_cut` on aren't what they were."""
-
-    def __init__(self, store: Store) -> None:
-        self.store = store
-        self.ended = threading.Event()
-        self.stored = 0
-        self._cut = len(store.keys)
-
-    def withdraw(self, fresh: set[int]) -> None:
-        """Store nothing of these any more: what is copied from now on isn't taken for the block."""
-        positions = [position for position, block in enumerate(self.store.blocks) if block in fresh]
-        self._cut = min([self._cut, *positions])
-
-    def filled_by(self, read: Callable[[int, memoryview], None]) -> Callable[[int, memoryview], None]:
-        def fill(position: int, memory: memoryview) -> None:
-            read(self.store.blocks[position], memory)
-            if position >= self._cut:  # looked at after copying: it is set before the block is overwritten
-                raise Withdrawn
-
-        return fill
-
-
-class _Loading:
-    """A load under way. Once it is abandoned nothing more is written to its blocks."""
-
-    def __init__(self, load: Load, blocks: EngineBlocks, memory: BlockMemory, deadline: float) -> None:
-        self.load = load
-        self.failed: set[int] = set()
-        self.ended = threading.Event()
-        self._blocks = blocks
-        self._memory = memory
-        self._deadline = deadline
-        self._changed = threading.Condition()  # guards what follows, and writing to the engine's memory
-        self._abandoned = False
-        self._layers = 0  # so many have come
-
-    def run(self) -> None:
-        """Load all layers of each block as it arrives."""
-        got = [False] * len(self.load.keys)
-        try:
-            got = self._blocks.load_each(self.load.keys, self._take)
-        finally:
-            self._end([block for block, there in zip(self.load.blocks, got, strict=True) if not there])
-
-    def run_layerwise(self) -> None:
-        """Load some layers of all blocks, and then the next ones."""
-        missing = list(self.load.blocks)
-        try:
-            with self._blocks.pinned(self.load.keys) as pins:
-                fits = [pin is not None and len(pin) == self._memory.block_bytes for pin in pins]
-                there = [(block, memoryview(pin)) for block, pin, fit in zip(self.load.blocks, pins, fits, strict=True)
-                         if fit and pin is not None]  # fmt: skip
-                missing = [block for block, fit in zip(self.load.blocks, fits, strict=True) if not fit]
-                step = -(-self._memory.layers // _GROUPS)
-                for first in range(0, self._memory.layers, step):
-                    layers = range(first, min(first + step, self._memory.layers))
-                    with self._changed:
-                        if self._abandoned:
-                            return
-                        for block, data in there:
-                            self._memory.write(block, data, layers)
-                        if layers.stop < self._memory.layers:
-                            self._layers = layers.stop
-                            self._changed.notify_all()
-                for _, data in there:
-                    data.release()
-        finally:
-            self._end(missing)
-
-    def wait_for(self, layer: int) -> None:
-        """Return when a layer has come, all has ended, or it has been abandoned, since it takes too long."""
-        with self._changed:
-            self._changed.wait_for(
-                lambda: self._layers > layer or self.ended.is_set(), self._deadline - time.monotonic()
-            )
-            there = self._layers > layer
-        if not there:
-            self.abandon(time.monotonic())
-
-    def abandon(self, now: float) -> bool:
-        """End it if its time is over; returns whether it was. All of its blocks count as failed then."""
-        if now < self._deadline:
-            return False
-        with self._changed:
-            if not self.ended.is_set():
-                self._abandoned = True
-                self.failed = set(self.load.blocks)
-                self.ended.set()
-        return True
-
-    def _take(self, position: int, data: memoryview) -> bool:
-        with self._changed:
-            if self._abandoned or data.nbytes != self._memory.block_bytes:
-                return False
-            self._memory.write(self.load.blocks[position], data)
-            return True
-
-    def _end(self, missing: list[int]) -> None:
-        with self._changed:
-            if not self._abandoned:
-                self.failed = set(missing)
-                self._layers = self._memory.layers
-                self.ended.set()
-            self._changed.notify_all()
 
 
 def _backend(layer: Any) -> str:

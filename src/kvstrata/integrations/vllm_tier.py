@@ -62,9 +62,8 @@ class KVStrataTier(SecondaryTierManager):  # type: ignore[misc]
         self._chunks: Any = np.asarray(primary_kv_view).view(np.uint8).reshape(-1, self._block_size_bytes)
         self._cache: Cache | None = share_for_engine(options, known=_OPTIONS)
         config = offloading_spec.config
-        weights = options.get("weights") or weights_of(self._cache, config.model.name)
-        namespace = {name: options[name] for name in ("codec", "admission") if name in options}
-        self._open = lambda cache: EngineBlocks(cache, "vllm-tier", _facts(config, weights), **namespace)
+        self._weights: str = options.get("weights") or weights_of(self._cache, config.model.name, any_revision=True)
+        self._namespace = {name: options[name] for name in ("codec", "admission") if name in options}
         self._blocks: EngineBlocks | None = None  # once it is known how vLLM makes hashes
         self._off = False
         self._threads = ThreadPoolExecutor(1, "kvstrata-store"), ThreadPoolExecutor(2, "kvstrata-load")
@@ -109,7 +108,8 @@ class KVStrataTier(SecondaryTierManager):  # type: ignore[misc]
                 log.error("kvstrata is switched off: vLLM's hashes begin with a random number in each process. "
                           "PYTHONHASHSEED isn't set; %s", _SEED)  # fmt: skip
                 return None
-            self._blocks = self._open(self._cache)
+            facts = _facts(self._offloading_spec.config, self._weights)
+            self._blocks = EngineBlocks(self._cache, "vllm-tier", facts, **self._namespace)
         return self._blocks
 
     # ---- Transfers
