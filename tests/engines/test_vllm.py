@@ -27,7 +27,7 @@ def engines(starting_vllm: Start) -> dict[str, Engine]:
         "plain": starting_vllm(None),
         "first": starting_vllm("cache", environment={"PYTHONHASHSEED": "1"}, kv_events_config=events, enable_lora=True),
         "second": starting_vllm("cache", environment={"PYTHONHASHSEED": "2"}, connector={"load": "layerwise"},
-                           enable_lora=True),
+                                enable_lora=True, async_scheduling=False),
     }  # fmt: skip
     for engine in found.values():
         engine.process.finish()
@@ -269,3 +269,5 @@ def test_settings_that_cannot_be_used_are_refused_at_the_start(first: Engine) ->
         first.attach(kv_connector_extra_config={"memmory": "1GiB"})
     with pytest.raises(RemoteError, match="did you mean 'layerwise'"):
         first.attach(kv_connector_extra_config={"load": "layer-wise"})
+    with pytest.raises(RemoteError, match="add --no-async-scheduling"):
+        first.attach(kv_connector_extra_config={"load": "layerwise"})

@@ -192,7 +192,7 @@ class Engine:
         address = self.llm.llm_engine.vllm_config.kv_events_config.endpoint
         with zmq.Context() as context, context.socket(zmq.SUB) as socket:
             socket.subscribe("")
-            socket.connect(address)
+            socket.bind(address)  # vLLM connects
             decoder = msgspec.msgpack.Decoder(KVEventBatch)
             while not socket.poll(50):  # until it is connected
                 self.tokens(list(range(1000, 1000 + BLOCK + 1)))

@@ -175,6 +175,11 @@ class Scheduler:
                 del self._telling[number]
                 self._tell(told, min(told.heard))
 
+    def failed(self) -> None:
+        """Some blocks could not be loaded, and will be computed: to be stored then."""
+        for tracked in self._tracked.values():
+            tracked.stored = 0
+
     @property
     def telling(self) -> bool:
         """Whether there will be events without another request."""

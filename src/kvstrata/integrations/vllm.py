@@ -48,6 +48,13 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         how = options.get("load", _LOADS[0])
         if how not in _LOADS:
             raise UnknownOption("load", how, _LOADS)
+        alone = vllm_config.max_concurrent_batches == vllm_config.parallel_config.world_size == 1
+        if how == "layerwise" and not alone:
+            # What a step computes must not count before it is known how its loads went.
+            raise ConfigError(
+                '"load": "layerwise" is for one rank whose steps don\'t overlap: '
+                "add --no-async-scheduling, or load ahead of the step"
+            )
         timeout = options.get("load_timeout", _LOAD_TIMEOUT_S)
         if isinstance(timeout, bool) or not isinstance(timeout, int | float) or timeout <= 0:
             raise ConfigError(f"load_timeout is a number of seconds above 0, not {timeout!r}")
@@ -149,6 +156,8 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def update_connector_output(self, connector_output: Any) -> None:
         """Hear from the workers."""
+        if connector_output.invalid_block_ids:
+            self._plan.failed()
         self._plan.heard(connector_output.kv_connector_worker_meta)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
