@@ -56,7 +56,7 @@ class TierCost:
         expected = self.seconds(nbytes)
         by_latency = self.latency_s / expected
         by_bytes = 1 - by_latency
-        error, streak = math.log(seconds / expected), 0
+        error, streak = math.log(seconds) - math.log(expected), 0  # their ratio may be less than there are numbers for
         if self.observations >= _SETTLED:
             error, streak = _bounded(error, self._streak)
         step = max(_STEP, 1 / (self.observations + 2)) * error / (by_latency**2 + by_bytes**2)
