@@ -1,8 +1,8 @@
 """What the disk tier keeps when power is lost, in any state that the file system may then leave it in.
 
-The promise: nothing comes back that was deleted, overwritten or cleared before, whatever has been synced. What was
-there at a sync is there after it, unless mutable records were removed since: then these are lost, and the immutable
-ones are not.
+The promise: nothing comes back that was deleted, overwritten, cleared or of an older version before, whatever has been
+synced. What was there at a sync is there after it, unless mutable records were removed since: then these are lost, and
+the immutable ones are not.
 """
 
 from __future__ import annotations
@@ -37,10 +37,18 @@ from support.power import mark
 from support.values import SMALLEST, make_value
 rng = random.Random(seed)
 number = 0
+version = 1
 def opened():
     global cache, spaces
     cache = kvstrata.open(root, **options)
-    spaces = {"mutable": cache.namespace("mutable"), "immutable": cache.namespace("immutable", immutable=True)}
+    spaces = {
+        "mutable": cache.namespace("mutable", version=version),
+        "immutable": cache.namespace("immutable", immutable=True),
+    }
+def raise_version(number):
+    global version
+    version += 1
+    spaces["mutable"] = cache.namespace("mutable", version=version)
 def do(ns, key, how, call):
     global number
     number += 1
@@ -74,6 +82,8 @@ def some(steps):
             do(ns, None, "clear", lambda number: spaces[ns].clear())
         elif chosen < 0.88:
             do("mutable", None, "clear tag", lambda number: spaces["mutable"].delete_tag("all"))
+        elif chosen < 0.90:
+            do("mutable", None, "version", raise_version)
         elif chosen < 0.96:
             cache.flush()
         else:
@@ -228,7 +238,7 @@ class Said:
 
 def _removes(what: dict[str, Any], key: int = 1) -> bool:
     how = what.get("how")
-    return how in ("delete", "clear") or (how == "clear tag" and key % 2 == 1)
+    return how in ("delete", "clear", "version") or (how == "clear tag" and key % 2 == 1)
 
 
 @pytest.mark.parametrize(
@@ -248,8 +258,9 @@ def test_a_power_loss_never_brings_back_what_was_removed_and_keeps_what_was_sync
         loses_power()
         said = Said(recording, at)
         with kvstrata.open(copy, **OPTIONS) as cache:
+            versions = {ns.name: ns.version for ns in cache._below.namespaces()}  # type: ignore[union-attr]
             for name in ("mutable", "immutable"):
-                ns = cache.namespace(name, immutable=name == "immutable")
+                ns = cache.namespace(name, immutable=name == "immutable", version=versions.get(name, 1))
                 for key in range(KEYS + 4):
                     value = ns.get(b"%02d" % key)
                     found += value is not None

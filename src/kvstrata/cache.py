@@ -184,9 +184,9 @@ class Cache(Namespace):
         whatever the cache was opened with; do that in all processes alike.
 
         `codec` encodes values below memory, where they are always as they were put: one for all tiers, or one for each,
-        as in {"memory": "raw", "disk": "planes", "remote": "int8"}; docs/codecs.md says which there are. Lossy ones want to know what
-        values are: `tensor`; values that aren't such tensors are stored raw. It is this process's affair: records say
-        themselves how they are encoded.
+        as in {"memory": "raw", "disk": "planes", "remote": "int8"}; docs/codecs.md says which there are. Lossy ones
+        want to know what values are: `tensor`; values that aren't such tensors are stored raw. It is this process's
+        affair: records say themselves how they are encoded.
 
         Who has it open already must have the same
         policy, quota, guarantee, immutable, admission and, as to "back", write, or ConfigMismatch is raised.
@@ -596,9 +596,9 @@ def open(
     `prefetch` is how many bytes this process reads ahead at a time for `Namespace.prefetch` (64 MiB); 0: it does
     nothing.
 
-    `encryption` is a file of keys, a function that returns them, or a `kvstrata.codecs.Keyring`: all values on the disk and in tiers elsewhere are
-    encrypted then (AES-256-GCM); keys of records are not. Raises WrongKey where the disk's are encrypted under others,
-    and MissingExtra without `kvstrata[encryption]`.
+    `encryption` is a file of keys, a function that returns them, or a `kvstrata.codecs.Keyring`: all values on the disk
+    and in tiers elsewhere are encrypted then (AES-256-GCM); keys of records are not. Raises WrongKey where the disk's
+    are encrypted under others, and MissingExtra without `kvstrata[encryption]`.
 
     `remote` names one or more tiers elsewhere, asked in that order after a miss here: "redis://user:pw@host:6379/0",
     "rediss://...", "redis+cluster://...", "unix:///path", "s3://bucket/prefix"; docs/remote.md has all of it. All

@@ -8,11 +8,10 @@ again, it isn't asked any more but now and then: meanwhile records stay in memor
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from kvstrata.errors import TierFull, TierUnavailable, VersionConflict
 from kvstrata.record import PAGE, NamespaceInfo, build_descriptor
@@ -20,7 +19,7 @@ from kvstrata.tiers.base import Arrived, Key, NamespaceState, Stats
 from kvstrata.tiers.blockio import page_ceil
 from kvstrata.tiers.breaker import Breaker
 from kvstrata.tiers.capacity import Capacity
-from kvstrata.tiers.catalog import Catalog, CatalogDamaged, Lasting
+from kvstrata.tiers.catalog import Catalog, Lasting
 from kvstrata.tiers.cleaning import Cleaner
 from kvstrata.tiers.counters import Counters, reason
 from kvstrata.tiers.encodings import Encodings
@@ -28,8 +27,7 @@ from kvstrata.tiers.ledger import Ledger
 from kvstrata.tiers.loading import Loaded, Loader, key_bytes
 from kvstrata.tiers.partial import PartLoader
 from kvstrata.tiers.quotas import Quotas
-from kvstrata.tiers.recovery import recovered
-from kvstrata.tiers.segment_format import read_header
+from kvstrata.tiers.recovery import Recovery
 from kvstrata.tiers.segments import SegmentSet, segment_bytes_for
 from kvstrata.tiers.wear import WriteLimit
 
@@ -39,8 +37,6 @@ if TYPE_CHECKING:
 
 __all__ = ["DiskTier"]
 
-T = TypeVar("T")
-log = logging.getLogger("kvstrata.disk")
 
 SYNC_S = 5.0  # after so long what was committed is synced, as file systems do with their journals
 _FIRST_EPOCH = 1  # as in the store
@@ -128,6 +124,16 @@ class DiskTier:
             )
         except OSError as error:
             raise TierUnavailable(f"{directory} can't hold a disk tier: {error.strerror or error}") from error
+        self._recovery = Recovery(
+            directory,
+            store,
+            self._ledger,
+            self._catalog,
+            self._segments,
+            self._counters,
+            self._namespaces,
+            self._make_room,
+        )
         self._quotas = Quotas(self._catalog, store, lambda ns: self._known(ns).immutable)
         self._write_limit = WriteLimit(write_limit)
         self._cleaner = Cleaner(policy, store, self._segments, self._catalog, self._counters, self._write_limit.admits)
@@ -152,7 +158,8 @@ class DiskTier:
         """
         try:
             with self._ledger.hold():
-                self._recover()
+                self._recovery.run()
+                self.sync()
         except OSError as error:
             raise TierUnavailable(f"{self.directory} can't be used: {error.strerror or error}") from error
 
@@ -170,7 +177,7 @@ class DiskTier:
         """Have all that was written on the device, so that it outlasts a power loss; raises TierUnavailable."""
         try:
             self._segments.sync()
-            self._mended(self._catalog.sync)
+            self._recovery.mended(self._catalog.sync)
         except OSError as error:
             raise TierUnavailable(f"{self.directory} can't be synced: {error.strerror or error}") from error
 
@@ -188,20 +195,18 @@ class DiskTier:
 
     def namespaces(self) -> list[NamespaceState]:
         """Return those that the catalog knows; raises TierUnavailable."""
-        known = self._mended(self._catalog.load_namespaces)
-        self._namespaces.update((info.id, info) for info in known)
-        return [_state(info) for info in known]
+        return [_state(info) for info in self._recovery.namespaces()]
 
     def open_namespace(self, name: str, version: int, immutable: bool) -> NamespaceState:
         """Make a namespace known, or a newer version of it, also after a restart.
 
         Raises VersionConflict when it has moved on to a version above this one, and TierUnavailable.
         """
-        known = self._mended(self._catalog.load_namespaces)
+        known = self._recovery.mended(self._catalog.load_namespaces)
         info = next((info for info in known if info.name == name), None)
         if info is None or info.version < version or info.immutable != immutable:
             wanted = NamespaceInfo(0, name, version, _FIRST_EPOCH, immutable)
-            info = self._mended(lambda: self._catalog.register_namespace(wanted))
+            info = self._recovery.mended(lambda: self._catalog.register_namespace(wanted))
         if info.version > version:
             raise VersionConflict(f"namespace {name!r} has moved on to version {info.version}")
         self._namespaces[info.id] = info
@@ -209,12 +214,12 @@ class DiskTier:
 
     def set_quota(self, ns: int, quota: int) -> None:
         """Bound the bytes that a namespace has on disk, for all processes; 0 = no bound. Raises TierUnavailable."""
-        self._mended(lambda: self._quotas.set(ns, quota))
+        self._recovery.mended(lambda: self._quotas.set(ns, quota))
 
     def usage(self) -> dict[int, tuple[int, int]]:
         """Return by number of a namespace how many records and bytes it has on disk; none when that isn't known."""
         try:
-            return {ns: (use.records, use.bytes) for ns, use in self._mended(self._catalog.usage).items()}
+            return {ns: (use.records, use.bytes) for ns, use in self._recovery.mended(self._catalog.usage).items()}
         except TierUnavailable:
             return {}
 
@@ -232,7 +237,7 @@ class DiskTier:
 
         Raises TierUnavailable when that can't be made durable.
         """
-        self._mended(lambda: self._catalog.remove_tag(slot, seq))
+        self._recovery.mended(lambda: self._catalog.remove_tag(slot, seq))
 
     # ---- Records
 
@@ -310,7 +315,7 @@ class DiskTier:
         # Where a key implies its value, one that was put again may as well come back.
         removes = any(below is None for _, below in rows)
         lasting: Lasting = "marked" if not self._known(ns).immutable else "synced" if removes else "later"
-        self._mended(lambda: self._catalog.delete(ns, rows, lasting))
+        self._recovery.mended(lambda: self._catalog.delete(ns, rows, lasting))
 
     def delete_prefix(self, ns: int, prefix: bytes, below: int) -> None:
         """Forget the records whose keys start with `prefix`, if their number is below `below`, also after a restart.
@@ -318,7 +323,7 @@ class DiskTier:
         Raises TierUnavailable when that can't be made durable.
         """
         lasting: Lasting = "synced" if self._known(ns).immutable else "marked"
-        self._mended(lambda: self._catalog.delete_prefix(ns, prefix, below, lasting))
+        self._recovery.mended(lambda: self._catalog.delete_prefix(ns, prefix, below, lasting))
 
     def save(self, name: str, data: bytes) -> None:
         """Keep a small file beside the segments, in place of an older one, within the capacity.
@@ -351,120 +356,10 @@ class DiskTier:
             **{f"read_{name}": value for name, value in self._reading.stats().items()},
         }
 
-    # ---- Inside: opening and repair
-
-    def _recover(self) -> None:
-        for leftover in (*self.directory.glob("probe-*.tmp"), *self.directory.glob("hottest.new")):
-            leftover.unlink(missing_ok=True)
-        mark = self._ledger.read()
-        if mark is not None and mark.seed != self._store.seed:
-            self._start_over()
-        for segment in self._segments.all():
-            read_header(self._segments.path_of(segment.number))  # raises FormatError
-        try:
-            existed = self._catalog.open()
-        except CatalogDamaged as damage:
-            self._rebuild(damage)
-        else:
-            if not existed and self._segments.all():
-                self._rebuild(CatalogDamaged("there was none"))
-        try:
-            self._restore()
-        except CatalogDamaged as damage:
-            self._rebuild(damage)
-            for segment in self._segments.all():
-                self._store.drop_segment(segment.number)  # what it was told so far
-            self._restore()
-        try:
-            self._make_room(0)
-        except TierFull:
-            self._drop_everything()
-        self.sync()
-
-    def _drop_everything(self) -> None:
-        """Make the directory as small as can be, for a capacity that the catalog alone would exceed."""
-        log.warning("%s: what was stored under a larger capacity doesn't fit; it is dropped", self.directory)
-        self.namespaces()
-        self._catalog.replace(self._namespaces, [])
-        for segment in self._segments.all():
-            if not self._segments.is_being_written(segment.number):
-                self._store.drop_segment(segment.number)
-                self._segments.remove(segment.number)
-        self._catalog.discard_others()
-
-    def _start_over(self) -> None:
-        log.warning("%s belongs to another cache, whose records can't be checked; they are dropped", self.directory)
-        for segment in self._segments.all():
-            self._segments.remove(segment.number)
-        self._ledger.write(self._ledger.mark()._replace(seed=self._store.seed))
-        self._catalog.replace({}, [])
-
-    def _restore(self) -> None:
-        """Tell the store what the catalog knows; drop rows without data, and data without rows."""
-        mark = self._ledger.mark()
-        if mark.unsynced and not mark.is_of_this_boot:
-            log.warning("%s: power was lost while records were deleted; the mutable ones are dropped", self.directory)
-            self._catalog.drop_mutable()
-        for state in self.namespaces():
-            self._store.restore_namespace(*state)
-        for slot, seq in self._catalog.load_tags():
-            self._store.restore_tag(slot, seq)
-        self._catalog.drop_stale()
-        sizes = {segment.number: segment.size for segment in self._segments.all()}
-        ends = dict.fromkeys(sizes, 0)  # bytes up to the last record of each segment
-        lost: set[int] = set()
-        highest = 0
-        for rows in self._catalog.rows():
-            there = []
-            for row in rows:
-                seq, segment, end = row[2], row[3], row[4] + row[5]
-                highest = max(highest, seq)
-                if end > sizes.get(segment, 0):
-                    lost.add(segment)
-                    continue
-                there.append(row)
-                if end > ends[segment]:
-                    ends[segment] = end
-            self._counters.add("restored_records", self._store.insert_disk(there))
-        self._store.raise_seq(highest)
-        for number in lost:
-            dropped = self._catalog.drop_segment(number, beyond=sizes.get(number, 0))
-            self._counters.add("dropped_rows", dropped)
-        for number, end in ends.items():
-            if self._segments.is_being_written(number):
-                continue  # by a process that has another mapping
-            if end:
-                self._segments.trim(number, end)
-            else:
-                self._segments.remove(number)
-
-    def _rebuild(self, damage: CatalogDamaged) -> None:
-        """Make a new catalog of what the segments themselves say; only immutable records come back."""
-        with self._ledger.hold():
-            if self._catalog.is_superseded():
-                self._catalog.close()  # another process has done it
-                return
-            log.warning("%s: the catalog is rebuilt from the segments: %s", self.directory, damage)
-            self._counters.add("catalog_rebuilds")
-            found = dict(self._namespaces)
-            self._catalog.replace(found, recovered(self._segments, found))
-            self._namespaces = found
-            self._catalog.drop_stale()
-            with contextlib.suppress(TierFull):
-                self._make_room(0)
-
-    def _mended(self, call: Callable[[], T]) -> T:
-        """Call, and once more after a rebuild if the catalog turns out to be damaged."""
-        try:
-            return call()
-        except CatalogDamaged as damage:
-            self._rebuild(damage)
-            return call()
-
     # ---- Inside: writing
 
     def _append(self, records: list[DirtyRecord]) -> tuple[int, list[int]]:
-        return self._mended(lambda: self._segments.append(records))
+        return self._recovery.mended(lambda: self._segments.append(records))
 
     def _commit(self, records: list[DirtyRecord], segment: int, offsets: list[int]) -> bool:
         """Make rows of records that are written, and settle them; returns False when the catalog fails."""
@@ -502,7 +397,7 @@ class DiskTier:
             (r.ns, r.key, r.seq, segment, at, r.length, r.expires, r.version, r.epoch, r.flags, r.tags)
             for r, at in zip(records, offsets, strict=True)
         ]
-        return self._mended(lambda: self._catalog.add(rows, lambda: self._store.still_live(records)))
+        return self._recovery.mended(lambda: self._catalog.add(rows, lambda: self._store.still_live(records)))
 
     def _failed(self, kind: str, error: object, records: list[DirtyRecord]) -> None:
         """Let records stay in memory only."""
@@ -532,7 +427,7 @@ class DiskTier:
     def _raise(self, wanted: NamespaceInfo) -> None:
         """Commit a higher version or epoch of a namespace."""
         self._namespaces[wanted.id] = wanted  # first, for a rebuild meanwhile
-        self._namespaces[wanted.id] = self._mended(lambda: self._catalog.register_namespace(wanted))
+        self._namespaces[wanted.id] = self._recovery.mended(lambda: self._catalog.register_namespace(wanted))
 
     def _known(self, ns: int) -> NamespaceInfo:
         if ns not in self._namespaces:
