@@ -195,6 +195,26 @@ def test_who_computes_a_value_may_fetch_it_first(open_cache: OpenCache, store: S
     assert b.get_or_compute("another", lambda: b"computed") == b"computed"
 
 
+def test_what_is_elsewhere_can_be_warmed(open_cache: OpenCache, store: Store, tmp_path: Path) -> None:
+    keys = [f"{i}" for i in range(100)]
+    a = open_cache(tmp_path / "a", remote=URL)
+    a.put_many({key: key.encode() * 100 for key in keys})
+    a.flush()
+    b = open_cache(tmp_path / "b", remote=URL)
+    done = b.warm([*keys, "absent"])
+    assert (done.wanted, done.present, done.loaded, done.absent, done.complete) == (101, 0, 100, 1, True)
+    reads = dict(store.reads)
+    assert b.get_many(keys) == [key.encode() * 100 for key in keys]
+    assert store.reads == reads
+    small = open_cache(tmp_path / "c", remote=URL)
+    for i in range(100):
+        a.put(f"large {i}", bytes(200_000))
+        a.flush()
+    done = small.warm([f"large {i}" for i in range(100)])
+    assert not done.complete
+    assert done.nbytes < small.options.memory + 16 * 200_000  # a batch more than fits at most
+
+
 # ---- Load or compute
 
 LAYOUT = KVLayout(model="m", dtype="float32", layers=2, kv_heads=1, head_dim=4, block_tokens=4)
