@@ -99,10 +99,12 @@ def warm(
     config: Annotated[Path | None, typer.Option(help="A TOML file with all options of the cache.")] = None,
     hold: Annotated[bool, typer.Option("--hold", help="Keep it in memory until this command is interrupted.")] = False,
 ) -> None:
-    """Bring records of a cache from its disk, or from elsewhere, into memory: keys, prompts, or the hottest.
+    """Bring records of a cache into memory: keys, the prefixes of prompts, or what was used last.
 
-    What isn't given of the cache's options is taken from the environment, as always. Records stay in memory as long as
-    some process has the cache open: start this beside a server, or use --hold.
+    They come from its disk; prompts, and keys of the namespace "default", also from elsewhere. What isn't given of the
+    cache's options is taken from the environment, as always.
+
+    They stay there as long as some process has the cache open: start this beside a server, or use --hold.
     """
     import signal
 
@@ -123,7 +125,9 @@ def warm(
                 def progress(done: Warmed) -> None:
                     status.update(f"{done.present + done.loaded + done.absent:,} of {done.wanted:,} keys")
 
-                if keys is not None:
+                if keys is not None and namespace == cache.name:
+                    done = cache.warm(_lines(keys), time_limit=time_limit, progress=progress)
+                elif keys is not None:
                     wanted = {namespace: _lines(keys)}
                     done = cache.warm_namespaces(wanted, time_limit=time_limit, progress=progress)
                 elif prompts is not None and layout is not None:
