@@ -202,6 +202,23 @@ def test_blocks_of_a_prefix_are_found_there(host: Hosts) -> None:
     assert np.array_equal(loaded.kv, kv)
 
 
+def test_a_prefix_arrives_head_first_and_without_holes_also_when_it_is_sent_in_vain_at_first(
+    host: Hosts, stores: SharedStores
+) -> None:
+    layout = kvstrata.KVLayout(model="m", dtype="float32", layers=1, kv_heads=1, head_dim=4, block_tokens=4)
+    tokens = np.arange(4 * 300)
+    cache = host("a")
+    prefixes = kvstrata.PrefixCache.open(cache, layout)
+    (store,) = stores.opened[RemoteURL.parse(ONE).label]
+    store.fault = StoreFault("timeout", "too slow")
+    prefixes.store(tokens, np.zeros((1, 2, 1, len(tokens), 4), np.float32))
+    wait_for(lambda: cache.stats()["remote"][0].get("error timeout", 0) >= 1)
+    store.fault = None
+    cache.flush()
+    arrived = [name[34:] for name in store.records if name[25:26] == b"r"]  # in the order in which they came
+    assert arrived == [b"k" + key for key in prefixes.keys(tokens)]
+
+
 # ---- Read your writes
 
 

@@ -14,9 +14,11 @@ from conftest import OpenCache
 from support.processes import Process
 from support.servers import valkey_server
 from support.stores import MemoryStore
+from typer.testing import CliRunner
 
 import kvstrata
 from kvstrata import KVLayout, PrefixCache
+from kvstrata.cli import app
 from kvstrata.movement import single_flight
 from kvstrata.remote_url import RemoteURL
 from kvstrata.tiers.keyed import KeyedTier
@@ -193,6 +195,42 @@ def test_who_computes_a_value_may_fetch_it_first(open_cache: OpenCache, store: S
     b = open_cache(tmp_path / "b", remote=URL)
     assert b.get_or_compute("key", lambda: b"computed") == b"there"
     assert b.get_or_compute("another", lambda: b"computed") == b"computed"
+
+
+def test_what_is_elsewhere_can_be_warmed(open_cache: OpenCache, store: Store, tmp_path: Path) -> None:
+    keys = [f"{i}" for i in range(100)]
+    a = open_cache(tmp_path / "a", remote=URL)
+    a.put_many({key: key.encode() * 100 for key in keys})
+    a.flush()
+    b = open_cache(tmp_path / "b", remote=URL)
+    done = b.warm([*keys, "absent"])
+    assert (done.wanted, done.present, done.loaded, done.absent, done.complete) == (101, 0, 100, 1, True)
+    reads = dict(store.reads)
+    assert b.get_many(keys) == [key.encode() * 100 for key in keys]
+    assert store.reads == reads
+    small = open_cache(tmp_path / "c", remote=URL)
+    for i in range(100):
+        a.put(f"large {i}", bytes(200_000))
+        a.flush()
+    done = small.warm([f"large {i}" for i in range(100)])
+    assert not done.complete
+    assert done.nbytes < small.options.memory + 16 * 200_000  # a batch more than fits at most
+
+
+def test_the_command_warms_from_elsewhere(
+    open_cache: OpenCache, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = open_cache(tmp_path / "a", remote=URL)
+    a.put_many({"1": b"one", "2": b"two"})
+    a.flush()
+    b = open_cache(tmp_path / "b", remote=URL)
+    (tmp_path / "keys").write_text("1\n2\nabsent\n")
+    monkeypatch.setenv("KVSTRATA_REMOTE", URL)
+    sizes = ["--memory", str(b.options.memory), "--disk", str(b.options.disk)]
+    result = CliRunner().invoke(app, ["warm", str(tmp_path / "b"), "--keys", str(tmp_path / "keys"), *sizes])
+    assert result.exit_code == 0, result.output
+    assert "2 of 3 records loaded (6 bytes" in result.stdout
+    assert [pin is not None for pin in b._space.pin_many(["1", "2"])[0]] == [True, True]
 
 
 # ---- Load or compute

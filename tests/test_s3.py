@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from conftest import OpenCache
 from record_store_contract import PATIENCE_S, RecordStoreContract, pattern, record
-from support.servers import Server, free_ports, s3_server
+from support.servers import FlakyFront, Server, free_ports, s3_server
 
 from kvstrata.tiers.base import StoreFault
 
@@ -83,6 +83,48 @@ def test_a_server_that_is_not_there_is_a_fault_within_the_time_limit() -> None:
         with pytest.raises(StoreFault) as raised:
             store.read([b"a", b"b"], 0.2)
         assert raised.value.found == [None, None]
+    finally:
+        store.close()
+
+
+@pytest.mark.parametrize("how", ["503", "closed"])
+def test_what_fails_for_a_moment_is_tried_again_within_the_time_limit(server: Server, how: str) -> None:
+    with FlakyFront(server.port, how) as front:
+        store = S3Store("the store", "tests", f"at/{secrets.token_hex(4)}", options(front.port))
+        try:
+            front.refuse = 3
+            store.write([record(b"name", b"bytes")], PATIENCE_S)
+            assert front.seen == 4
+            assert store.read([b"name"], PATIENCE_S) == [b"bytes"]
+        finally:
+            store.close()
+
+
+def test_what_goes_on_failing_is_a_fault_at_the_time_limit(server: Server) -> None:
+    with FlakyFront(server.port, "503") as front:
+        front.refuse = 1 << 30
+        store = S3Store("the store", "tests", "x", options(front.port))
+        try:
+            with pytest.raises(StoreFault) as raised:
+                store.read([b"name"], 0.2)
+            assert raised.value.found == [None]
+            assert front.seen > 1
+        finally:
+            store.close()
+
+
+def test_a_server_that_stands_still_is_a_timeout_and_answers_later(server: Server) -> None:
+    store = S3Store("the store", "tests", "x", options(server.port))
+    try:
+        store.write([record(b"name", b"bytes")], PATIENCE_S)
+        server.pause()
+        try:
+            with pytest.raises(StoreFault) as raised:
+                store.read([b"name"], 0.2)
+        finally:
+            server.resume()
+        assert raised.value.kind == "timeout"
+        assert store.read([b"name"], PATIENCE_S) == [b"bytes"]
     finally:
         store.close()
 

@@ -140,6 +140,35 @@ def test_a_server_that_cannot_prove_who_it_is_gets_nothing(tls: TLSFront, tmp_pa
     assert raised.value.kind == "SSLCertVerificationError"
 
 
+def test_hosts_share_records_over_tls_with_certificates_on_both_sides(
+    server: Server, open_cache: OpenCache, tmp_path: Path
+) -> None:
+    trustme = pytest.importorskip("trustme")
+    authority, context = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(context)
+    authority.configure_trust(context)
+    context.verify_mode = ssl.CERT_REQUIRED
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    mine = authority.issue_cert("client.example")
+    mine.private_key_pem.write_to_path(str(tmp_path / "key.pem"))
+    mine.cert_chain_pems[0].write_to_path(str(tmp_path / "cert.pem"))
+    with TLSFront(server.port, context) as front:
+        where = f"rediss://localhost:{front.port}?prefix=tls&lookup_timeout=20&tls_ca={tmp_path}/ca.pem"
+        proof = f"&tls_cert={tmp_path}/cert.pem&tls_key={tmp_path}/key.pem"
+        a, b = open_cache(tmp_path / "a", remote=where + proof), open_cache(tmp_path / "b", remote=where + proof)
+        a.put("key", b"value")
+        a.flush()
+        assert b.get("key") == b"value"
+        by_number = where.replace("localhost", "127.0.0.1") + proof  # which its certificate doesn't name
+        for wrong in (where, by_number):
+            cache = open_cache(tmp_path / "c", remote=wrong)
+            assert cache.get("key") is None
+            assert any(name.startswith("error") for name in cache.stats()["remote"][0])
+            cache.close()
+        trusting = open_cache(tmp_path / "c", remote=by_number + "&tls_verify=no")
+        assert trusting.get("key") == b"value"
+
+
 class TestCluster(RecordStoreContract):
     @pytest.fixture
     def store(self, cluster: list[Server]) -> Iterator[ValkeyStore]:

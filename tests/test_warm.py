@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
+import msgspec
+import numpy as np
 import pytest
 from support.processes import Process
 from typer.testing import CliRunner
 
 import kvstrata
+from kvstrata import KVLayout
 from kvstrata.cli import app
 from kvstrata.errors import ConfigError, InvalidValue
 from kvstrata.movement.warm import Warmed
@@ -88,6 +92,26 @@ def test_the_hottest_of_the_last_run_come_back_in_a_new_process(shm: Path, tmp_p
         assert not any(in_memory(ns, [f"key {i}" for i in range(100, 500)]))
 
 
+def test_the_hottest_are_saved_while_records_come_without_end_and_outlive_a_kill(shm: Path, tmp_path: Path) -> None:
+    with Process() as child:
+        child.run(
+            "import kvstrata, threading; from kvstrata.movement import write_behind\n"
+            "write_behind._HOUSEKEEPING_S = 0.0; write_behind._IDLE_S = 3600.0  # so it is never idle\n"
+            "cache = kvstrata.open(path, memory='8MiB', disk='64MiB')\n"
+            "def put():\n    for i in range(10**9): cache.put(f'{i % 1000}', b'x' * 1000)\n"
+            "threading.Thread(target=put, daemon=True).start()",
+            path=str(tmp_path),
+        )  # fmt: skip
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "hottest").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        child.kill()
+    with kvstrata.open(tmp_path, **OPTIONS) as cache:
+        cache.demote()
+        assert cache.warm(hottest=10).wanted == 10
+
+
 def test_what_was_hot_in_an_older_version_is_not_warmed(shm: Path, tmp_path: Path) -> None:
     with kvstrata.open(tmp_path, **OPTIONS) as cache:
         fill(cache.namespace("n", version=1), 10)
@@ -139,4 +163,31 @@ def test_the_command_warms_what_another_process_has_open(shm: Path, tmp_path: Pa
         assert in_memory(cache.namespace("n"), keys) == [True] * 15 + [False] * 5
         result = CliRunner().invoke(app, command)
         assert result.exit_code == 2
-        assert "give --hottest or --keys" in result.stderr
+        assert "give one of --hottest, --keys and --prompts" in result.stderr
+
+
+def test_the_command_warms_the_prefixes_of_prompts(shm: Path, tmp_path: Path) -> None:
+    layout = KVLayout(model="m", dtype="float32", layers=1, kv_heads=1, head_dim=4, block_tokens=4)
+    (tmp_path / "layout.json").write_bytes(msgspec.json.encode(layout))
+    (tmp_path / "prompts").write_text(f"{list(range(18))}\n\n[90, 91, 92, 93]\n")
+    (tmp_path / "kvstrata.toml").write_text('memory = "8MiB"\ndisk = "64MiB"\n')
+    command = ["warm", str(tmp_path / "cache"), "--config", str(tmp_path / "kvstrata.toml")]
+    prompts = ["--prompts", str(tmp_path / "prompts"), "--layout", str(tmp_path / "layout.json")]
+    with kvstrata.open(tmp_path / "cache", **OPTIONS) as cache:
+        prefixes = kvstrata.PrefixCache.open(cache, layout)
+        prefixes.store(list(range(20)), np.zeros((1, 2, 1, 20, 4), np.float32))
+        cache.flush()
+        cache.demote()
+
+        result = CliRunner().invoke(app, [*command, *prompts])
+
+        assert result.exit_code == 0, result.output
+        assert "4 of 4 records loaded" in result.stdout
+        pins = prefixes.ns._space.pin_many(prefixes.keys(range(20)), uses=False)[0]
+        assert [pin is not None for pin in pins] == [True] * 4 + [False]
+        del pins
+        (tmp_path / "prompts").write_text('["words"]')
+        for wrong, says in ((prompts, "prompts: "), (prompts[:2], "belong together")):
+            result = CliRunner().invoke(app, [*command, *wrong])
+            assert result.exit_code == 2
+            assert says in result.stderr.replace("\n", "")

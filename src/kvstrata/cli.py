@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from kvstrata.movement.warm import Warmed
 
 __all__ = ["app"]
+
+T = TypeVar("T")
 
 app = typer.Typer(
     help="kvstrata: the embedded, tiered KV-cache for model inference.",
@@ -84,12 +86,23 @@ def warm(
     hottest: Annotated[int | None, typer.Option(min=1, help="Load so many of the keys that were used last.")] = None,
     keys: Annotated[Path | None, typer.Option(help="A file with one key a line, to be loaded in this order.")] = None,
     namespace: Annotated[str, typer.Option(help="The namespace of the keys in the file.")] = "default",
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="A file with the tokens of a prompt a line, as JSON: [1, 2, 3]; with --layout."),
+    ] = None,
+    layout: Annotated[
+        Path | None, typer.Option(help="The layout of the prompts' KV: fields of KVLayout as JSON.")
+    ] = None,
     time_limit: Annotated[float | None, typer.Option(help="Seconds after which it ends.")] = None,
-    memory: Annotated[str, typer.Option(help="As the cache is opened elsewhere.")] = "1GiB",
+    memory: Annotated[str | None, typer.Option(help="As the cache is opened elsewhere.")] = None,
     disk: Annotated[str | None, typer.Option(help="As the cache is opened elsewhere.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A TOML file with all options of the cache.")] = None,
     hold: Annotated[bool, typer.Option("--hold", help="Keep it in memory until this command is interrupted.")] = False,
 ) -> None:
-    """Bring records of a cache from its disk into memory.
+    """Bring records of a cache into memory: keys, the prefixes of prompts, or what was used last.
+
+    They come from its disk; prompts, and keys of the namespace "default", also from elsewhere. What isn't given of the
+    cache's options is taken from the environment, as always.
 
     They stay there as long as some process has the cache open: start this beside a server, or use --hold.
     """
@@ -97,24 +110,32 @@ def warm(
 
     from rich.console import Console
 
+    from kvstrata import KVLayout, PrefixCache
     from kvstrata import open as open_cache
 
     console = Console(stderr=True, highlight=False)
     try:
-        if (hottest is None) == (keys is None):
-            raise ConfigError("give --hottest or --keys")
-        with open_cache(path, memory=memory, disk=disk) as cache:
+        if (hottest, keys, prompts).count(None) != 2:
+            raise ConfigError("give one of --hottest, --keys and --prompts")
+        if (prompts is None) != (layout is None):
+            raise ConfigError("--prompts and --layout belong together")
+        with open_cache(path, memory=memory, disk=disk, config=config) as cache:
             with console.status("") as status:
 
                 def progress(done: Warmed) -> None:
                     status.update(f"{done.present + done.loaded + done.absent:,} of {done.wanted:,} keys")
 
-                if keys is None:
-                    done = cache.warm(hottest=hottest, time_limit=time_limit, progress=progress)
-                else:
-                    lines = keys.read_bytes().splitlines()
-                    wanted = {namespace: [line for line in lines if line]}
+                if keys is not None and namespace == cache.name:
+                    done = cache.warm(_lines(keys), time_limit=time_limit, progress=progress)
+                elif keys is not None:
+                    wanted = {namespace: _lines(keys)}
                     done = cache.warm_namespaces(wanted, time_limit=time_limit, progress=progress)
+                elif prompts is not None and layout is not None:
+                    prefixes = PrefixCache.open(cache, _decoded(layout.read_bytes(), KVLayout, layout))
+                    tokens = [_decoded(line, list[int], prompts) for line in _lines(prompts)]
+                    done = prefixes.warm(tokens, time_limit=time_limit, progress=progress)
+                else:
+                    done = cache.warm(hottest=hottest, time_limit=time_limit, progress=progress)
             typer.echo(
                 f"{done.loaded:,} of {done.wanted:,} records loaded ({done.nbytes:,} bytes, {done.seconds:.2f} s), "
                 f"{done.present:,} were in memory, {done.absent:,} are nowhere"
@@ -125,6 +146,20 @@ def warm(
     except (KVStrataError, OSError) as error:
         console.print(f"kvstrata warm: {error}", style="red", soft_wrap=True)
         raise typer.Exit(2) from None
+
+
+def _lines(path: Path) -> list[bytes]:
+    return [line for line in path.read_bytes().splitlines() if line]
+
+
+def _decoded(text: bytes, kind: type[T], path: Path) -> T:
+    """Read JSON; raises ConfigError that names the file."""
+    import msgspec
+
+    try:
+        return msgspec.json.decode(text, type=kind)
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import operator
 import time
@@ -15,7 +14,7 @@ from kvstrata.config import parse_duration
 from kvstrata.errors import InvalidKey, InvalidValue, TierFull, TierUnavailable
 from kvstrata.movement.prefetch import Prefetch
 from kvstrata.movement.single_flight import compute_once
-from kvstrata.movement.warm import Progress, Warmed, warm
+from kvstrata.movement.warm import AT_ONCE, Progress, Warmed, warm
 from kvstrata.tiers.base import Arrived, Key
 
 if TYPE_CHECKING:
@@ -31,6 +30,7 @@ _HIGHEST_COST = 3e38  # it is kept in single precision
 _WRITE_THROUGH_S = 30.0
 _LOADED_AT_ONCE = 256  # records that get_many keeps pinned until it has copied them
 _FETCHED_AT_ONCE = 64  # the same, of records from elsewhere
+_FETCHED_TO_WARM = 16  # fewer, as nobody knows how large they are
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -258,14 +258,22 @@ class Namespace:
         return compute_once(self._space, key, lambda: self.get(key), make, lease_ms) if found is None else found
 
     def warm(self, keys: Sequence[Key], *, time_limit: float | None = None, progress: Progress | None = None) -> Warmed:
-        """Bring records from the tier below into memory, in the order of the keys; returns what was done.
+        """Bring records from below and elsewhere into memory, in the order of the keys; returns what was done.
 
         It ends early after `time_limit` seconds, and when as much has come as the memory, or the quota, holds.
         `progress` is called after each batch with what was done so far.
         """
-        group = (self._space, functools.partial(self._cache.load, self._space.id), keys)
         room = self._cache.room_to_warm(self._options.quota)
-        return warm(self._cache.live_store(), [group], room=room, time_limit=time_limit, progress=progress)
+        at_once = AT_ONCE if self._remote is None else _FETCHED_TO_WARM
+        return warm(
+            self._cache.live_store(), [(self._space, self._bring, keys)],
+            room=room, time_limit=time_limit, progress=progress, at_once=at_once,
+        )  # fmt: skip
+
+    def _bring(self, keys: list[Key]) -> list[_core.Pin | None]:
+        pins = self._load_once(keys)
+        self._fetch_absent(keys, pins)
+        return pins
 
     def prefetch(self, keys: Sequence[Key]) -> Prefetch:
         """Begin to bring records from the tier below into memory, in the order of the keys, and return at once.

@@ -188,6 +188,50 @@ class TLSFront:
                     (backend if source is client else client).sendall(data)
 
 
+class FlakyFront:
+    """Stands before a server that speaks HTTP: it fails `refuse` connections in the manner of `how`, then passes on."""
+
+    def __init__(self, port: int, how: str) -> None:
+        self._backend = port
+        self._how = how
+        self.refuse = 0
+        self.seen = 0
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def __enter__(self) -> FlakyFront:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                self.seen += 1
+                if self.refuse:
+                    self.refuse -= 1
+                    self._fail(client)
+                    continue
+                backend = socket.create_connection(("127.0.0.1", self._backend))
+                for source, to in ((client, backend), (backend, client)):
+                    threading.Thread(target=self._pass_on, args=(source, to), daemon=True).start()
+
+    def _fail(self, client: socket.socket) -> None:
+        with contextlib.suppress(OSError), client:
+            client.recv(1 << 16)
+            if self._how == "503":
+                client.sendall(b"HTTP/1.1 503 Slow Down\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+
+    @staticmethod
+    def _pass_on(source: socket.socket, to: socket.socket) -> None:
+        with contextlib.suppress(OSError), source, to:
+            while data := source.recv(1 << 16):
+                to.sendall(data)
+
+
 @contextlib.contextmanager
 def s3_server(access_key: str, secret_key: str) -> Iterator[Server]:
     """A SeaweedFS with the S3 interface; skips where there is none."""

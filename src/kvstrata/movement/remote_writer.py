@@ -260,10 +260,11 @@ class RemoteWriter:
             while batch:
                 self._bring_some(target, batch)
         except StoreFault as fault:
-            self._put_back(target, batch, due=float("inf") if fault.sent and not target.immutable else 0.0)
+            may_arrive = fault.sent and not target.immutable
+            self._put_back(target, batch, due=float("inf") if may_arrive else 0.0, first=True)
             return False
         except TierUnavailable:
-            self._put_back(target, batch)
+            self._put_back(target, batch, first=True)
             return False
         self._unpark()
         return True
@@ -314,10 +315,15 @@ class RemoteWriter:
         if item.change is not None:
             self._unsent.end(item.change)
 
-    def _put_back(self, target: Target, items: dict[bytes | None, _Item], *, due: float = 0.0) -> None:
-        """Queue again what isn't settled. Due at inf is what was sent and may still arrive: it has to be sent again."""
+    def _put_back(
+        self, target: Target, items: dict[bytes | None, _Item], *, due: float = 0.0, first: bool = False
+    ) -> None:
+        """Queue again what isn't settled. Due at inf is what was sent and may still arrive: it has to be sent again.
+
+        `first`: before all else, so that the head of a prefix still goes before its tail.
+        """
         with self._changed:
-            for key, item in items.items():
+            for key, item in reversed(items.items()) if first else items.items():
                 if item.change is None and not item.must and key is not None:
                     continue
                 newer = self._queue.setdefault((target, key), item)
@@ -325,6 +331,8 @@ class RemoteWriter:
                     self._merge(newer, item.change)
                     newer.must |= item.must
                 newer.due = due
+                if first:
+                    self._queue.move_to_end((target, key), last=False)
 
     def _unpark(self) -> None:
         """The tier answers: what may have been under way when it didn't arrives about now."""

@@ -16,18 +16,19 @@ from kvstrata.tiers.base import Key, Tier
 if TYPE_CHECKING:
     from kvstrata._core import Pin, Space, Store
 
-__all__ = ["HotSet", "Progress", "Warmed", "warm"]
+__all__ = ["AT_ONCE", "HotSet", "Progress", "Warmed", "warm"]
 
 _log = logging.getLogger("kvstrata")
 
-_AT_ONCE = 128  # keys
+AT_ONCE = 128
+"""Keys of a batch."""
 _FILE = "hottest"
 _FORMAT = 1
 _MOST_BYTES = 8 << 20
 _PART_OF_DISK = 256  # the file takes at most the 256th part of the disk tier
 
 Load = Callable[[list[Key]], "Sequence[Pin | memoryview | None]"]
-"""Brings records of one namespace up from the tier below."""
+"""Brings records of one namespace up from the tiers below."""
 
 
 class Warmed(NamedTuple):
@@ -57,6 +58,7 @@ def warm(
     room: int,
     time_limit: float | None = None,
     progress: Progress | None = None,
+    at_once: int = AT_ONCE,
 ) -> Warmed:
     """Load keys, in the order given, as long as they fit into `room` bytes, or until `time_limit` s are over.
 
@@ -66,9 +68,9 @@ def warm(
         raise InvalidValue(f"time_limit must be a positive number of seconds or None, not {time_limit!r}")
     started = time.monotonic()
     batches = [
-        (space, load, list(keys[start : start + _AT_ONCE]))
+        (space, load, list(keys[start : start + at_once]))
         for space, load, keys in groups
-        for start in range(0, len(keys), _AT_ONCE)
+        for start in range(0, len(keys), at_once)
     ]
     wanted = sum(len(keys) for _, _, keys in batches)
     done = Warmed(wanted, 0, 0, 0, 0, 0.0, not batches)

@@ -57,7 +57,7 @@ class WriteBehind:
                     self._let_go(records)
             elif stopping:
                 break
-            elif time.monotonic() - done > _HOUSEKEEPING_S:
+            if time.monotonic() - done > _HOUSEKEEPING_S:  # also while records come without end
                 self._keep_house()
                 done = time.monotonic()
             self._tier.tend()
