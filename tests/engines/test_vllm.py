@@ -244,24 +244,6 @@ def test_an_engine_with_little_memory_for_kv_and_a_full_cache_says_the_same(
     engine.process.exit()
 
 
-def test_a_new_engine_finds_what_one_that_was_killed_has_computed(starting_vllm: Start, plain: Engine) -> None:
-    prompts = [plain.prompt(1300, 300), plain.prompt(1350, 300)]
-    expected = plain.tokens(*prompts)
-    old = starting_vllm("restart")
-    old.process.finish()
-    assert old.tokens(*prompts) == expected
-    old.flush()
-    old.process.kill()
-
-    new = starting_vllm("restart")
-    new.process.finish()
-    tokens, counted = new.counted(*prompts)
-
-    assert tokens == expected
-    assert counted["loaded_blocks"] == sum(len(prompt) // BLOCK for prompt in prompts)
-    assert new.process.exit() == 0
-
-
 def test_each_tensor_parallel_rank_has_its_own_part_of_a_block(starting_vllm: Start, place: Path) -> None:
     tiny = make_model(place / "tiny")
     options = {"model": tiny, "skip_tokenizer_init": True, "kv_cache_memory_bytes": 4 << 20}
@@ -307,3 +289,23 @@ def test_settings_that_cannot_be_used_are_refused_at_the_start(first: Engine) ->
         first.attach(kv_connector_extra_config={"load": "layer-wise"})
     with pytest.raises(RemoteError, match="add --no-async-scheduling"):
         first.attach(overlapping=True, kv_connector_extra_config={"load": "layerwise"})
+
+
+def test_a_new_engine_finds_what_engines_that_were_killed_have_computed(
+    starting_vllm: Start, plain: Engine, first: Engine, second: Engine
+) -> None:
+    """The last one: it kills the engines of all others."""
+    prompts = [plain.prompt(1300, 300), plain.prompt(1350, 300)]
+    expected = plain.tokens(*prompts)
+    assert first.tokens(*prompts) == expected
+    first.flush()
+    first.process.kill()
+    second.process.kill()
+
+    new = starting_vllm("cache")
+    new.process.finish()
+    tokens, counted = new.counted(*prompts)
+
+    assert tokens == expected
+    assert counted["loaded_blocks"] == sum(len(prompt) // BLOCK for prompt in prompts)
+    assert new.process.exit() == 0
