@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import blake3
 
+from kvstrata._core import record_bytes
 from kvstrata.cache import Cache
 from kvstrata.cache import open as open_cache
 from kvstrata.errors import KVStrataError, TierFull, UnknownOption
@@ -31,11 +32,14 @@ __all__ = ["EngineBlocks", "fingerprint", "open_for_engine"]
 T = TypeVar("T")
 Fill = Callable[[int, memoryview], None]
 """Writes the block at that position into its place."""
+Take = Callable[[int, memoryview], bool]
+"""Copies the block at that position out of the memory given; False if it isn't what was expected."""
 
 _CACHE_OPTIONS = (
     "path", "memory", "disk", "disk_policy", "disk_write_limit", "shared", "huge_pages", "prefetch", "encryption",
     "remote", "config",
 )  # fmt: skip
+_AT_ONCE = 256  # blocks that are pinned at once
 _CONTEXT = "kvstrata 2026-11-25 engine namespace"
 
 
@@ -126,20 +130,62 @@ class EngineBlocks:
 
     def load(self, keys: Sequence[bytes], outs: Sequence[Buffer]) -> list[bool]:
         """Copy each block to its buffer, which must be of its length; False where that isn't possible."""
+
+        def take(position: int, block: memoryview) -> bool:
+            target = memoryview(outs[position]).cast("B")
+            if target.nbytes != block.nbytes:
+                return False
+            target[:] = block
+            return True
+
+        return self.load_each(keys, take)
+
+    def load_each(self, keys: Sequence[bytes], take: Take) -> list[bool]:
+        """Give each block that is there to `take(i, memory)`; returns which ones were there and taken.
+
+        What has to be read first is given as it arrives, in any order and by any thread, while the rest is being read.
+        """
         got = [False] * len(keys)
-        with self.pinned(keys) as pins:
-            for position, (pin, out) in enumerate(zip(pins, outs, strict=True)):
-                target = memoryview(out).cast("B")
-                if pin is not None and len(pin) == target.nbytes:
-                    target[:] = memoryview(pin)
-                    got[position] = True
+        nbytes = 0
+
+        def give(position: int, value: Pin | memoryview) -> None:
+            nonlocal nbytes
+            if not got[position] and take(position, memoryview(value)):
+                got[position] = True
+                nbytes += len(value)
+
+        def go() -> None:
+            for start in range(0, len(keys), _AT_ONCE):
+                self._load_wave(keys[start : start + _AT_ONCE], start, give)
+
+        self._guarded(go, None)
+        loaded = sum(got)
+        self._tally.add(loaded_blocks=loaded, loaded_bytes=nbytes, missed_blocks=len(keys) - loaded)
         return got
+
+    def _load_wave(self, keys: Sequence[bytes], first: int, give: Callable[[int, Pin | memoryview], None]) -> None:
+        pins, below = self.ns._space.pin_many(keys)
+        try:
+            for position, pin in enumerate(pins):
+                if pin is not None:
+                    give(first + position, pin)
+            if below:
+
+                def arrived(number: int, value: Pin | memoryview) -> None:
+                    give(first + below[number], value)
+
+                for position, pin in zip(below, self.ns._load([keys[i] for i in below], arrived), strict=True):
+                    pins[position] = pin
+            for position in sorted([*below, *self.ns._fetch_absent(keys, pins)]):
+                if (pin := pins[position]) is not None:
+                    give(first + position, pin)
+        finally:
+            release(pins)
 
     @contextmanager
     def pinned(self, keys: Sequence[bytes]) -> Iterator[Sequence[Pin | None]]:
         """Keep blocks in memory and give them, None where there is none; each exports its bytes as a buffer."""
-        nothing: list[Pin | None] = [None] * len(keys)
-        pins = self._guarded(lambda: self.ns.pin_many(keys), nothing)
+        pins = self.pin(keys)
         try:
             sizes = [0 if pin is None else len(pin) for pin in pins]
             missed = sum(pin is None for pin in pins)
@@ -147,6 +193,49 @@ class EngineBlocks:
             yield pins
         finally:
             release(pins)
+
+    def pin(self, keys: Sequence[bytes]) -> list[Pin | None]:
+        """Bring blocks into memory, which they don't leave before their pins are released; None where there is none."""
+        nothing: list[Pin | None] = [None] * len(keys)
+        return self._guarded(lambda: self.ns.pin_many(keys), nothing)
+
+    def pin_here(self, keys: Sequence[bytes]) -> tuple[list[Pin | None], list[int]]:
+        """Pin the blocks that lie in memory, without taking that for a use, and load nothing.
+
+        Returns the pins, and of blocks that lie on disk only the bytes of their records, 0 for all others.
+        """
+
+        def go() -> tuple[list[Pin | None], list[int]]:
+            pins: list[Pin | None]
+            pins, below = self.ns._space.pin_many(keys, uses=False)
+            sizes = [0] * len(keys)
+            there = self.ns._cache.sizes_below(self.ns._space.id, [keys[i] for i in below])
+            for i, size in zip(below, there, strict=True):
+                sizes[i] = size
+            return pins, sizes
+
+        nothing: tuple[list[Pin | None], list[int]] = [None] * len(keys), [0] * len(keys)
+        return self._guarded(go, nothing)
+
+    def present_elsewhere(self, keys: Sequence[bytes]) -> list[bool]:
+        """Say of each block whether a remote tier seems to have it."""
+        remote, nowhere = self.ns._remote, [False] * len(keys)
+        return nowhere if remote is None or not keys else self._guarded(lambda: remote.contains(keys), nowhere)
+
+    def record_sizes(self, keys: Sequence[bytes]) -> list[int]:
+        """Return the bytes of each block's record, with its header and padding; 0 for what isn't on this host."""
+        pins, sizes = self.pin_here(keys)
+        try:
+            return [
+                size if pin is None else record_bytes(len(key), len(pin))
+                for key, pin, size in zip(keys, pins, sizes, strict=True)
+            ]
+        finally:
+            release(pins)
+
+    def keys(self, prefix: bytes = b"") -> list[bytes]:
+        """Return the keys of all blocks that are there, in memory or on disk of this host and in no order."""
+        return self._guarded(lambda: list(self.ns.keys(prefix)), [])
 
     def delete(self, keys: Sequence[bytes]) -> int:
         """Remove blocks; returns how many were there."""
