@@ -4,7 +4,7 @@ A block's key depends on every token up to its end and on everything that change
 
     seed = BLAKE3-derive-key(context, canonical encoding of the KVLayout)     32 bytes
     d[-1] = 32 zero bytes
-    d[i]  = BLAKE3(d[i-1] || tokens of block i as little-endian u32, key=seed)
+    d[i]  = BLAKE3(d[i-1] || tokens of block i as little-endian u32 || what else it depends on, key=seed)
 
 So equal keys mean equal KV, in every process and on every machine. Without the salt, the seed
 can't be computed: tenants with different salts neither share blocks nor can probe each other's.
@@ -13,7 +13,7 @@ can't be computed: tenants with different salts neither share blocks nor can pro
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import blake3
@@ -162,11 +162,19 @@ def block_tokens_array(tokens: Sequence[int] | npt.ArrayLike) -> npt.NDArray[np.
     return np.ascontiguousarray(array, "<u4")
 
 
-def prefix_keys(tokens: Sequence[int] | npt.ArrayLike, seed: bytes, block_tokens: int) -> list[bytes]:
+def prefix_keys(
+    tokens: Sequence[int] | npt.ArrayLike,
+    seed: bytes,
+    block_tokens: int,
+    *,
+    after: bytes = _ROOT,
+    extra: Mapping[int, bytes] | None = None,
+) -> list[bytes]:
     """Return one 32-byte key for each full block of `tokens`, head first; a rest gets none.
 
-    `seed` is a layout's `seed()`. Raises InvalidValue for tokens that are none, ConfigError for
-    a seed that isn't 32 bytes or a block size below 1.
+    `seed` is a layout's `seed()`. `after` is the key of the block before, where `tokens` go on from there. `extra`
+    says, by the number of a block among these, what else than its tokens it depends on. Raises InvalidValue for tokens
+    that are none, ConfigError for a seed that isn't 32 bytes or a block size below 1.
     """
     if len(seed) != 32:
         raise ConfigError(f"a seed has 32 bytes, not {len(seed)}")
@@ -174,10 +182,13 @@ def prefix_keys(tokens: Sequence[int] | npt.ArrayLike, seed: bytes, block_tokens
         raise ConfigError(f"block_tokens must be at least 1, not {block_tokens}")
     words = block_tokens_array(tokens).data.cast("B")
     size = 4 * block_tokens
-    digest = _ROOT
-    keys = []
+    digest = after
+    keys: list[bytes] = []
     for start in range(0, len(words) - size + 1, size):
-        digest = blake3.blake3(digest, key=seed).update(words[start : start + size]).digest()
+        hasher = blake3.blake3(digest, key=seed).update(words[start : start + size])
+        if extra and (more := extra.get(len(keys))):
+            hasher.update(more)  # of any length: what stands before it has always the same
+        digest = hasher.digest()
         keys.append(digest)
     return keys
 

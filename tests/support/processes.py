@@ -34,11 +34,14 @@ class Hang(AssertionError):
 class Process:
     """A Python process that executes what it is given. It has `kvstrata`, and keeps its variables.
 
-    `core` names another native module for it than the installed one.
+    `core` names another native module for it than the installed one. A process that needs longer than `patience`
+    seconds for anything is stuck.
     """
 
-    def __init__(self, *, core: Path | None = None, **environment: str) -> None:
+    def __init__(self, *, core: Path | None = None, patience: float = HANG_LIMIT_S, **environment: str) -> None:
         import kvstrata  # here: the other process chooses its native module first
+
+        self._patience = patience
 
         package = Path(kvstrata.__file__).parents[1]
         here = os.pathsep.join([str(TESTS), str(package), os.environ.get("PYTHONPATH", "")])
@@ -78,12 +81,12 @@ class Process:
         return self._answer()
 
     def _answer(self) -> Any:
-        if not select.select([self._from], [], [], HANG_LIMIT_S)[0]:
+        if not select.select([self._from], [], [], self._patience)[0]:
             self.kill()
-            raise Hang(f"no answer for {HANG_LIMIT_S:g} s")
+            raise Hang(f"no answer for {self._patience:g} s")
         answer = _receive(self._from)
         if answer is None:
-            raise RemoteError("died", f"it died with status {self._child.wait(HANG_LIMIT_S)}")
+            raise RemoteError("died", f"it died with status {self._child.wait(self._patience)}")
         kind, result = answer
         if kind != "ok":
             raise RemoteError(kind, result)
@@ -107,11 +110,11 @@ class Process:
 
     def _end(self) -> int:
         try:
-            return self._child.wait(HANG_LIMIT_S)
+            return self._child.wait(self._patience)
         except subprocess.TimeoutExpired:
             self._child.send_signal(signal.SIGABRT)  # with a traceback, by faulthandler
             self._child.wait()
-            raise Hang(f"still there after {HANG_LIMIT_S:g} s") from None
+            raise Hang(f"still there after {self._patience:g} s") from None
         finally:
             if not self._to.closed:
                 with contextlib.suppress(BrokenPipeError):

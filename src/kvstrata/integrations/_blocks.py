@@ -8,8 +8,9 @@ can't be used raise, when the plug-in starts.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import blake3
@@ -27,11 +28,11 @@ if TYPE_CHECKING:
 
     from kvstrata._core import Pin
 
-__all__ = ["EngineBlocks", "fingerprint", "open_for_engine"]
+__all__ = ["EngineBlocks", "Withdrawn", "fingerprint", "let_go", "open_for_engine", "share_for_engine"]
 
 T = TypeVar("T")
 Fill = Callable[[int, memoryview], None]
-"""Writes the block at that position into its place."""
+"""Writes the block at that position into its place; raises Withdrawn if its source is gone."""
 Take = Callable[[int, memoryview], bool]
 """Copies the block at that position out of the memory given; False if it isn't what was expected."""
 
@@ -41,6 +42,10 @@ _CACHE_OPTIONS = (
 )  # fmt: skip
 _AT_ONCE = 256  # blocks that are pinned at once
 _CONTEXT = "kvstrata 2026-11-25 engine namespace"
+
+
+class Withdrawn(Exception):
+    """What was to be stored is no longer where it was."""
 
 
 def open_for_engine(options: Mapping[str, Any], *, known: Sequence[str] = ()) -> Cache:
@@ -53,6 +58,31 @@ def open_for_engine(options: Mapping[str, Any], *, known: Sequence[str] = ()) ->
         if name not in _CACHE_OPTIONS and name not in known:
             raise UnknownOption("option of kvstrata", name, [*_CACHE_OPTIONS, *known])
     return open_cache(**{name: options[name] for name in _CACHE_OPTIONS if name in options})
+
+
+_shared: dict[str, tuple[Cache, int]] = {}
+_sharing = threading.Lock()
+
+
+def share_for_engine(options: Mapping[str, Any], *, known: Sequence[str] = ()) -> Cache:
+    """As `open_for_engine`, once for all parts of an engine in this process; each of them calls `let_go` at its end."""
+    name = repr(sorted(options.items()))
+    with _sharing:
+        cache, users = _shared.get(name) or (open_for_engine(options, known=known), 0)
+        _shared[name] = cache, users + 1
+    return cache
+
+
+def let_go(cache: Cache) -> None:
+    """Close a cache that is shared, once nobody has it any more."""
+    with _sharing:
+        name = next(name for name, (held, _) in _shared.items() if held is cache)
+        users = _shared[name][1] - 1
+        if users:
+            _shared[name] = cache, users
+            return
+        del _shared[name]
+    cache.close()
 
 
 def fingerprint(engine: str, facts: Mapping[str, object]) -> str:
@@ -84,10 +114,20 @@ class EngineBlocks:
         policy: str = "auto",
         **namespace_options: Any,
     ) -> None:
+        self._open(cache, fingerprint(engine, facts), policy, namespace_options)
+
+    @classmethod
+    def named(cls, cache: Cache, name: str, *, policy: str = "auto", **namespace_options: Any) -> EngineBlocks:
+        """Return the blocks of a namespace whose fingerprint somebody else has made, under its `name`."""
+        blocks = cls.__new__(cls)
+        blocks._open(cache, name, policy, namespace_options)
+        return blocks
+
+    def _open(self, cache: Cache, name: str, policy: str, namespace_options: Mapping[str, Any]) -> None:
         self.cache = cache
-        self.name = fingerprint(engine, facts)
+        self.name = name
         self.ns = cache.namespace(self.name, policy=policy, immutable=True, **namespace_options)
-        self._breaker = Breaker(f"kvstrata under {engine}")
+        self._breaker = Breaker(f"kvstrata under {name.partition('-')[0]}")
         self._tally = Tally(
             "lookups", "looked_up_blocks", "found_blocks", "loaded_blocks", "loaded_bytes", "missed_blocks",
             "stored_blocks", "stored_bytes", "unstored_blocks", "errors",
@@ -108,14 +148,15 @@ class EngineBlocks:
     def store(self, keys: Sequence[bytes], nbytes: int, fill: Fill, *, depth: int = 0) -> int:
         """Store blocks of `nbytes` each, in order, and return how many of them are there, from the first on.
 
-        `fill(i, memory)` writes block i where it isn't there yet. It ends at the first that can't be stored, so that
-        none is stored behind a hole. `depth` is the place of the first in its prefix, from 1 on; 0: they aren't of one.
+        `fill(i, memory)` writes block i where it isn't there yet. It ends at the first that can't be stored, or is
+        withdrawn, so that none is stored behind a hole. `depth` is the place of the first in its prefix, from 1 on; 0:
+        they aren't of one.
         """
         done = written = 0
 
         def go() -> None:
             nonlocal done, written
-            with StoredHead(self.ns) as head:
+            with suppress(Withdrawn), StoredHead(self.ns) as head:
                 for position, key in enumerate(keys):
                     if key not in self.ns:
                         with self.ns._reserve(key, nbytes, depth=depth and depth + position) as memory:
@@ -127,6 +168,10 @@ class EngineBlocks:
         self._guarded(go, None)
         self._tally.add(stored_blocks=written, stored_bytes=written * nbytes, unstored_blocks=len(keys) - done)
         return done
+
+    def unstored(self, blocks: int) -> None:
+        """Count blocks that somebody gave up to store."""
+        self._tally.add(unstored_blocks=blocks)
 
     def load(self, keys: Sequence[bytes], outs: Sequence[Buffer]) -> list[bool]:
         """Copy each block to its buffer, which must be of its length; False where that isn't possible."""

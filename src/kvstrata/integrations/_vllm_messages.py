@@ -1,0 +1,64 @@
+"""What the connector's two sides tell each other: the scheduler's, which knows requests, and the workers', with KV."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+
+__all__ = ["Load", "Progress", "Shard", "Store", "Work"]
+
+
+@dataclass
+class Load:
+    """Blocks to be loaded for a request, and where to."""
+
+    request: str
+    keys: list[bytes]
+    blocks: list[int]
+
+
+@dataclass
+class Store:
+    """Blocks of a request that this step completes, from number `first` of its prefix on, and where they are."""
+
+    number: int
+    request: str
+    first: int
+    keys: list[bytes]
+    blocks: list[int]
+
+
+@dataclass
+class Work(KVConnectorMetadata):  # type: ignore[misc]
+    """What a step brings for the workers. `fresh` blocks are written from now on, whatever they held."""
+
+    loads: list[Load] = field(default_factory=list)
+    stores: list[Store] = field(default_factory=list)
+    fresh: set[int] = field(default_factory=set)
+    layerwise: bool = False
+
+
+@dataclass
+class Shard(KVConnectorHandshakeMetadata):  # type: ignore[misc]
+    """Where a worker keeps its part of each block."""
+
+    namespace: str
+    block_bytes: int
+
+
+@dataclass
+class Progress(KVConnectorWorkerMetadata):  # type: ignore[misc]
+    """How many blocks of each store are there, from the first on, as each worker says of its own."""
+
+    stored: dict[int, list[int]]
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> Progress:
+        """Join what two workers say."""
+        for number, counts in other.stored.items():
+            self.stored.setdefault(number, []).extend(counts)
+        return self

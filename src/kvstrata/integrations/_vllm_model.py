@@ -1,0 +1,106 @@
+"""What the KV in vLLM's blocks depends on besides a request: weights, settings, and how a backend lays it out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import blake3
+
+from kvstrata.cache import Cache
+from kvstrata.errors import ConfigError
+
+__all__ = ["LAYOUT_VERSION", "model_facts", "weights_identity", "weights_of"]
+
+LAYOUT_VERSION = 1
+"""Raised whenever the bytes of a block change meaning."""
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+_CONFIG_WITHOUT_EFFECT = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
+
+
+def model_facts(vllm_config: Any, weights: str) -> dict[str, object]:
+    """Return what the KV of all layers depends on; `weights` identifies these."""
+    import vllm
+
+    model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
+    config = {name: value for name, value in model.hf_config.to_dict().items() if name not in _CONFIG_WITHOUT_EFFECT}
+    lora = vllm_config.lora_config
+    speculative = vllm_config.speculative_config
+    return {
+        "layout version": LAYOUT_VERSION,
+        "vllm": vllm.__version__,  # may lay out, or compute, in another way
+        "weights": weights,
+        "config": json.dumps(config, sort_keys=True, default=str),
+        "dtype": model.dtype,
+        "quantization": model.quantization,
+        "kv dtype": cache.cache_dtype,
+        "lora dtype": lora and lora.lora_dtype,
+        "draft": speculative and speculative.model,
+        "tp size": parallel.tensor_parallel_size,
+        "pp size": parallel.pipeline_parallel_size,
+        "dcp size": parallel.decode_context_parallel_size,
+        "pcp size": parallel.prefill_context_parallel_size,
+    }
+
+
+def weights_identity(cache: Cache, vllm_config: Any) -> str:
+    """Return a digest of the files of a model's weights; raises ConfigError where there are none."""
+    model = vllm_config.model_config
+    if vllm_config.load_config.load_format == "dummy":
+        return f"dummy {model.seed}"
+    return weights_of(cache, model.model, model.revision)
+
+
+def weights_of(cache: Cache, name: str, revision: str | None = None, *, any_revision: bool = False) -> str:
+    """Return a digest of the files of the weights in a directory, or of that name on the hub: of their content alone.
+
+    The cache remembers it by the files' sizes and times, so that they are read once. With `any_revision` it isn't known
+    which one of a name on the hub is in use. Raises ConfigError where it isn't certain which files they are.
+    """
+    files = _weight_files(name, revision, any_revision)
+    return blake3.blake3("".join(_file_digest(cache, file) for file in files).encode()).hexdigest()
+
+
+def _weight_files(name: str, revision: str | None, any_revision: bool) -> list[Path]:
+    path = Path(name).expanduser()
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        path = _downloaded(name, revision, any_revision)
+    files = sorted((file for file in path.iterdir() if file.suffix in _WEIGHTS), key=lambda file: file.name)
+    if not files:
+        raise _nameless(name)
+    return files
+
+
+def _downloaded(name: str, revision: str | None, any_revision: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        path = Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError, OSError):
+        raise _nameless(name) from None
+    if any_revision and len(list(path.parent.iterdir())) > 1:
+        raise _nameless(name)
+    return path
+
+
+def _nameless(model: str) -> ConfigError:
+    return ConfigError(
+        f"it isn't certain which files hold the weights of {model!r}, so its KV can't be told from another model's; "
+        'give them a name that changes with them, among the options of kvstrata: "weights": "NAME"'
+    )
+
+
+def _file_digest(cache: Cache, file: Path) -> str:
+    state = file.stat()
+    ns = cache.namespace("vllm-weights", remote=False)
+    key = blake3.blake3(f"{file.resolve()}\0{state.st_size}\0{state.st_mtime_ns}\0{state.st_ino}".encode()).digest()
+
+    def digest() -> bytes:
+        return blake3.blake3(max_threads=blake3.blake3.AUTO).update_mmap(file).digest()
+
+    return ns.get_or_compute(key, digest).hex()

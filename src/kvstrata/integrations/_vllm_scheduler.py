@@ -1,0 +1,235 @@
+"""The connector's side in vLLM's scheduler: which blocks of a request are there, what is to be loaded and stored."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from kvstrata.cache import Cache
+from kvstrata.integrations._blocks import EngineBlocks
+from kvstrata.integrations._vllm_keys import Adapters, RequestKeys, seed_of
+from kvstrata.integrations._vllm_messages import Load, Progress, Shard, Store, Work
+from kvstrata.integrations._vllm_metrics import Deltas, KVStrataStats
+
+__all__ = ["Scheduler"]
+
+_MATCH_S = 0.2  # how long an answer holds for a request that waits: it is asked for in every step
+_MEDIUM = "kvstrata"
+
+
+class _Tracked:
+    """A request from its arrival to its end."""
+
+    def __init__(self, request: Any, keys: RequestKeys | None) -> None:
+        self.request = request
+        self.keys = keys  # None: its KV isn't known by its tokens
+        self.stored = 0  # blocks that were given to the workers to store, or were there
+        self.start = 0  # the block at which a load would begin
+        self.found = 0
+        self.asked_at = float("-inf")
+
+
+class _Told(NamedTuple):
+    """What an event says of blocks that are being stored."""
+
+    hashes: list[Any]
+    parent: Any
+    tokens: list[int]
+    lora: Any
+    heard: list[int]  # from each worker, how many are there
+
+
+class Scheduler:
+    """One engine's. `layerwise`: loads belong to the step that needs them, layer by layer, instead of going before."""
+
+    def __init__(
+        self, cache: Cache, vllm_config: Any, *, layerwise: bool, reads: bool, writes: bool,
+        namespace_options: Mapping[str, Any],
+    ) -> None:  # fmt: skip
+        self._cache = cache
+        self._block_tokens = vllm_config.cache_config.block_size
+        self._layerwise = layerwise
+        self._reads, self._writes = reads, writes
+        self._namespace_options = namespace_options
+        self._shards: list[EngineBlocks] = []
+        self._tracked: dict[str, _Tracked] = {}
+        self._adapters = Adapters()
+        self._generation = ""
+        self._loads: list[Load] = []
+        self._stores = 0
+        self._deltas = Deltas()
+        self._telling: dict[int, _Told] = {}
+        self._cleared = False
+        self._events: list[Any] = []
+        self._wants_events = bool(vllm_config.kv_events_config and vllm_config.kv_events_config.enable_kv_cache_events)
+
+    def meet(self, shards: Sequence[Shard]) -> None:
+        """Learn from all workers where their parts of blocks are."""
+        self._shards = [EngineBlocks.named(self._cache, shard.namespace, **self._namespace_options) for shard in shards]
+
+    # ---- A request
+
+    def arrived(self, request: Any) -> _Tracked:
+        """Begin to follow a request."""
+        keys = None
+        adapter = self._adapters.identity(request.lora_request)
+        if adapter is not None and request.prompt_embeds is None and self._shards:
+            seed = seed_of(adapter=adapter, salt=request.cache_salt or "", generation=self._generation)
+            features = [
+                (feature.mm_position.offset, feature.mm_position.length, feature.identifier)
+                for feature in request.mm_features
+            ]
+            keys = RequestKeys(seed, self._block_tokens, features)
+        tracked = self._tracked[request.request_id] = _Tracked(request, keys)
+        return tracked
+
+    def match(self, request: Any, computed: int) -> tuple[int, bool]:
+        """Return how many tokens behind the first `computed` can be loaded, and whether ahead of the step."""
+        tracked = self._of(request)
+        size = self._block_tokens
+        if tracked.keys is None or not self._reads:
+            return 0, False
+        # A step computes a token at least; one that was loaded before it may be computed once more.
+        limit = (request.num_tokens - int(self._layerwise)) // size
+        start = computed // size
+        now = time.monotonic()
+        if start != tracked.start or now - tracked.asked_at > _MATCH_S:
+            keys = tracked.keys.upto(request.all_token_ids, limit)[start:]
+            found = len(keys)
+            for shard in self._shards:  # what a rank lacks is of no use to the others
+                found = shard.match(keys[:found]) if found else 0
+            tracked.start, tracked.found, tracked.asked_at = start, found, now
+        return tracked.found * size, bool(tracked.found) and not self._layerwise
+
+    def allocated(self, request: Any, blocks: Any, tokens: int) -> None:
+        """Note that the engine has given blocks to a request, and wants so many tokens loaded into them."""
+        if not tokens:
+            return
+        tracked = self._of(request)
+        assert tracked.keys is not None
+        end = tracked.start + tokens // self._block_tokens
+        keys = tracked.keys.upto(request.all_token_ids, end)[tracked.start :]
+        tracked.asked_at = float("-inf")
+        self._loads.append(Load(request.request_id, keys, list(blocks.get_block_ids()[0][tracked.start : end])))
+
+    def ended(self, request: Any) -> None:
+        """Forget a request. Stores that are under way need nothing of it."""
+        self._tracked.pop(request.request_id, None)
+
+    def _of(self, request: Any) -> _Tracked:
+        return self._tracked.get(request.request_id) or self.arrived(request)
+
+    # ---- A step
+
+    def work(self, step: Any) -> Work:
+        """Return what the step brings for the workers."""
+        work = Work(self._loads, fresh=self._fresh(step), layerwise=self._layerwise)
+        self._loads = []
+        state = step.kv_connector_block_state
+        for name, scheduled in step.num_scheduled_tokens.items():
+            tracked = self._tracked.get(name)
+            if tracked is None or tracked.keys is None or not self._writes:
+                continue
+            request = tracked.request
+            known = min(request.num_computed_tokens + scheduled, request.num_tokens)
+            blocks = known // self._block_tokens
+            if blocks > tracked.stored:
+                first, tracked.stored = tracked.stored, blocks
+                keys = tracked.keys.upto(request.all_token_ids, blocks)[first:]
+                self._stores += 1
+                places = list(state.get_block_ids(name)[0][first:blocks])
+                work.stores.append(Store(self._stores, name, first, keys, places))
+                if self._wants_events:
+                    self._will_tell(self._stores, request, first, blocks)
+        return work
+
+    def _fresh(self, step: Any) -> set[int]:
+        """The blocks that are written from this step on, and weren't before."""
+        size = self._block_tokens
+        fresh: set[int] = set()
+        for new in step.scheduled_new_reqs:
+            fresh.update(new.block_ids[0][new.num_computed_tokens // size :])
+        cached = step.scheduled_cached_reqs
+        for name, blocks, computed in zip(
+            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+        ):
+            if blocks is not None:
+                resumed = name in cached.resumed_req_ids  # then these are all blocks that it has
+                fresh.update(blocks[0][computed // size if resumed else 0 :])
+        for load in self._loads:
+            fresh.update(load.blocks)
+        return fresh
+
+    # ---- What happened
+
+    def heard(self, progress: Progress | None) -> None:
+        """Take note of stores that have ended in some workers."""
+        for number, counts in (progress.stored if progress else {}).items():
+            told = self._telling.get(number)
+            if told is None:
+                continue
+            told.heard.extend(counts)
+            if len(told.heard) >= len(self._shards):
+                del self._telling[number]
+                self._tell(told, min(told.heard))
+
+    @property
+    def telling(self) -> bool:
+        """Whether there will be events without another request."""
+        return bool(self._telling)
+
+    def events(self) -> Iterable[Any]:
+        """Return the events since it was last asked."""
+        events, self._events = self._events, []
+        return events
+
+    def stats(self) -> KVStrataStats | None:
+        """Return what was counted since it was last asked."""
+        total: dict[str, int] = {}
+        for shard in self._shards:
+            for name, value in shard.stats().items():
+                if isinstance(value, int):
+                    total[name] = total.get(name, 0) + value
+        return self._deltas.of(total)
+
+    def reset(self) -> None:
+        """Find nothing of what was stored up to now, by this engine from now on.
+
+        vLLM asks for it when its weights were changed in memory, too. So from now on it shares with nobody, until it
+        is started again.
+        """
+        self._generation = os.urandom(16).hex()
+        self._tracked.clear()
+        self._telling.clear()
+        if self._wants_events:
+            from vllm.distributed.kv_events import AllBlocksCleared
+
+            self._events.append(AllBlocksCleared())
+
+    def _will_tell(self, number: int, request: Any, first: int, end: int) -> None:
+        size = self._block_tokens
+        hashes = request.block_hashes[:end]
+        if len(hashes) == end:  # vLLM hashes in other units for some models
+            self._telling[number] = _Told(
+                hashes[first:], hashes[first - 1] if first else None,
+                list(request.all_token_ids[first * size : end * size]), request.lora_request, [],
+            )  # fmt: skip
+
+    def _tell(self, told: _Told, blocks: int) -> None:
+        from vllm.distributed.kv_events import BlockStored
+        from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
+
+        if blocks:
+            self._events.append(
+                BlockStored(
+                    block_hashes=[maybe_convert_block_hash(name) for name in told.hashes[:blocks]],
+                    parent_block_hash=told.parent and maybe_convert_block_hash(told.parent),
+                    token_ids=told.tokens[: blocks * self._block_tokens],
+                    block_size=self._block_tokens,
+                    lora_id=told.lora and told.lora.lora_int_id,
+                    medium=_MEDIUM,
+                    lora_name=told.lora and told.lora.lora_name,
+                )
+            )

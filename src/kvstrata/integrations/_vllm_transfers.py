@@ -1,0 +1,127 @@
+"""Loads and stores of vLLM's blocks under way, and how each ends early: nothing wrong is stored or left behind."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from kvstrata.integrations._blocks import EngineBlocks, Withdrawn
+
+if TYPE_CHECKING:
+    from kvstrata.integrations._vllm_memory import BlockMemory
+    from kvstrata.integrations._vllm_messages import Load, Store
+
+__all__ = ["Loading", "Storing"]
+
+_GROUPS = 8  # of layers, which a layer-wise load brings one after the other
+
+
+class Storing:
+    """A store under way. Blocks from position `_cut` on aren't what they were."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.ended = threading.Event()
+        self.stored = 0
+        self._cut = len(store.keys)
+
+    def withdraw(self, fresh: set[int]) -> None:
+        """Store nothing of these any more: what is copied from now on isn't taken for the block."""
+        positions = [position for position, block in enumerate(self.store.blocks) if block in fresh]
+        self._cut = min([self._cut, *positions])
+
+    def filled_by(self, read: Callable[[int, memoryview], None]) -> Callable[[int, memoryview], None]:
+        """Return what copies a block by `read`, and raises Withdrawn where it was too late."""
+
+        def fill(position: int, memory: memoryview) -> None:
+            read(self.store.blocks[position], memory)
+            if position >= self._cut:  # looked at after copying: it is set before the block is overwritten
+                raise Withdrawn
+
+        return fill
+
+
+class Loading:
+    """A load under way. Once it is abandoned nothing more is written to its blocks."""
+
+    def __init__(self, load: Load, blocks: EngineBlocks, memory: BlockMemory, deadline: float) -> None:
+        self.load = load
+        self.failed: set[int] = set()
+        self.ended = threading.Event()
+        self._blocks = blocks
+        self._memory = memory
+        self._deadline = deadline
+        self._changed = threading.Condition()  # guards what follows, and writing to the engine's memory
+        self._abandoned = False
+        self._layers = 0  # so many have come
+
+    def run(self) -> None:
+        """Load all layers of each block as it arrives."""
+        got = [False] * len(self.load.keys)
+        try:
+            got = self._blocks.load_each(self.load.keys, self._take)
+        finally:
+            self._end([block for block, there in zip(self.load.blocks, got, strict=True) if not there])
+
+    def run_layerwise(self) -> None:
+        """Load some layers of all blocks, and then the next ones."""
+        missing = list(self.load.blocks)
+        try:
+            with self._blocks.pinned(self.load.keys) as pins:
+                fits = [pin is not None and len(pin) == self._memory.block_bytes for pin in pins]
+                there = [(block, memoryview(pin)) for block, pin, fit in zip(self.load.blocks, pins, fits, strict=True)
+                         if fit and pin is not None]  # fmt: skip
+                missing = [block for block, fit in zip(self.load.blocks, fits, strict=True) if not fit]
+                step = -(-self._memory.layers // _GROUPS)
+                for first in range(0, self._memory.layers, step):
+                    layers = range(first, min(first + step, self._memory.layers))
+                    with self._changed:
+                        if self._abandoned:
+                            return
+                        for block, data in there:
+                            self._memory.write(block, data, layers)
+                        if layers.stop < self._memory.layers:
+                            self._layers = layers.stop
+                            self._changed.notify_all()
+                for _, data in there:
+                    data.release()
+        finally:
+            self._end(missing)
+
+    def wait_for(self, layer: int) -> None:
+        """Return when a layer has come, all has ended, or it has been abandoned, since it takes too long."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._layers > layer or self.ended.is_set(), self._deadline - time.monotonic()
+            )
+            there = self._layers > layer
+        if not there:
+            self.abandon(time.monotonic())
+
+    def abandon(self, now: float) -> bool:
+        """End it if its time is over; returns whether it was. All of its blocks count as failed then."""
+        if now < self._deadline:
+            return False
+        with self._changed:
+            if not self.ended.is_set():
+                self._abandoned = True
+                self.failed = set(self.load.blocks)
+                self.ended.set()
+        return True
+
+    def _take(self, position: int, data: memoryview) -> bool:
+        with self._changed:
+            if self._abandoned or data.nbytes != self._memory.block_bytes:
+                return False
+            self._memory.write(self.load.blocks[position], data)
+            return True
+
+    def _end(self, missing: list[int]) -> None:
+        with self._changed:
+            if not self._abandoned:
+                self.failed = set(missing)
+                self._layers = self._memory.layers
+                self.ended.set()
+            self._changed.notify_all()

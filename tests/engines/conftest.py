@@ -1,0 +1,84 @@
+"""What the tests of all engines share: `make test-engines` requires the engines, other runs skip what isn't there."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.processes import Process
+
+from engines.vllm_control import Engine
+
+REQUIRED = os.environ.get("KVSTRATA_ENGINES") == "required"
+PATIENCE_S = 240.0  # for an engine to come up beside other work
+
+Start = Callable[..., Engine]
+
+
+@pytest.fixture(scope="session")
+def model(request: pytest.FixtureRequest) -> Path:
+    """SmolLM2-135M-Instruct in fp32 as a directory of safetensors, kept for later runs."""
+    directory = request.config.cache.mkdir("smollm2-fp32")  # type: ignore[union-attr]
+    if not (directory / "complete").exists():
+        with Process(patience=PATIENCE_S, OMP_NUM_THREADS="1") as other:
+            other.run(
+                "from kvstrata.demo import model\nmodel.save(*model.load('float32'), directory)",
+                directory=str(directory),
+            )
+        (directory / "complete").touch()
+    return Path(directory)
+
+
+def need(engine: str) -> None:
+    """Skip the module that calls it where an engine isn't installed, or fail where it has to be."""
+    if importlib.util.find_spec(engine) is None:
+        if REQUIRED:
+            pytest.fail(f"{engine} is not installed", pytrace=False)
+        pytest.skip(f"{engine} is not installed: make test-engines", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A directory for caches, and one for their shared memory."""
+    directory = tmp_path_factory.mktemp("vllm")
+    shared = Path("/dev/shm") / f"test-of-kvstrata-{directory.name}-{directory.parent.name}"
+    shared.mkdir()
+    (directory / "shm").symlink_to(shared)
+    yield directory
+    left = sorted(path.name for path in shared.iterdir())
+    shutil.rmtree(shared)
+    assert left == [], "shared memory was left behind"
+
+
+@pytest.fixture(scope="module")
+def starting_vllm(place: Path, model: Path) -> Iterator[Start]:
+    """Begins to start an engine; `started` waits for it."""
+    with ExitStack() as stack:
+
+        def start(
+            path: str | None,
+            *,
+            kind: str = "connector",
+            environment: dict[str, str] | None = None,
+            connector: dict[str, Any] | None = None,
+            **options: Any,
+        ) -> Engine:
+            process = Process(patience=PATIENCE_S, KVSTRATA_SHM_DIR=str(place / "shm"), **(environment or {}))
+            stack.callback(process.__exit__)
+            if path is not None:
+                options["kv_transfer_config"] = None  # made there
+            process.start(
+                "from engines import vllm_engine\n"
+                f"if path: options['kv_transfer_config'] = vllm_engine.{kind}(path, **extra)\n"
+                "engine = vllm_engine.Engine(model, **options)",
+                path=path and str(place / path), extra=connector or {}, model=str(model), options=options,
+            )  # fmt: skip
+            return Engine(process)
+
+        yield start

@@ -1,0 +1,262 @@
+"""A vLLM engine in a process of its own, for the tests: everything it does is done here, on the CPU."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import io
+import logging
+import os
+import time
+from importlib import resources
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    OMP_NUM_THREADS="1",  # threads that wait for one another by spinning take minutes beside other work
+    VLLM_CPU_OMP_THREADS_BIND="nobind",
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",  # so that the connector can be looked into
+    VLLM_HOST_IP="127.0.0.1",
+    VLLM_LOGGING_LEVEL="WARNING",
+    VLLM_NO_USAGE_STATS="1",
+)
+
+import msgspec
+import vllm
+import zmq
+from vllm.distributed.kv_events import BlockStored, KVEventBatch
+from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.lora.request import LoRARequest
+from vllm.utils.hashing import get_hash_fn_by_name
+from vllm.v1.core import kv_cache_utils
+from vllm.v1.kv_offload.base import ReqContext, make_offload_key
+from vllm.v1.request import Request
+
+from kvstrata.integrations._vllm_keys import RequestKeys, seed_of
+from kvstrata.integrations.vllm import KVStrataConnector
+from kvstrata.integrations.vllm_tier import KVStrataTier
+
+BLOCK = 32
+KV_BYTES_PER_TOKEN = 46_080  # of SmolLM2 in fp32
+BLOCK_BYTES = BLOCK * KV_BYTES_PER_TOKEN
+LIMIT_S = 60.0
+
+
+def connector(path: str, **options: Any) -> dict[str, Any]:
+    """The value of --kv-transfer-config."""
+    return {
+        "kv_connector": "KVStrataConnector",
+        "kv_connector_module_path": "kvstrata.integrations.vllm",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"path": path, "memory": "192MiB", "disk": "512MiB", **options},
+    }
+
+
+def tier(path: str, **options: Any) -> dict[str, Any]:
+    """The same with vLLM's OffloadingConnector and a tier under it."""
+    below = {"type": "KVStrataTier", "module_path": "kvstrata.integrations.vllm_tier", "path": path,
+             "memory": "192MiB", "disk": "512MiB", **options}  # fmt: skip
+    return offloading([below])
+
+
+def offloading(tiers: list[dict[str, Any]], cpu_bytes: int = 128 << 20) -> dict[str, Any]:
+    """vLLM's OffloadingConnector over those tiers."""
+    return {
+        "kv_connector": "OffloadingConnector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {
+            "spec_name": "CPUTieringSpec",
+            "spec_module_path": "engines.vllm_offloading",
+            "cpu_bytes_to_use": cpu_bytes,
+            "secondary_tiers": tiers,
+        },
+    }
+
+
+class Engine:
+    """An engine with SmolLM2 in fp32, in which equal prompts mean equal tokens."""
+
+    def __init__(self, model: str, *, kv_tokens: int = 8192, **options: Any) -> None:
+        defaults: dict[str, Any] = {
+            "dtype": "float32", "enforce_eager": True, "block_size": BLOCK, "max_model_len": 2048,
+            "kv_cache_memory_bytes": kv_tokens * KV_BYTES_PER_TOKEN, "disable_log_stats": False, "seed": 0,
+        }  # fmt: skip
+        self._document: list[int] | None = None
+        self.llm = vllm.LLM(model, **defaults | options)
+        self.core: Any = self.llm.llm_engine.engine_core.engine_core  # type: ignore[attr-defined]
+
+    def prompt(self, start: int, length: int, question: str = "What follows from this?") -> list[int]:
+        """Tokens of the demo's document from one on, and a question about them."""
+        if self._document is None:
+            text = resources.files("kvstrata.demo").joinpath("document.md").read_text("utf-8")
+            self._document = self.llm.get_tokenizer().encode(text)
+        tail = self.llm.get_tokenizer().encode(f"\n\nQuestion: {question}\nAnswer:")
+        return [*self._document[start : start + length], *tail]
+
+    def tokens(self, *prompts: list[int], count: int = 8, salt: str = "", lora: str = "") -> list[list[int]]:
+        """The greedy continuations of prompts that come at the same time."""
+        given: list[Any] = [
+            {"prompt_token_ids": prompt, **({"cache_salt": salt} if salt else {})} for prompt in prompts
+        ]
+        parameters = vllm.SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
+        adapter = LoRARequest(Path(lora).name, 1 + sum(lora.encode()), lora) if lora else None
+        outputs = self.llm.generate(given, parameters, use_tqdm=False, lora_request=adapter)
+        self.settle()
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def forget(self) -> None:
+        """Empty the engine's own prefix cache."""
+        assert self.llm.reset_prefix_cache()
+
+    # ---- Its connector
+
+    @property
+    def worker(self) -> Any:
+        return get_kv_transfer_group()._worker
+
+    @property
+    def tier(self) -> Any:
+        """The tier, where vLLM's own connector is used; else None."""
+        scheduler = getattr(self.core.scheduler.connector, "connector_scheduler", None)
+        return scheduler and scheduler.manager.secondary_tiers[0]
+
+    @property
+    def sides(self) -> list[Any]:
+        """All that count."""
+        if self.tier:
+            return [self.tier._blocks] if self.tier._blocks else []
+        return [self.worker.blocks, *self.core.scheduler.connector._scheduler._shards]
+
+    @property
+    def cache(self) -> Any:
+        return self.sides[0].cache
+
+    def settle(self) -> None:
+        """Wait until everything that was computed is stored."""
+        while self.core.scheduler.has_requests():
+            self.llm.llm_engine.step()
+        if self.core.scheduler.connector is not None and not self.tier:
+            self.worker._storer.submit(lambda: None).result(LIMIT_S)
+
+    def counts(self) -> dict[str, int]:
+        """What the connector has counted up to now."""
+        total: dict[str, int] = {}
+        for blocks in self.sides:
+            for name, value in blocks.stats().items():
+                if isinstance(value, int):
+                    total[name] = total.get(name, 0) + value
+        return total
+
+    def keys(self, prompt: list[int]) -> list[bytes]:
+        """The keys of a prompt's blocks, without an adapter and a salt."""
+        if self.tier:
+            parameters = vllm.SamplingParams(max_tokens=1)
+            request = Request("keys", prompt, parameters, None, block_hasher=self.core.request_block_hasher)
+            return [make_offload_key(name, 0) for name in request.block_hashes]
+        seed = seed_of(adapter="", salt="", generation="")
+        return RequestKeys(seed, BLOCK).upto(prompt, len(prompt) // BLOCK)
+
+    def to_disk(self) -> None:
+        """Leave everything on disk only."""
+        self.cache.flush()
+        self.cache.demote()
+
+    def damage(self, key: bytes) -> None:
+        """Change a byte in the middle of a record on disk."""
+        ns = self.sides[0].ns
+        (at,) = self.cache._memory.store.find_on_disk(ns._space.id, [key])
+        path = self.cache._below._segments.path_of(at[2])
+        with Path(path).open("r+b") as file:
+            file.seek(at[3] + BLOCK_BYTES // 2)
+            byte = file.read(1)
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte[0] ^ 1]))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def metrics(self) -> dict[str, float]:
+        """kvstrata's counters as Prometheus gets them."""
+        found = {}
+        deadline = time.monotonic() + LIMIT_S
+        while time.monotonic() < deadline and not found.get("vllm:kvstrata_loaded_blocks"):
+            found = {item.name: item.value for item in self.llm.get_metrics() if "kvstrata" in item.name}  # type: ignore
+        return found
+
+    def events_of(self, prompt: list[int]) -> list[dict[str, Any]]:
+        """What vLLM publishes of the blocks of a prompt that are stored, anywhere."""
+        address = self.llm.llm_engine.vllm_config.kv_events_config.endpoint
+        with zmq.Context() as context, context.socket(zmq.SUB) as socket:
+            socket.subscribe("")
+            socket.connect(address)
+            decoder = msgspec.msgpack.Decoder(KVEventBatch)
+            while not socket.poll(50):  # until it is connected
+                self.tokens(list(range(1000, 1000 + BLOCK + 1)))
+                self.forget()
+            while socket.poll(500):
+                socket.recv_multipart()
+            self.tokens(prompt, count=1)
+            self.tokens([5, 6, 7])  # a step more, which hears from the worker
+            events: list[Any] = []
+            while socket.poll(500):
+                events += decoder.decode(socket.recv_multipart()[-1]).events
+        return [msgspec.structs.asdict(event) for event in events if isinstance(event, BlockStored)]
+
+    def reset_all(self) -> None:
+        """Reset the engine's own cache and the connector."""
+        assert self.llm.reset_prefix_cache(reset_connector=True)
+
+    def preemptions(self) -> int:
+        """How often a request lost its blocks."""
+        return int(next(item.value for item in self.llm.get_metrics() if item.name == "vllm:num_preemptions"))  # type: ignore
+
+    def evicted(self) -> int:
+        """How many records have left the cache's memory."""
+        return int(self.cache.stats()["memory"]["evictions"])
+
+    def flush(self) -> None:
+        """Wait until everything is on disk."""
+        self.cache.flush()
+
+    def attach(self, **changes: Any) -> None:
+        """Make another connector as vLLM does at its start, with other settings."""
+        config = copy.copy(self.llm.llm_engine.vllm_config)
+        config.kv_transfer_config = dataclasses.replace(config.kv_transfer_config, **changes)
+        scheduler = self.core.scheduler
+        KVStrataConnector(config, KVConnectorRole.SCHEDULER, scheduler.kv_cache_config)
+
+
+class Tier:
+    """A tier as vLLM makes it at its start, without an engine."""
+
+    def __init__(self, model: str, path: str, *, hash_name: str = "sha256") -> None:
+        groups = (SimpleNamespace(tokens_per_block=BLOCK, layer_names=("layer",)),)
+        sizes = SimpleNamespace(tp_size=1, pp_size=1, pcp_size=1, dcp_size=1)
+        config = SimpleNamespace(
+            model=SimpleNamespace(name=model, dtype="float32"), groups=groups, worker_kv_bytes_per_block=4096,
+            cache=SimpleNamespace(tokens_per_hash=BLOCK, blocks_per_chunk=1), parallel=sizes, kv_cache_layout="LBHNC",
+            canonical_layout=False, replicated_layout=False,
+        )  # fmt: skip
+        memory = memoryview(bytearray(8 * 4096)).cast("b", (8, 4096))
+        self._tier = KVStrataTier(SimpleNamespace(config=config), memory, "KVStrataTier", path=path, memory="8MiB")
+        self._hash_name = hash_name
+
+    def begin(self) -> str:
+        """Let a request come, as vLLM does when it has chosen how to make hashes; returns what is logged."""
+        told = io.StringIO()
+        handler = logging.StreamHandler(told)
+        logging.getLogger("kvstrata.vllm").addHandler(handler)
+        kv_cache_utils.init_none_hash(get_hash_fn_by_name(self._hash_name))
+        self._tier.on_new_request(ReqContext("one"))
+        logging.getLogger("kvstrata.vllm").removeHandler(handler)
+        self._tier.shutdown()
+        return told.getvalue()
+
+
+def forget_default_seed() -> None:
+    """Be a vLLM whose hashes always begin with a random number."""
+    del kv_cache_utils.DEFAULT_NONE_HASH_SEED

@@ -1,0 +1,276 @@
+"""The parts of the vLLM connector that need no vLLM: keys, copies, and how loads and stores end early."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch", reason="torch is not installed")
+
+import torch
+
+import kvstrata
+from kvstrata.errors import ConfigError, UnsupportedModel
+from kvstrata.integrations._blocks import EngineBlocks, let_go, share_for_engine
+from kvstrata.integrations._vllm_keys import Adapters, RequestKeys, seed_of
+from kvstrata.integrations._vllm_memory import BlockMemory
+from kvstrata.integrations._vllm_model import weights_of
+from kvstrata.integrations._vllm_transfers import Loading, Storing
+
+SEED = seed_of(adapter="", salt="", generation="")
+TOKENS = list(range(100, 164))
+BLOCKS, LAYERS = 6, 3
+PATIENCE_S = 30.0
+
+
+def keys(seed: bytes = SEED, features: list[tuple[int, int, str]] | None = None) -> list[bytes]:
+    return RequestKeys(seed, 16, features or []).upto(TOKENS, 4)
+
+
+def test_keys_are_the_same_however_they_are_asked_for() -> None:
+    grown = RequestKeys(SEED, 16)
+
+    assert grown.upto(TOKENS[:20], 1) == keys()[:1]
+    assert grown.upto(TOKENS, 4) == keys()
+    assert grown.upto(TOKENS, 2) == keys()[:2]
+
+
+def test_an_adapter_a_salt_and_a_generation_each_make_other_keys() -> None:
+    seeds = [
+        SEED,
+        seed_of(adapter="a", salt="", generation=""),
+        seed_of(adapter="", salt="a", generation=""),
+        seed_of(adapter="", salt="", generation="a"),
+    ]
+
+    assert len({key for seed in seeds for key in keys(seed)}) == 16
+
+
+def test_an_image_changes_the_keys_of_its_blocks_and_of_all_behind() -> None:
+    plain, image, other = keys(), keys(features=[(20, 20, "cat")]), keys(features=[(20, 20, "dog")])
+
+    assert plain[0] == image[0] == other[0]
+    assert not {*plain[1:]} & {*image[1:]}
+    assert not {*image[1:]} & {*other[1:]}
+    assert keys(features=[(21, 20, "cat")])[1] != image[1]
+    assert RequestKeys(SEED, 16, [(20, 20, "cat")]).upto(TOKENS, 2) == image[:2]
+
+
+def test_an_adapter_is_known_by_its_files_and_is_uncertain_once_they_change(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("a", "b")]
+    for path in paths:
+        path.mkdir()
+        (path / "adapter_model.safetensors").write_bytes(b"weights")
+    adapters = Adapters()
+    first, second = (SimpleNamespace(lora_int_id=1, lora_path=str(path)) for path in paths)
+
+    assert adapters.identity(None) == ""
+    assert adapters.identity(first) == adapters.identity(second)
+    (paths[0] / "adapter_model.safetensors").write_bytes(b"other weights")
+    assert adapters.identity(first) is None
+    assert Adapters().identity(first) not in (None, adapters.identity(second))
+    assert adapters.identity(SimpleNamespace(lora_int_id=3, lora_path=str(tmp_path / "gone"))) is None
+
+
+def test_weights_are_known_by_the_content_of_their_files(tmp_path: Path) -> None:
+    for name, data in (("a", b"x"), ("b", b"x"), ("c", b"y")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(data)
+    (tmp_path / "none").mkdir()
+    with kvstrata.open(memory="4MiB") as cache:
+        found = [weights_of(cache, str(tmp_path / name)) for name in "abc"]
+
+        assert found[0] == found[1] != found[2]
+        with pytest.raises(ConfigError, match='"weights": "NAME"'):
+            weights_of(cache, str(tmp_path / "none"))
+
+
+# ---- Copies
+
+
+def tensors(*, joined: bool, blocks: int = BLOCKS) -> dict[str, Any]:
+    """Layers of [blocks, 2, 4, 8] in one allocation, or each in its own."""
+    shape = (blocks, 2, 4, 8)
+    if joined:
+        everything = torch.zeros((LAYERS, *shape), dtype=torch.bfloat16)
+        return {f"layer {i}": everything[i] for i in range(LAYERS)}
+    return {f"layer {i}": torch.zeros(shape, dtype=torch.bfloat16) for i in range(LAYERS)}
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_block_is_copied_out_of_all_layers_and_into_another_block(joined: bool) -> None:
+    given = tensors(joined=joined)
+    for number, tensor in enumerate(given.values()):
+        tensor[2] = number + 1
+    memory = BlockMemory(given, BLOCKS)
+    data = bytearray(memory.block_bytes)
+
+    memory.read(2, memoryview(data))
+    memory.write(4, memoryview(data))
+
+    assert memory.block_bytes == LAYERS * 2 * 4 * 8 * 2
+    for number, tensor in enumerate(given.values()):
+        assert bool((tensor[4] == number + 1).all())
+        assert not bool(tensor[[0, 1, 3, 5]].any())
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_some_layers_of_a_block_are_written_alone(joined: bool) -> None:
+    given = tensors(joined=joined)
+    memory = BlockMemory(given, BLOCKS)
+    ones = torch.ones(memory.block_bytes // 2, dtype=torch.bfloat16).view(torch.uint8).numpy()
+
+    memory.write(1, memoryview(ones), range(1, 2))
+
+    assert [bool(tensor[1].all()) for tensor in given.values()] == [False, True, False]
+
+
+def test_blocks_of_several_parts_and_permuted_ones_are_copied_as_their_bytes() -> None:
+    split = torch.arange(12 * 64, dtype=torch.float32).reshape(12, 4, 16)  # two parts a block
+    permuted = torch.arange(6 * 64, dtype=torch.float32).reshape(6, 16, 4).permute(0, 2, 1)
+    for tensor in (split, permuted):
+        expected = tensor[-1].clone()
+        memory = BlockMemory({"layer": tensor}, 6)
+        data = bytearray(memory.block_bytes)
+
+        memory.read(5, memoryview(data))
+        memory.write(0, memoryview(data))
+
+        assert bool((tensor[tensor.shape[0] // 6 - 1] == expected).all())
+
+
+def test_layers_that_share_their_kv_are_one() -> None:
+    given = tensors(joined=True)
+    memory = BlockMemory({**given, "another": given["layer 1"]}, BLOCKS)
+
+    assert memory.layers == LAYERS
+    assert memory.layer_of["another"] == memory.layer_of["layer 1"]
+
+
+def test_kv_that_is_not_dense_or_not_in_this_memory_is_refused() -> None:
+    with pytest.raises(UnsupportedModel, match="aren't dense"):
+        BlockMemory({"layer": torch.zeros(6, 4, 16)[:, :, :8]}, 6)
+    with pytest.raises(UnsupportedModel, match="vllm_tier"):
+        BlockMemory({"layer": torch.zeros(6, 4, 16, device="meta")}, 6)
+
+
+def test_a_layout_is_of_the_blocks_and_not_of_where_or_how_many_they_are() -> None:
+    layout = BlockMemory(tensors(joined=True), BLOCKS).layout
+
+    assert layout == BlockMemory(tensors(joined=False), BLOCKS).layout
+    assert layout == BlockMemory(tensors(joined=True, blocks=12), 12).layout
+    assert layout != BlockMemory({name: t.half() for name, t in tensors(joined=True).items()}, BLOCKS).layout
+
+
+# ---- Under way
+
+
+@pytest.fixture
+def blocks() -> Iterator[EngineBlocks]:
+    with kvstrata.open(memory="8MiB") as cache:
+        yield EngineBlocks(cache, "vllm", {"model": "m"})
+        memory = cache.stats()["memory"]
+        assert (memory["pins"], memory["reservations"]) == (0, 0)
+
+
+@pytest.fixture
+def memory() -> BlockMemory:
+    return BlockMemory(tensors(joined=True), BLOCKS)
+
+
+def fill(blocks: EngineBlocks, memory: BlockMemory, *positions: int) -> None:
+    names = [keys()[position] for position in positions]
+    ones = b"\x01" * memory.block_bytes
+    blocks.store(names, memory.block_bytes, lambda _, target: target.__setitem__(slice(None), ones))
+
+
+def load(*where: int) -> Any:
+    return SimpleNamespace(request="one", keys=keys()[: len(where)], blocks=list(where))
+
+
+def read(memory: BlockMemory, block: int) -> bytes:
+    data = bytearray(memory.block_bytes)
+    memory.read(block, memoryview(data))
+    return bytes(data)
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_a_load_says_which_blocks_are_missing(blocks: EngineBlocks, memory: BlockMemory, layerwise: bool) -> None:
+    fill(blocks, memory, 0, 2)
+    loading = Loading(load(3, 4, 5), blocks, memory, time.monotonic() + PATIENCE_S)
+
+    (loading.run_layerwise if layerwise else loading.run)()
+
+    assert loading.ended.is_set()
+    assert loading.failed == {4}
+    assert read(memory, 3) == read(memory, 5) == b"\x01" * memory.block_bytes
+
+
+def test_layers_are_waited_for_one_by_one(blocks: EngineBlocks, memory: BlockMemory) -> None:
+    fill(blocks, memory, 0)
+    loading = Loading(load(3), blocks, memory, time.monotonic() + PATIENCE_S)
+    thread = threading.Thread(target=loading.run_layerwise)
+    thread.start()
+
+    for layer in range(LAYERS):
+        loading.wait_for(layer)
+    thread.join(PATIENCE_S)
+
+    assert not loading.failed
+    assert read(memory, 3) == b"\x01" * memory.block_bytes
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_a_load_whose_time_is_over_has_failed_and_writes_nothing_more(
+    blocks: EngineBlocks, memory: BlockMemory, layerwise: bool
+) -> None:
+    fill(blocks, memory, 0)
+    loading = Loading(load(3), blocks, memory, 0.0)
+
+    loading.wait_for(0)
+    (loading.run_layerwise if layerwise else loading.run)()
+
+    assert loading.failed == {3}
+    assert read(memory, 3) == bytes(memory.block_bytes)
+
+
+def test_a_load_under_way_is_not_abandoned_before_its_time(blocks: EngineBlocks, memory: BlockMemory) -> None:
+    loading = Loading(load(3), blocks, memory, 100.0)
+
+    assert not loading.abandon(99.0)
+    assert loading.abandon(100.0)
+
+
+def test_what_is_overwritten_while_it_is_copied_is_not_stored(blocks: EngineBlocks, memory: BlockMemory) -> None:
+    names = keys()
+    storing = Storing(SimpleNamespace(keys=names, blocks=[0, 1, 2, 3], request="one", first=0, number=1))  # type: ignore
+
+    def copied(block: int, target: memoryview) -> None:
+        memory.read(block, target)
+        if block == 2:
+            storing.withdraw({2, 5})  # the engine is about to write to it
+
+    stored = blocks.store(names, memory.block_bytes, storing.filled_by(copied), depth=1)
+
+    assert stored == 2
+    assert blocks.present(names) == [True, True, False, False]
+    assert blocks.stats()["unstored_blocks"] == 2
+    assert blocks.stats()["errors"] == 0
+
+
+def test_the_parts_of_an_engine_share_a_cache_until_the_last_has_let_go(tmp_path: Path, shm: Path) -> None:
+    options = {"path": str(tmp_path), "memory": "4MiB", "disk": 0}
+    first, second = share_for_engine(options), share_for_engine(dict(reversed(options.items())))
+
+    assert first is second
+    let_go(first)
+    second.put("key", b"value")
+    let_go(second)
+    with pytest.raises(kvstrata.errors.CacheClosed):
+        second.put("key", b"value")
