@@ -185,10 +185,13 @@ class EngineBlocks:
 
         return self.load_each(keys, take)
 
-    def load_each(self, keys: Sequence[bytes], take: Take) -> list[bool]:
+    def load_each(
+        self, keys: Sequence[bytes], take: Take, held: Sequence[memoryview | None] | None = None
+    ) -> list[bool]:
         """Give each block that is there to `take(i, memory)`; returns which ones were there and taken.
 
         What has to be read first is given as it arrives, in any order and by any thread, while the rest is being read.
+        `held` are blocks that the caller has pinned already, None for the others.
         """
         got = [False] * len(keys)
         nbytes = 0
@@ -199,31 +202,41 @@ class EngineBlocks:
                 got[position] = True
                 nbytes += len(value)
 
+        rest: Sequence[int] = range(len(keys))
+        if held is not None:
+            rest = [position for position, block in enumerate(held) if block is None]
+            for position, block in enumerate(held):
+                if block is not None:
+                    give(position, block)
+
         def go() -> None:
-            for start in range(0, len(keys), _AT_ONCE):
-                self._load_wave(keys[start : start + _AT_ONCE], start, give)
+            for start in range(0, len(rest), _AT_ONCE):
+                self._load_wave(keys, rest[start : start + _AT_ONCE], give)
 
         self._guarded(go, None)
         loaded = sum(got)
         self._tally.add(loaded_blocks=loaded, loaded_bytes=nbytes, missed_blocks=len(keys) - loaded)
         return got
 
-    def _load_wave(self, keys: Sequence[bytes], first: int, give: Callable[[int, Pin | memoryview], None]) -> None:
+    def _load_wave(
+        self, all_keys: Sequence[bytes], wanted: Sequence[int], give: Callable[[int, Pin | memoryview], None]
+    ) -> None:
+        keys = [all_keys[position] for position in wanted]
         pins, below = self.ns._space.pin_many(keys)
         try:
-            for position, pin in enumerate(pins):
+            for number, pin in enumerate(pins):
                 if pin is not None:
-                    give(first + position, pin)
+                    give(wanted[number], pin)
             if below:
 
                 def arrived(number: int, value: Pin | memoryview) -> None:
-                    give(first + below[number], value)
+                    give(wanted[below[number]], value)
 
-                for position, pin in zip(below, self.ns._load([keys[i] for i in below], arrived), strict=True):
-                    pins[position] = pin
-            for position in sorted([*below, *self.ns._fetch_absent(keys, pins)]):
-                if (pin := pins[position]) is not None:
-                    give(first + position, pin)
+                for number, pin in zip(below, self.ns._load([keys[i] for i in below], arrived), strict=True):
+                    pins[number] = pin
+            for number in sorted([*below, *self.ns._fetch_absent(keys, pins)]):
+                if (pin := pins[number]) is not None:
+                    give(wanted[number], pin)
         finally:
             release(pins)
 
@@ -245,11 +258,16 @@ class EngineBlocks:
         return self._guarded(lambda: self.ns.pin_many(keys), nothing)
 
     def pin_here(self, keys: Sequence[bytes]) -> tuple[list[Pin | None], list[int]]:
-        """Pin the blocks that lie in memory, without taking that for a use, and load nothing.
+        """Look blocks up, and pin those that lie in memory, without taking that for a use; loads nothing.
 
         Returns the pins, and of blocks that lie on disk only the bytes of their records, 0 for all others.
         """
+        pins, sizes = self._pin_here(keys)
+        found = sum(pin is not None or size > 0 for pin, size in zip(pins, sizes, strict=True))
+        self._tally.add(lookups=1, looked_up_blocks=len(keys), found_blocks=found)
+        return pins, sizes
 
+    def _pin_here(self, keys: Sequence[bytes]) -> tuple[list[Pin | None], list[int]]:
         def go() -> tuple[list[Pin | None], list[int]]:
             pins: list[Pin | None]
             pins, below = self.ns._space.pin_many(keys, uses=False)
@@ -267,9 +285,13 @@ class EngineBlocks:
         remote, nowhere = self.ns._remote, [False] * len(keys)
         return nowhere if remote is None or not keys else self._guarded(lambda: remote.contains(keys), nowhere)
 
+    def absent(self, keys: Sequence[bytes]) -> list[bool]:
+        """Say of each block whether it certainly isn't on this host."""
+        return self._guarded(lambda: [not self.ns._space.contains(key) for key in keys], [False] * len(keys))
+
     def record_sizes(self, keys: Sequence[bytes]) -> list[int]:
         """Return the bytes of each block's record, with its header and padding; 0 for what isn't on this host."""
-        pins, sizes = self.pin_here(keys)
+        pins, sizes = self._pin_here(keys)
         try:
             return [
                 size if pin is None else record_bytes(len(key), len(pin))
