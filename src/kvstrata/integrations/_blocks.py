@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import blake3
 
+from kvstrata._core import record_bytes
 from kvstrata.cache import Cache
 from kvstrata.cache import open as open_cache
 from kvstrata.errors import KVStrataError, TierFull, UnknownOption
@@ -188,10 +189,13 @@ class EngineBlocks:
 
         return self.load_each(keys, take)
 
-    def load_each(self, keys: Sequence[bytes], take: Take) -> list[bool]:
+    def load_each(
+        self, keys: Sequence[bytes], take: Take, held: Sequence[memoryview | None] | None = None
+    ) -> list[bool]:
         """Give each block that is there to `take(i, memory)`; returns which ones were there and taken.
 
         What has to be read first is given as it arrives, in any order and by any thread, while the rest is being read.
+        `held` are blocks that the caller has pinned already, None for the others.
         """
         got = [False] * len(keys)
         nbytes = 0
@@ -202,39 +206,48 @@ class EngineBlocks:
                 got[position] = True
                 nbytes += len(value)
 
+        rest: Sequence[int] = range(len(keys))
+        if held is not None:
+            rest = [position for position, block in enumerate(held) if block is None]
+            for position, block in enumerate(held):
+                if block is not None:
+                    give(position, block)
+
         def go() -> None:
-            for start in range(0, len(keys), _AT_ONCE):
-                self._load_wave(keys[start : start + _AT_ONCE], start, give)
+            for start in range(0, len(rest), _AT_ONCE):
+                self._load_wave(keys, rest[start : start + _AT_ONCE], give)
 
         self._guarded(go, None)
         loaded = sum(got)
         self._tally.add(loaded_blocks=loaded, loaded_bytes=nbytes, missed_blocks=len(keys) - loaded)
         return got
 
-    def _load_wave(self, keys: Sequence[bytes], first: int, give: Callable[[int, Pin | memoryview], None]) -> None:
+    def _load_wave(
+        self, all_keys: Sequence[bytes], wanted: Sequence[int], give: Callable[[int, Pin | memoryview], None]
+    ) -> None:
+        keys = [all_keys[position] for position in wanted]
         pins, below = self.ns._space.pin_many(keys)
         try:
-            for position, pin in enumerate(pins):
+            for number, pin in enumerate(pins):
                 if pin is not None:
-                    give(first + position, pin)
+                    give(wanted[number], pin)
             if below:
 
                 def arrived(number: int, value: Pin | memoryview) -> None:
-                    give(first + below[number], value)
+                    give(wanted[below[number]], value)
 
-                for position, pin in zip(below, self.ns._load([keys[i] for i in below], arrived), strict=True):
-                    pins[position] = pin
-            for position in sorted([*below, *self.ns._fetch_absent(keys, pins)]):
-                if (pin := pins[position]) is not None:
-                    give(first + position, pin)
+                for number, pin in zip(below, self.ns._load([keys[i] for i in below], arrived), strict=True):
+                    pins[number] = pin
+            for number in sorted([*below, *self.ns._fetch_absent(keys, pins)]):
+                if (pin := pins[number]) is not None:
+                    give(wanted[number], pin)
         finally:
             release(pins)
 
     @contextmanager
     def pinned(self, keys: Sequence[bytes]) -> Iterator[Sequence[Pin | None]]:
         """Keep blocks in memory and give them, None where there is none; each exports its bytes as a buffer."""
-        nothing: list[Pin | None] = [None] * len(keys)
-        pins = self._guarded(lambda: self.ns.pin_many(keys), nothing)
+        pins = self.pin(keys)
         try:
             sizes = [0 if pin is None else len(pin) for pin in pins]
             missed = sum(pin is None for pin in pins)
@@ -242,6 +255,58 @@ class EngineBlocks:
             yield pins
         finally:
             release(pins)
+
+    def pin(self, keys: Sequence[bytes]) -> list[Pin | None]:
+        """Bring blocks into memory, which they don't leave before their pins are released; None where there is none."""
+        nothing: list[Pin | None] = [None] * len(keys)
+        return self._guarded(lambda: self.ns.pin_many(keys), nothing)
+
+    def pin_here(self, keys: Sequence[bytes]) -> tuple[list[Pin | None], list[int]]:
+        """Look blocks up, and pin those that lie in memory, without taking that for a use; loads nothing.
+
+        Returns the pins, and of blocks that lie on disk only the bytes of their records, 0 for all others.
+        """
+        pins, sizes = self._pin_here(keys)
+        found = sum(pin is not None or size > 0 for pin, size in zip(pins, sizes, strict=True))
+        self._tally.add(lookups=1, looked_up_blocks=len(keys), found_blocks=found)
+        return pins, sizes
+
+    def _pin_here(self, keys: Sequence[bytes]) -> tuple[list[Pin | None], list[int]]:
+        def go() -> tuple[list[Pin | None], list[int]]:
+            pins: list[Pin | None]
+            pins, below = self.ns._space.pin_many(keys, uses=False)
+            sizes = [0] * len(keys)
+            there = self.ns._cache.sizes_below(self.ns._space.id, [keys[i] for i in below])
+            for i, size in zip(below, there, strict=True):
+                sizes[i] = size
+            return pins, sizes
+
+        nothing: tuple[list[Pin | None], list[int]] = [None] * len(keys), [0] * len(keys)
+        return self._guarded(go, nothing)
+
+    def present_elsewhere(self, keys: Sequence[bytes]) -> list[bool]:
+        """Say of each block whether a remote tier seems to have it."""
+        remote, nowhere = self.ns._remote, [False] * len(keys)
+        return nowhere if remote is None or not keys else self._guarded(lambda: remote.contains(keys), nowhere)
+
+    def absent(self, keys: Sequence[bytes]) -> list[bool]:
+        """Say of each block whether it certainly isn't on this host."""
+        return self._guarded(lambda: [not self.ns._space.contains(key) for key in keys], [False] * len(keys))
+
+    def record_sizes(self, keys: Sequence[bytes]) -> list[int]:
+        """Return the bytes of each block's record, with its header and padding; 0 for what isn't on this host."""
+        pins, sizes = self._pin_here(keys)
+        try:
+            return [
+                size if pin is None else record_bytes(len(key), len(pin))
+                for key, pin, size in zip(keys, pins, sizes, strict=True)
+            ]
+        finally:
+            release(pins)
+
+    def keys(self, prefix: bytes = b"") -> list[bytes]:
+        """Return the keys of all blocks that are there, in memory or on disk of this host and in no order."""
+        return self._guarded(lambda: list(self.ns.keys(prefix)), [])
 
     def delete(self, keys: Sequence[bytes]) -> int:
         """Remove blocks; returns how many were there."""
