@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -176,6 +177,32 @@ def test_every_record_was_published_before_it_was_there() -> None:
         keys = [b"%d" % i for i in range(start, start + 1000)]
         writer.write(dict.fromkeys(keys, b"x"))
     assert checked == [1000] * 6
+
+
+@pytest.mark.parametrize("writes", range(6))
+def test_wherever_a_process_dies_that_publishes_for_the_first_time_the_filter_stays_complete(writes: int) -> None:
+    class Dying(MemoryStore):
+        left = 1 << 30
+
+        def write(self, records: Any, timeout_s: float, *, then_read: bytes | None = None) -> Any:
+            self.left -= 1
+            if self.left < 0:
+                raise StoreFault("timeout", "too slow")
+            return super().write(records, timeout_s, then_read=then_read)
+
+    store = Dying()
+    FilteringHost(store).write({b"key": b"value"})
+    store.left = writes
+    dying = FilteringHost(store)
+    keys = [b"%d" % i for i in range(3000)]
+    with contextlib.suppress(StoreFault):
+        dying.write(dict.fromkeys(keys, b"x"))
+    there = [key for key in keys if dying.space.names([key], dying.space.generation or 0)[0] in store.records]
+    assert len(there) == (3000 if writes >= 4 else 0)
+    reader = FilteringHost(store)
+    assert reader.refresh() is None
+    assert not any(reader.lacks(key) for key in [b"key", *there])
+    store.left = 1 << 30
 
 
 def test_a_process_that_is_killed_leaves_nothing_that_others_do_not_find(open_cache: OpenCache, tmp_path: Path) -> None:

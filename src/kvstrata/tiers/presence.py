@@ -169,7 +169,6 @@ class _Published:
 
     def publish(self, store: RecordStore, hashes: bytes, expires: Sequence[int], timeout_s: float) -> None:
         """Have hashes in the store when it returns; raises StoreFault. `expires`: of each name, ms, 0 = never."""
-        self.roll.enter(store, timeout_s)
         each = [hashes[start : start + HASH_BYTES] for start in range(0, len(hashes), HASH_BYTES)]
         lasting = self._lasting.absent(b"".join(h for h, until in zip(each, expires, strict=True) if not until))
         self._lasting.add_hashes(lasting)
@@ -187,6 +186,7 @@ class _Published:
             head = _Head(_FORMAT, self._first, self._pages, b"".join(self._open))
             store.write([self._names.record(self._names.head(self.me), msgspec.msgpack.encode(head))], timeout_s)
             self._changed = False
+        self.roll.enter(store, timeout_s)  # last: whoever is listed has a head
 
     def _add(self, hashes: bytes, expires: int) -> None:
         for start in range(0, len(hashes), HASH_BYTES):
