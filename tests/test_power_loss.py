@@ -171,7 +171,7 @@ def loses_power(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def boot() -> None:
         this = next(boots).to_bytes(16, "little")
         monkeypatch.setattr(ledger, "boot_id", lambda: this)
-        monkeypatch.setattr("kvstrata.tiers.catalog.boot_id", lambda: this)
+        monkeypatch.setattr("kvstrata.tiers.catalog_file.boot_id", lambda: this)
 
     return boot
 
