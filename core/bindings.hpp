@@ -67,6 +67,11 @@ struct SpaceHandle {
     Space space;
 };
 
+// A lookup whose value, on a hit, is copied into new bytes.
+Lookup read_value(const SpaceHandle& space, nb::handle key, nb::object& value);
+// A put without options, and what it returns; nothing where it would have to wait, which it doesn't.
+std::optional<u64> put_at_once(const SpaceHandle& space, nb::handle key, const u8* value, size_t size);
+
 // Which record a kvstrata._core.Pin holds; nothing when it is released, or of a value in private memory.
 std::optional<Identity> identity_of(nb::handle pin);
 
@@ -74,6 +79,7 @@ void bind_bloom(nb::module_& m);
 void bind_codecs(nb::module_& m);
 void bind_io(nb::module_& m);
 void bind_objects(nb::module_& m);
+void bind_quick(nb::module_& m);
 void bind_store(nb::module_& m);
 void bind_simulator(nb::module_& m);
 

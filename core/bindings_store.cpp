@@ -350,27 +350,13 @@ Lookup acquire_one(Store& store, Space space, nb::handle key, Pin& pin, Small* s
 }
 
 nb::object get(const SpaceHandle& self, nb::handle key) {
-    const std::shared_ptr<Store>& store = self.owner->live();
-    Pin pin;
-    u8 room[kSmallValue];
-    Small small{room, sizeof room};
-    switch (acquire_one(*store, self.space, key, pin, &small)) {
+    nb::object value;
+    switch (read_value(self, key, value)) {
         case Lookup::miss: return nb::none();
         case Lookup::below: return *below_marker;
         case Lookup::hit: break;
     }
-    if (!pin) return nb::steal(PyBytes_FromStringAndSize(reinterpret_cast<char*>(room), static_cast<Py_ssize_t>(small.size)));
-    const size_t size = pin.size();
-    nb::object bytes = new_bytes(size);
-    if (size < kWorthASwitch) {
-        std::memcpy(start_of(bytes), pin.value(), size);
-    } else {
-        const std::shared_ptr<Store> kept = store;
-        const nb::gil_scoped_release free;
-        std::memcpy(start_of(bytes), pin.value(), size);
-        pin = Pin();
-    }
-    return bytes;
+    return value;
 }
 
 nb::object get_into(const SpaceHandle& self, nb::handle key, nb::handle out) {
@@ -863,6 +849,42 @@ std::shared_ptr<StoreHandle> open_without_gil(Open&& open) {
 }
 
 }  // namespace
+
+Lookup read_value(const SpaceHandle& self, nb::handle key, nb::object& value) {
+    const std::shared_ptr<Store>& store = self.owner->live();
+    Pin pin;
+    u8 room[kSmallValue];
+    Small small{room, sizeof room};
+    const Lookup found = acquire_one(*store, self.space, key, pin, &small);
+    if (found != Lookup::hit) return found;
+    if (!pin) {
+        value = new_bytes(small.size);
+        std::memcpy(start_of(value), room, small.size);
+        return found;
+    }
+    const size_t size = pin.size();
+    value = new_bytes(size);
+    if (size < kWorthASwitch) {
+        std::memcpy(start_of(value), pin.value(), size);
+    } else {
+        const std::shared_ptr<Store> kept = store;
+        const nb::gil_scoped_release free;
+        std::memcpy(start_of(value), pin.value(), size);
+        pin = Pin();
+    }
+    return found;
+}
+
+std::optional<u64> put_at_once(const SpaceHandle& self, nb::handle key_object, const u8* value, size_t size) {
+    const std::shared_ptr<Store> store = self.owner->live();  // kept: others may run, and close the cache
+    const Key key = key_of(key_object);
+    if (store->present_immutable(self.space, key)) return 0;
+    auto reservation = store->reserve(self.space, key, size, {}, false);
+    if (!reservation) return std::nullopt;
+    const WithoutGil free(size);
+    reservation->header.payload_crc = copy_crc32c(reservation->payload(), value, size, 0);
+    return replaced(store->publish(*reservation), *reservation);
+}
 
 std::optional<Identity> identity_of(nb::handle object) {
     const PinHandle& handle = nb::cast<PinHandle&>(object);
