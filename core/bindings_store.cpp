@@ -5,6 +5,7 @@
 #include "bindings.hpp"
 
 #include <cstring>
+#include <deque>
 #include <random>
 
 #include <nanobind/stl/optional.h>
@@ -548,8 +549,19 @@ void put_many(const SpaceHandle& self, nb::handle keys_object, nb::handle values
     const Keys keys(keys_object);
     const nb::object values = nb::steal(PySequence_Tuple(values_object.ptr()));
     if (!values.is_valid()) throw nb::python_error();
-    std::vector<std::unique_ptr<Value>> contents;
-    for (size_t i = 0; i < keys.size(); ++i) contents.push_back(std::make_unique<Value>(nb::handle(values[i])));
+    if (nb::len(values) != keys.size()) throw InvalidValue("one value for each key is needed");
+    std::vector<std::span<const u8>> contents;
+    contents.reserve(keys.size());
+    std::deque<Value> others;  // than bytes, which `values` keeps
+    for (size_t i = 0; i < keys.size(); ++i) {
+        PyObject* const value = PyTuple_GET_ITEM(values.ptr(), static_cast<Py_ssize_t>(i));
+        if (PyBytes_Check(value)) {
+            contents.emplace_back(reinterpret_cast<const u8*>(PyBytes_AS_STRING(value)), static_cast<size_t>(PyBytes_GET_SIZE(value)));
+        } else {
+            const Value& other = others.emplace_back(nb::handle(value));
+            contents.emplace_back(other.data(), other.size());
+        }
+    }
     const TimeToLive ttl{ttl_ms, jitter};
     PutOptions options = put_options(*store, self.space, ttl, cost, tags);
     std::vector<std::pair<size_t, u64>> replacing;
@@ -563,9 +575,8 @@ void put_many(const SpaceHandle& self, nb::handle keys_object, nb::handle values
                     store->look_ahead(self.space, std::min(kAhead, keys.size() - i), [&](size_t n) { return keys[i + n]; }, hashes, false);
                 if (store->present_immutable(self.space, keys[i])) continue;
                 options.expires = ttl.expires();
-                auto reservation = store->reserve(self.space, keys[i], contents[i]->size(), options, true);
-                reservation->header.payload_crc =
-                    copy_crc32c(reservation->payload(), contents[i]->data(), contents[i]->size(), 0);
+                auto reservation = store->reserve(self.space, keys[i], hashes[i % kAhead], contents[i].size(), options, true);
+                reservation->header.payload_crc = copy_crc32c(reservation->payload(), contents[i].data(), contents[i].size(), 0);
                 if (const u64 seq = replaced(store->publish(*reservation), *reservation)) replacing.emplace_back(i, seq);
             }
         } catch (...) {

@@ -35,6 +35,7 @@ public:
     void prefetch(u32 hash) const;
     void prefetch_entry(u32 hash) const;
     void prefetch_record(u32 hash) const;              // its header, of the bucket's first entry
+    void prefetch_around(u32 hash) const;              // what it takes to put the key's entry out of its order, and a new one in
     u32 take_entry(u32 shard);                         // a free one, kNone if there's no more memory for entries
     void link(u32 number);                             // makes it live; `hash` is set
     void unlink(u32 number, EntryState becomes);       // live before
@@ -62,7 +63,9 @@ public:
 private:
     u32 bucket_of(const Shard& shard, u32 hash) const;
     u32* buckets(u32 shard) const { return buckets_ + u64{shard} * header_.max_buckets; }
-    u32 first_in_bucket(u32 hash) const;  // needs no lock, and may be wrong
+    // Need no lock, and may be wrong.
+    u32 first_in_bucket(u32 hash) const;
+    u32 probable(u32 hash) const;
     void grow(u32 shard);
     bool add_chunk(u32 shard);
     void repair(u32 shard);

@@ -18,6 +18,8 @@ namespace kvstrata {
 
 class Store;
 
+inline constexpr u32 kFetched = 24;  // cache lines of a record that are asked for at once, before the first has come
+
 // A namespace as somebody has it open: once the namespace has moved on to another version, it holds nothing for them.
 struct Space {
     u32 id;
@@ -127,6 +129,7 @@ private:
 // A put between its two phases: fill payload(), then Store::publish.
 struct Reservation {
     Space space;
+    u32 hash;
     RecordHeader header;
     PutOptions options;
     Block block, key_block;
@@ -314,7 +317,10 @@ public:
 
     // ---- Writing
     // With may_wait false it returns nothing where it would have to wait for the tier below, or to fail.
-    std::optional<Reservation> reserve(Space space, Key key, u64 bytes, const PutOptions& options, bool may_wait);
+    std::optional<Reservation> reserve(Space space, Key key, u64 bytes, const PutOptions& options, bool may_wait) {
+        return reserve(space, key, index_.hash(space.id, key), bytes, options, may_wait);
+    }
+    std::optional<Reservation> reserve(Space space, Key key, u32 hash, u64 bytes, const PutOptions& options, bool may_wait);
     // With `keep`, the record is pinned as it is published: for writers whose view of the block outlives the put.
     // Afterwards reservation.header.seq is the number of the record.
     // With `promotion`, only on the conditions that it states.
