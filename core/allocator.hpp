@@ -25,6 +25,12 @@ public:
     // Says which entry a block belongs to, from now on: whoever needs its place asks that entry to leave.
     void set_owner(u32 block, u32 units, u32 entry);
 
+    // Needs no lock: asks for what set_owner() and release() of a block will touch.
+    void prefetch(u32 block) const {
+        __builtin_prefetch(&back_[block / (kPage / kUnit)]);
+        __builtin_prefetch(&pages_[block / (kPage / kUnit)]);
+    }
+
     struct Resident {
         u32 entry, block;  // kNone and kNone: a block that nobody can be asked to leave
     };

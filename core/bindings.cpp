@@ -277,5 +277,6 @@ NB_MODULE(_core, m) {
     bind_codecs(m);
     bind_store(m);
     bind_objects(m);
+    bind_quick(m);
     bind_simulator(m);
 }

@@ -5,6 +5,7 @@
 #include "bindings.hpp"
 
 #include <cstring>
+#include <deque>
 #include <random>
 
 #include <nanobind/stl/optional.h>
@@ -356,27 +357,13 @@ Lookup acquire_one(Store& store, Space space, nb::handle key, Pin& pin, Small* s
 }
 
 nb::object get(const SpaceHandle& self, nb::handle key) {
-    const std::shared_ptr<Store>& store = self.owner->live();
-    Pin pin;
-    u8 room[kSmallValue];
-    Small small{room, sizeof room};
-    switch (acquire_one(*store, self.space, key, pin, &small)) {
+    nb::object value;
+    switch (read_value(self, key, value)) {
         case Lookup::miss: return nb::none();
         case Lookup::below: return *below_marker;
         case Lookup::hit: break;
     }
-    if (!pin) return nb::steal(PyBytes_FromStringAndSize(reinterpret_cast<char*>(room), static_cast<Py_ssize_t>(small.size)));
-    const size_t size = pin.size();
-    nb::object bytes = new_bytes(size);
-    if (size < kWorthASwitch) {
-        std::memcpy(start_of(bytes), pin.value(), size);
-    } else {
-        const std::shared_ptr<Store> kept = store;
-        const nb::gil_scoped_release free;
-        std::memcpy(start_of(bytes), pin.value(), size);
-        pin = Pin();
-    }
-    return bytes;
+    return value;
 }
 
 nb::object get_into(const SpaceHandle& self, nb::handle key, nb::handle out) {
@@ -568,8 +555,19 @@ void put_many(const SpaceHandle& self, nb::handle keys_object, nb::handle values
     const Keys keys(keys_object);
     const nb::object values = nb::steal(PySequence_Tuple(values_object.ptr()));
     if (!values.is_valid()) throw nb::python_error();
-    std::vector<std::unique_ptr<Value>> contents;
-    for (size_t i = 0; i < keys.size(); ++i) contents.push_back(std::make_unique<Value>(nb::handle(values[i])));
+    if (nb::len(values) != keys.size()) throw InvalidValue("one value for each key is needed");
+    std::vector<std::span<const u8>> contents;
+    contents.reserve(keys.size());
+    std::deque<Value> others;  // than bytes, which `values` keeps
+    for (size_t i = 0; i < keys.size(); ++i) {
+        PyObject* const value = PyTuple_GET_ITEM(values.ptr(), static_cast<Py_ssize_t>(i));
+        if (PyBytes_Check(value)) {
+            contents.emplace_back(reinterpret_cast<const u8*>(PyBytes_AS_STRING(value)), static_cast<size_t>(PyBytes_GET_SIZE(value)));
+        } else {
+            const Value& other = others.emplace_back(nb::handle(value));
+            contents.emplace_back(other.data(), other.size());
+        }
+    }
     const TimeToLive ttl{ttl_ms, jitter};
     PutOptions options = put_options(*store, self.space, ttl, cost, tags);
     std::vector<std::pair<size_t, u64>> replacing;
@@ -583,9 +581,8 @@ void put_many(const SpaceHandle& self, nb::handle keys_object, nb::handle values
                     store->look_ahead(self.space, std::min(kAhead, keys.size() - i), [&](size_t n) { return keys[i + n]; }, hashes, false);
                 if (store->present_immutable(self.space, keys[i])) continue;
                 options.expires = ttl.expires();
-                auto reservation = store->reserve(self.space, keys[i], contents[i]->size(), options, true);
-                reservation->header.payload_crc =
-                    copy_crc32c(reservation->payload(), contents[i]->data(), contents[i]->size(), 0);
+                auto reservation = store->reserve(self.space, keys[i], hashes[i % kAhead], contents[i].size(), options, true);
+                reservation->header.payload_crc = copy_crc32c(reservation->payload(), contents[i].data(), contents[i].size(), 0);
                 if (const u64 seq = replaced(store->publish(*reservation), *reservation)) replacing.emplace_back(i, seq);
             }
         } catch (...) {
@@ -865,10 +862,47 @@ std::shared_ptr<StoreHandle> open_without_gil(Open&& open) {
         const nb::gil_scoped_release free;
         store = open();
     }
-    return std::make_shared<StoreHandle>(StoreHandle{std::move(store)});
+    return std::make_shared<StoreHandle>(std::move(store));
 }
 
 }  // namespace
+
+Lookup read_value(const SpaceHandle& self, nb::handle key, nb::object& value) {
+    const std::shared_ptr<Store>& store = self.owner->store;
+    if (!store) throw CacheClosed("this cache is closed");
+    Pin pin;
+    u8 room[kSmallValue];
+    Small small{room, sizeof room};
+    const Lookup found = store->acquire(self.space, key_of(key), pin, &small, &self.owner->gather(self.space));
+    if (found != Lookup::hit) return found;
+    if (!pin) {
+        value = new_bytes(small.size);
+        std::memcpy(start_of(value), room, small.size);
+        return found;
+    }
+    const size_t size = pin.size();
+    value = new_bytes(size);
+    if (size < kWorthASwitch) {
+        std::memcpy(start_of(value), pin.value(), size);
+    } else {
+        const std::shared_ptr<Store> kept = store;
+        const nb::gil_scoped_release free;
+        std::memcpy(start_of(value), pin.value(), size);
+        pin = Pin();
+    }
+    return found;
+}
+
+std::optional<u64> put_at_once(const SpaceHandle& self, nb::handle key_object, const u8* value, size_t size) {
+    const std::shared_ptr<Store> store = self.owner->live();  // kept: others may run, and close the cache
+    const Key key = key_of(key_object);
+    if (store->present_immutable(self.space, key)) return 0;
+    auto reservation = store->reserve(self.space, key, size, {}, false);
+    if (!reservation) return std::nullopt;
+    const WithoutGil free(size);
+    reservation->header.payload_crc = copy_crc32c(reservation->payload(), value, size, 0);
+    return replaced(store->publish(*reservation), *reservation);
+}
 
 std::optional<Identity> identity_of(nb::handle object) {
     const PinHandle& handle = nb::cast<PinHandle&>(object);
@@ -1028,7 +1062,7 @@ void bind_store(nb::module_& m) {
         }, nb::arg("file"))
         .def("mark_ready", [](StoreHandle& self) { self.live()->mark_ready(); })
         .def("leave_to_parent", [](StoreHandle& self) {
-            if (self.store) self.store->leave_to_parent();
+            self.leave_to_parent();
         })
         .def("attach_again", [](StoreHandle& self) { self.store = self.live()->attach_again(); })
         .def("use_huge_pages", [](StoreHandle& self) {
@@ -1036,7 +1070,7 @@ void bind_store(nb::module_& m) {
             const nb::gil_scoped_release free;
             store->use_huge_pages();
         })
-        .def("close", [](StoreHandle& self) { self.store.reset(); })
+        .def("close", [](StoreHandle& self) { self.close(); })
         .def_prop_ro("closed", [](const StoreHandle& self) { return !self.store; })
         .def("open_namespace", [](const std::shared_ptr<StoreHandle>& self, u32 id, const std::string& name, u32 version,
                                   const std::string& policy, u64 quota, u64 guarantee, bool immutable, u32 admission, bool write_back) {

@@ -93,6 +93,25 @@ void Index::prefetch(u32 hash) const {
     return bucket < shard.backed ? buckets(shard_of(hash))[bucket] : kNone;  // or there is no memory behind it
 }
 
+[[gnu::no_sanitize("thread")]] u32 Index::probable(u32 hash) const {
+    u32 at = first_in_bucket(hash);
+    for (u32 steps = 0; at && steps < 4 && entries_[at].hash != hash; ++steps) at = entries_[at].chain;
+    return at;
+}
+
+[[gnu::no_sanitize("thread")]] void Index::prefetch_around(u32 hash) const {
+    const u32 fresh = shards_[shard_of(hash)].free_entries;
+    __builtin_prefetch(&entries_[fresh], 1);
+    __builtin_prefetch(&entries_[fresh].key, 1);
+    const u32 at = probable(hash);
+    if (!at) return;
+    const Entry& entry = entries_[at];
+    __builtin_prefetch(&entry.key, 1);
+    __builtin_prefetch(&entries_[entry.node.prev], 1);
+    __builtin_prefetch(&entries_[entry.node.next], 1);
+    allocator_.prefetch(entry.memory);
+}
+
 void Index::prefetch_entry(u32 hash) const {
     const char* const entry = reinterpret_cast<const char*>(&entries_[first_in_bucket(hash)]);
     __builtin_prefetch(entry);
@@ -160,6 +179,7 @@ void Index::unlink(u32 at, EntryState becomes) {
     KVSTRATA_COMMIT("index.unlink");
     set_state(entry, becomes);
     KVSTRATA_COMMIT("index.unlinked");
+    shard.removals.store(shard.removals.load(std::memory_order_relaxed) + 1, std::memory_order_release);
     u32* link = &buckets(number)[bucket_of(shard, entry.hash)];
     while (*link != at) link = &entries_[*link].chain;
     *link = entry.chain;
@@ -268,6 +288,7 @@ void Index::repair(u32 number) {
     std::memset(buckets(number), 0, u64{shard.backed} * sizeof(u32));
     if ((1u << shard.level) + shard.split > shard.backed) shard.split = 0;
     shard.count = 0;
+    shard.removals.fetch_add(1);
     shard.free_entries = kNone;
     std::memset(shard.held, 0, sizeof shard.held);
     shard.timers = {};

@@ -35,6 +35,7 @@ public:
     void prefetch(u32 hash) const;
     void prefetch_entry(u32 hash) const;
     void prefetch_record(u32 hash) const;              // its header, of the bucket's first entry
+    void prefetch_around(u32 hash) const;              // what it takes to put the key's entry out of its order, and a new one in
     u32 take_entry(u32 shard);                         // a free one, kNone if there's no more memory for entries
     void link(u32 number);                             // makes it live; `hash` is set
     void unlink(u32 number, EntryState becomes);       // live before
@@ -47,6 +48,9 @@ public:
 
     // Needs no lock: whether the record that was published there under this number is still the entry's, and live.
     bool holds(u32 number, u64 seq) const;
+    // The same for who keeps `unchanged`, at first kNever: while nothing leaves the shard, the entry isn't looked at again.
+    static constexpr u64 kNever = ~u64{0};
+    bool holds(u32 number, u64 seq, u64& unchanged) const;
 
     u32 longest_chain(u32 shard) const;                // looks at every bucket
 
@@ -62,7 +66,9 @@ public:
 private:
     u32 bucket_of(const Shard& shard, u32 hash) const;
     u32* buckets(u32 shard) const { return buckets_ + u64{shard} * header_.max_buckets; }
-    u32 first_in_bucket(u32 hash) const;  // needs no lock, and may be wrong
+    // Need no lock, and may be wrong.
+    u32 first_in_bucket(u32 hash) const;
+    u32 probable(u32 hash) const;
     void grow(u32 shard);
     bool add_chunk(u32 shard);
     void repair(u32 shard);
@@ -86,6 +92,16 @@ inline bool Index::holds(u32 number, u64 seq) const {
     Entry& entry = entries_[number];
     return std::atomic_ref<EntryState>(entry.state).load(std::memory_order_acquire) == EntryState::live &&
            std::atomic_ref<u64>(entry.seq).load(std::memory_order_relaxed) == seq;
+}
+
+// An entry stops being live first and is counted then: whoever finds it live after having read the count will find another
+// count once it isn't.
+inline bool Index::holds(u32 number, u64 seq, u64& unchanged) const {
+    const u64 removals = shards_[shard_holding(number)].removals.load(std::memory_order_acquire);
+    if (removals == unchanged) return true;
+    if (!holds(number, seq)) return false;
+    unchanged = removals;
+    return true;
 }
 
 template <class Visit>

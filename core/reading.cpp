@@ -6,9 +6,6 @@
 #include "store.hpp"
 
 namespace kvstrata {
-namespace {
-constexpr u32 kFetched = 24;  // cache lines of a record that are asked for at once, before the first has come
-}
 
 bool Store::current(const Entry& entry, const Namespace& ns) const {
     return entry.epoch == ns.epoch.load(std::memory_order_relaxed) && (!entry.expires || now_ms() < entry.expires) &&

@@ -8,6 +8,11 @@
 #include "failpoints.hpp"
 
 namespace kvstrata {
+namespace {
+void fetch_to_write(const u8* block, u32 units) {
+    for (u32 unit = 0; unit < std::min(units, kFetched); ++unit) __builtin_prefetch(block + unit * kUnit, 1);
+}
+}  // namespace
 
 // ---- Opening ------------------------------------------------------------------------------------
 
@@ -212,22 +217,26 @@ void Store::abort_block(u32 slot) noexcept {
     clients_.end_arrival(slot);
 }
 
-std::optional<Reservation> Store::reserve(Space wanted, Key key, u64 bytes, const PutOptions& options, bool may_wait) {
+std::optional<Reservation> Store::reserve(Space wanted, Key key, u32 hash, u64 bytes, const PutOptions& options, bool may_wait) {
     const Namespace& ns = space(wanted.id);
     const u64 length = record_bytes(key.size(), bytes);
     if (bytes > kMaxPayload || length > u64{capacity_units_} * kUnit)
         throw TierFull("memory", bytes > kMaxPayload ? bytes : length, u64{capacity_units_} * kUnit);
     if (ns.quota && length > ns.quota) throw TierFull("memory (quota of the namespace)", length, ns.quota);
-    Reservation reservation{wanted, {}, options, {}, {}};
+    Reservation reservation{wanted, hash, {}, options, {}, {}};
+    index_.prefetch(hash);
     reservation.block = take_block(static_cast<u32>(length / kUnit), wanted, may_wait);
     if (!reservation.block) return std::nullopt;
+    u8* const record = reservation.block.bytes();
+    fetch_to_write(record, reservation.block.units());
+    index_.prefetch_entry(hash);
     if (key.size() > kInlineKey) {
         reservation.key_block = take_block(static_cast<u32>(align_up(key.size(), kUnit) / kUnit), wanted, may_wait);
         if (!reservation.key_block) return std::nullopt;
         std::memcpy(reservation.key_block.bytes(), key.data(), key.size());
     }
     RecordHeader& header = reservation.header;
-    begin_frame(reservation.block.bytes(), header, key, bytes);
+    begin_frame(record, header, key, bytes);
     header.ns = wanted.id;
     header.version = wanted.version;
     header.flags = static_cast<u8>((ns.immutable ? kRecordImmutable : 0) | (options.tags[0] ? kRecordTagged : 0));
@@ -243,8 +252,9 @@ Published Store::publish(Reservation& reservation, Pin* keep, const Promotion* p
     const Space wanted = reservation.space;
     const Key key = reservation.key();
     Namespace& ns = space(wanted.id);
-    const u32 hash = index_.hash(wanted.id, key);
+    const u32 hash = reservation.hash;
     const u32 shard_number = Index::shard_of(hash);
+    index_.prefetch_around(hash);
     RecordHeader& header = reservation.header;
     const u64 length = u64{reservation.block.units()} * kUnit;
     if (ns.hungry.load(std::memory_order_relaxed)) feed_policy(wanted.id);
@@ -339,14 +349,12 @@ void Store::put_in_order(Namespace& ns, u32 at, u32 depth) {
     index_.nodes()[at].stamp = header_.tick.fetch_add(1, std::memory_order_relaxed);
     policy_of(ns).insert(order_of(ns), at, depth);
     if (ns.order.room && ns.order.count > ns.order.room) ns.hungry.store(1, std::memory_order_relaxed);
-    ns.bytes.fetch_add(u64{index_.entry(at).units} * kUnit, std::memory_order_relaxed);
-    ns.records.fetch_add(1, std::memory_order_relaxed);
+    ns.count(u64{index_.entry(at).units} * kUnit, 1);
 }
 
 void Store::take_from_order(Namespace& ns, u32 at, bool evicted) {
     policy_of(ns).remove(order_of(ns), at, evicted);
-    ns.bytes.fetch_sub(u64{index_.entry(at).units} * kUnit, std::memory_order_relaxed);
-    ns.records.fetch_sub(1, std::memory_order_relaxed);
+    ns.count(-(u64{index_.entry(at).units} * kUnit), ~u64{0});
 }
 
 // Takes an entry out of the table; it goes at once, or with its last pin.
@@ -374,7 +382,10 @@ void Store::release_through(u32 Entry::* reference, u32 at, u32 units) {
     KVSTRATA_COMMIT("store.gone");
     flight.entry = kNone;
     allocator_.set_owner(flight.block, units, kNone);
-    if (!kDebug && clients_.spares.keep(slot, units)) return;  // debug builds look at what is freed
+    if (!kDebug && clients_.spares.keep(slot, units)) {  // debug builds look at what is freed
+        fetch_to_write(region_->data() + u64{flight.block} * kUnit, units);  // by the next put
+        return;
+    }
     allocator_.release(clients_.self(), slot);
     clients_.departures.give_back(slot);
 }

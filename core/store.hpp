@@ -18,6 +18,8 @@ namespace kvstrata {
 
 class Store;
 
+inline constexpr u32 kFetched = 24;  // cache lines of a record that are asked for at once, before the first has come
+
 // A namespace as somebody has it open: once the namespace has moved on to another version, it holds nothing for them.
 struct Space {
     u32 id;
@@ -81,6 +83,9 @@ public:
     ~Uses() { tell(); }
     Uses(const Uses&) = delete;
     Uses& operator=(const Uses&) = delete;
+    u32 count() const { return hit_count_ + misses_; }
+    bool of(Space space) const { return space.id == space_.id && space.version == space_.version; }
+    void forget() { hit_count_ = misses_ = 0; }
 
 private:
     friend class Store;
@@ -127,6 +132,7 @@ private:
 // A put between its two phases: fill payload(), then Store::publish.
 struct Reservation {
     Space space;
+    u32 hash;
     RecordHeader header;
     PutOptions options;
     Block block, key_block;
@@ -257,6 +263,7 @@ struct Identity {
     u64 seq = 0, expires = 0;
     u32 entry = kNone, epoch = 0;
     u16 tags[kTags] = {};
+    mutable u64 unchanged = Index::kNever;  // what Store::holds remembers of the last time
 };
 
 class Store {
@@ -298,10 +305,11 @@ public:
 
     // ---- Copies that are kept elsewhere (identity.cpp)
     Identity identify(const Pin& pin) const;
-    // Needs no lock: whether this record, of this namespace and version, would be found now.
+    // Needs no lock: whether this record, of this namespace and version, would be found now. Not for one identity from
+    // several threads at once.
     bool holds(Space space, const Identity& identity) const {
         const Namespace& ns = this->space(space.id);
-        return index_.holds(identity.entry, identity.seq) && identity.mapping == header_.secret[0] &&
+        return identity.mapping == header_.secret[0] && index_.holds(identity.entry, identity.seq, identity.unchanged) &&
                identity.epoch == ns.epoch.load(std::memory_order_acquire) &&
                space.version == ns.version.load(std::memory_order_acquire) &&
                !((identity.expires || identity.tags[0]) && outlived(identity));
@@ -314,7 +322,10 @@ public:
 
     // ---- Writing
     // With may_wait false it returns nothing where it would have to wait for the tier below, or to fail.
-    std::optional<Reservation> reserve(Space space, Key key, u64 bytes, const PutOptions& options, bool may_wait);
+    std::optional<Reservation> reserve(Space space, Key key, u64 bytes, const PutOptions& options, bool may_wait) {
+        return reserve(space, key, index_.hash(space.id, key), bytes, options, may_wait);
+    }
+    std::optional<Reservation> reserve(Space space, Key key, u32 hash, u64 bytes, const PutOptions& options, bool may_wait);
     // With `keep`, the record is pinned as it is published: for writers whose view of the block outlives the put.
     // Afterwards reservation.header.seq is the number of the record.
     // With `promotion`, only on the conditions that it states.

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import mmap
+import operator
 import random
+import tempfile
+from collections import deque
 from collections.abc import Callable
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -18,6 +23,9 @@ BATCH = 64
 REMARKS = [
     "cachebox, cachetools and theine live in one process and hand out a reference to the object that was put; "
     "kvstrata, LMDB, Redis and diskcache are shared by processes and hand out a copy.",
+    '"A bare copy" is the floor of whatever hands out copies: the same bytes at the same places, from and to shared '
+    "memory mapped as the memory tier's is, by functions of the standard library, without key, lookup, lock, policy or "
+    "checksum. Where it misses a target beside cachebox, which copies nothing, so must everybody who copies.",
     '"A dict, copied" is no cache: it shows what looking up and copying costs in Python when nothing else is done.',
 ]
 
@@ -53,15 +61,41 @@ def _small(settings: Settings) -> tuple[list[Row], list[str]]:
                 "get_many": lambda owner: _work(owner.get_many, [(batch,) for batch in batches], BATCH),
                 "put_many": lambda owner: _work(owner.put_many, [(batch,) for batch in items], BATCH),
             }
+            bare = _bare_copies(entries, [int(key) for key in chosen], value)
+            names = [*(peer.name for peer in peers), "a bare copy"]
             for verb, make in verbs.items():
-                ours, *all_theirs = interleaved(make(cache), *map(make, peers), repeats=settings.repeats(20))
+                works = (make(cache), *map(make, peers), bare[verb])
+                ours, *all_theirs = interleaved(*works, repeats=settings.repeats(20))
                 what = f"{verb} of {BATCH}, each" if verb.endswith("many") else verb
-                for peer, theirs in zip(peers, all_theirs, strict=True):
-                    at_least = targets[verb] if peer.name.startswith("cachebox") else None
-                    found.append(Row(section, what, ours, "s", peer.name, theirs, at_least=at_least))
+                for name, theirs in zip(names, all_theirs, strict=True):
+                    at_least = targets[verb] if name.startswith("cachebox") else None
+                    found.append(Row(section, what, ours, "s", name, theirs, at_least=at_least))
     finally:
         _close(peers)
     return found, missing
+
+
+def _bare_copies(entries: int, chosen: list[int], value: bytes) -> dict[str, Work]:
+    """Copy the same bytes from and to the same number of places, and do nothing else."""
+    stride = len(value) + 128  # as records lie
+    with tempfile.TemporaryFile(dir="/dev/shm") as file:
+        file.truncate(entries * stride)
+        arena = mmap.mmap(file.fileno(), entries * stride)
+    places = [slice(i * stride, i * stride + len(value)) for i in range(entries)]
+    for place in places:
+        arena[place] = value
+    wanted = [places[i] for i in chosen]
+    batches = [wanted[i : i + BATCH] for i in range(0, len(wanted), BATCH)]
+
+    def put_many(batch: list[slice]) -> None:
+        deque(map(operator.setitem, repeat(arena), batch, repeat(value)), maxlen=0)
+
+    return {
+        "get": _work(operator.getitem, [(arena, place) for place in wanted]),
+        "put": _work(operator.setitem, [(arena, place, value) for place in wanted]),
+        "get_many": _work(lambda get: get(arena), [(operator.itemgetter(*batch),) for batch in batches], BATCH),
+        "put_many": _work(put_many, [(batch,) for batch in batches], BATCH),
+    }
 
 
 def _large(settings: Settings) -> list[Row]:

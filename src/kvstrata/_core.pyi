@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar, overload
 
 _Key = str | bytes
+_T = TypeVar("_T")
 _Buffer = Any  # whatever exports a buffer
 _Location = tuple[int, int, int, int, int, bool]  # entry, seq, segment, offset, length, whether it is encoded
 _Row = tuple[int, bytes, int, int, int, int, int, int, int, int, int]
@@ -178,6 +179,27 @@ class Space:
     def promise(self, key: _Key, ms: int, fetch: bool = False) -> int | None: ...
     def withdraw(self, key: _Key, token: int, fetch: bool = False) -> None: ...
     def wait_until_durable(self, keys: Sequence[_Key], timeout_s: float) -> int: ...
+
+class QuickVerbs:
+    _space: Space
+    @overload
+    def get(self, key: _Key, default: None = None, *, out: None = None) -> bytes | None: ...
+    @overload
+    def get(self, key: _Key, default: _T, *, out: None = None) -> bytes | _T: ...
+    @overload
+    def get(self, key: _Key, default: _T, *, out: _Buffer) -> memoryview | _T: ...
+    @overload
+    def get(self, key: _Key, default: None = None, *, out: _Buffer) -> memoryview | None: ...
+    def put(
+        self,
+        key: _Key,
+        value: Any,
+        *,
+        ttl: float | None = None,
+        cost: float | None = None,
+        tags: Sequence[_Key] | None = None,
+    ) -> None: ...
+    def _set_plain(self, gets: bool, puts: bool, /) -> None: ...
 
 class ObjectLayer:
     def __init__(self, cache: Any, space: Space) -> None: ...

@@ -7,7 +7,7 @@ import operator
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 from kvstrata import _core
 from kvstrata.config import parse_duration
@@ -56,7 +56,7 @@ class SpaceOptions(NamedTuple):
         return self[:8]
 
 
-class Namespace:
+class Namespace(_core.QuickVerbs):
     """A partition of a cache's keys, with a version, a policy, a quota and a time to live of its own.
 
     Keys are str (their UTF-8) or bytes, 1 to 1,024 of them. All methods may be called from any thread. They raise
@@ -74,6 +74,7 @@ class Namespace:
         self._jitter = jitter
         self._through = through
         self._remote: RemoteSpace | None = cache._remote_space(self) if options.remote else None
+        self._set_plain(self._remote is None, self._remote is None and not through and not ttl_ms)
         cache._opened.add(self)
 
     @property
@@ -89,9 +90,9 @@ class Namespace:
         """The version that this namespace was opened with."""
         return self._options.version
 
-    # ---- Writing
+    # ---- Writing; `put` is native
 
-    def put(
+    def _put(
         self,
         key: Key,
         value: Value,
@@ -100,20 +101,7 @@ class Namespace:
         cost: float | None = None,
         tags: Sequence[Key] | None = None,
     ) -> None:
-        """Store a value: bytes-like, an array or a tensor on the CPU; its bytes are copied once.
-
-        `ttl` is in seconds and overrides the namespace's; `cost` says how much it takes to compute the value again,
-        in any unit. `tags`, four at most, are for `delete_tag`. In an immutable namespace a key that is there already
-        stays as it is. Raises TierFull when the value can't be stored.
-        """
-        if self._remote is None and ttl is None and cost is None and tags is None:
-            # The calls below take as long as a small put.
-            seq = self._space.put(key, value, self._ttl_ms, self._jitter)
-            if seq:
-                self._cache.forget_older(self._space.id, [(key, seq)])
-            if self._through:
-                self._require_durable([key])
-            return
+        """What `put`, which is native, leaves to do."""
         change = self._begin(key)
         try:
             seq = self._space.put(key, value, self._ttl(ttl), self._jitter, _number(cost), tags)
@@ -121,6 +109,10 @@ class Namespace:
             self._end(change)
             raise
         self._stored(change, key, seq)
+
+    def _replaced(self, key: Key, seq: int) -> None:
+        """An older record than that of this number is on disk, or may be."""
+        self._cache.forget_older(self._space.id, [(key, seq)])
 
     def _begin(self, key: Key) -> Change | None:
         """Before a put; None if it changes nothing that a tier elsewhere would have to know."""
@@ -133,7 +125,7 @@ class Namespace:
         if change is not None and self._remote is not None:
             self._remote.changed(change, [key])
         if seq:
-            self._cache.forget_older(self._space.id, [(key, seq)])
+            self._replaced(key, seq)
         if self._through:
             self._require_durable([key])
 
@@ -291,18 +283,10 @@ class Namespace:
     def _ttl(self, ttl: float | None) -> int:
         return self._ttl_ms if ttl is None else parse_duration(ttl)
 
-    # ---- Reading
+    # ---- Reading; `get` is native
 
-    @overload
-    def get(self, key: Key, default: None = None, *, out: None = None) -> bytes | None: ...
-    @overload
-    def get(self, key: Key, default: T, *, out: None = None) -> bytes | T: ...
-    @overload
-    def get(self, key: Key, default: T, *, out: Any) -> memoryview | T: ...
-    @overload
-    def get(self, key: Key, default: None = None, *, out: Any) -> memoryview | None: ...
-    def get(self, key: Key, default: Any = None, *, out: Any = None) -> Any:
-        """Return the value as bytes, or `default`; with `out`, a writable buffer, a memoryview of its filled part."""
+    def _get(self, key: Key, default: Any = None, *, out: Any = None) -> Any:
+        """What `get`, which is native, leaves to do."""
         value = self._space.get(key) if out is None else self._space.get_into(key, out)
         if value is _core.BELOW:
             value = _copied(self._load([key])[0], out)
