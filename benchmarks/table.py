@@ -18,7 +18,7 @@ from benchmarks.measure import Sample
 
 __all__ = ["Row", "machine", "show", "write_markdown"]
 
-Unit = Literal["s", "B/s", "B"]
+Unit = Literal["s", "B/s", "B", "tokens/s", "tokens"]
 
 _COLUMNS = ("what", "kvstrata", "peer", "peer's figure", "ratio", "target", "")
 _LEGEND = (
@@ -31,7 +31,7 @@ _LEGEND = (
 class Row:
     """One line. `at_least` is a part of the peer's speed, `at_most` and `no_less` figures in the row's own unit.
 
-    Of seconds and bytes less is better, of bytes per second more.
+    Of seconds, bytes and tokens less is better, of anything per second more.
     """
 
     section: str
@@ -55,7 +55,7 @@ class Row:
         return self._speed(self.ours.median, self.theirs.median)
 
     def _speed(self, ours: float, theirs: float) -> float:
-        return ours / theirs if self.unit == "B/s" else theirs / ours
+        return ours / theirs if self.unit.endswith("/s") else theirs / ours
 
     @property
     def met(self) -> bool | None:
@@ -97,7 +97,7 @@ def _figure(value: float, unit: Unit) -> str:
     elif unit == "B/s":
         steps = ((1e9, "GB/s"), (1e6, "MB/s"), (1e3, "kB/s"))
     else:
-        steps = ((1.0, "B"),)
+        steps = ((1.0, unit),)
     scale, name = next((step for step in steps if value >= step[0]), steps[-1])
     return f"{_number(value / scale)} {name}"
 
@@ -162,12 +162,14 @@ def show(rows: Iterable[Row], console: Console) -> None:
     console.print(_LEGEND, style="dim")
 
 
-def write_markdown(path: Path, rows: Sequence[Row], facts: dict[str, str], remarks: Sequence[str]) -> None:
-    """Write the table as a document, with the machine that it was taken on."""
+def write_markdown(
+    path: Path, rows: Sequence[Row], facts: dict[str, str], remarks: Sequence[str], *, title: str, target: str
+) -> None:
+    """Write the table as a document, with the machine that it was taken on; `target` of make is what writes it."""
     lines = [
-        "# Benchmarks",
+        f"# {title}",
         "",
-        '`make bench BENCH_ARGS="--markdown docs/benchmarks.md"` writes this file. Figures of one run',
+        f'`make {target} BENCH_ARGS="--markdown docs/{path.name}"` writes this file. Figures of one run',
         "on one machine, not promises; what carries over is the ratios.",
         "",
         _LEGEND,

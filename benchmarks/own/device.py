@@ -125,3 +125,13 @@ def write_bandwidth(
 
 def _scratch(directory: Path) -> Path:
     return directory / f"raw-{os.getpid()}.tmp"
+
+
+def drop_page_cache(directory: Path) -> None:
+    """Have what lies below a directory read from the device the next time."""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -26,7 +25,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.measure import Sample, Settings
-from benchmarks.own.device import read_bandwidth
+from benchmarks.own.device import drop_page_cache, read_bandwidth
 from benchmarks.table import Row, show
 
 PREFIX, TAIL = 2048, 16
@@ -201,7 +200,7 @@ def _disk(bench: _Bench) -> None:
     ttft, raw = [], []
     nbytes = 0
     for _ in range(max(3, bench.repeats // 2)):
-        _drop_page_cache(bench.scratch / "cache")
+        drop_page_cache(bench.scratch / "cache")
         with kvstrata.open(bench.scratch / "cache", memory=MEMORY, disk=DISK) as cache:
             reuse = bench.reuse(cache, store=False)
             ttft.append(bench.checked(reuse, "disk"))
@@ -238,15 +237,6 @@ def _blocks(bench: _Bench) -> None:
         name = f"block of {size} tokens, {reuse.layout.block_bytes >> 10} KiB"
         found += [(f"{name}: match and load", loads[size]), (f"{name}: TTFT", times[size])]
     _reply(found)
-
-
-def _drop_page_cache(directory: Path) -> None:
-    for path in directory.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
 
 
 def _reply(value: Any) -> None:

@@ -77,7 +77,8 @@ def starting_vllm(place: Path, model: Path) -> Iterator[Start]:
                 "from engines import vllm_engine\n"
                 f"if path: options['kv_transfer_config'] = vllm_engine.{kind}(path, **extra)\n"
                 "engine = vllm_engine.Engine(model, **options)",
-                path=path and str(place / path), extra=connector or {}, model=str(model), options=options,
+                path=path and str(place / path), extra=connector or {}, options=options,
+                model=options.pop("model", str(model)),
             )  # fmt: skip
             return Engine(process)
 

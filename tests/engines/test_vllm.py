@@ -27,7 +27,7 @@ def engines(starting_vllm: Start) -> dict[str, Engine]:
         "plain": starting_vllm(None),
         "first": starting_vllm("cache", environment={"PYTHONHASHSEED": "1"}, kv_events_config=events, enable_lora=True),
         "second": starting_vllm("cache", environment={"PYTHONHASHSEED": "2"}, connector={"load": "layerwise"},
-                           enable_lora=True),
+                                enable_lora=True),
     }  # fmt: skip
     for engine in found.values():
         engine.process.finish()
@@ -228,7 +228,7 @@ def test_after_a_reset_of_the_connector_nothing_is_found_and_others_find_all(
 def test_an_engine_with_little_memory_for_kv_and_a_full_cache_says_the_same(
     starting_vllm: Start, plain: Engine
 ) -> None:
-    engine = starting_vllm("small", kv_tokens=30 * BLOCK, connector={"memory": "64MiB", "disk": 0})
+    engine = starting_vllm("small", kv_tokens=30 * BLOCK, max_model_len=512, connector={"memory": "64MiB", "disk": 0})
     engine.process.finish()
     prompts = [plain.prompt(start, 200) for start in range(0, 1200, 200)]
     expected = plain.tokens(*prompts, count=60)
@@ -244,22 +244,40 @@ def test_an_engine_with_little_memory_for_kv_and_a_full_cache_says_the_same(
     engine.process.exit()
 
 
-def test_a_new_engine_finds_what_one_that_was_killed_has_computed(starting_vllm: Start, plain: Engine) -> None:
-    prompts = [plain.prompt(1300, 300), plain.prompt(1350, 300)]
-    expected = plain.tokens(*prompts)
-    old = starting_vllm("restart")
-    old.process.finish()
-    assert old.tokens(*prompts) == expected
-    old.flush()
-    old.process.kill()
+def test_each_tensor_parallel_rank_has_its_own_part_of_a_block(starting_vllm: Start, place: Path) -> None:
+    tiny = make_model(place / "tiny")
+    options = {"model": tiny, "skip_tokenizer_init": True, "kv_cache_memory_bytes": 4 << 20}
+    pair, one = starting_vllm("ranks", tensor_parallel_size=2, **options), starting_vllm("ranks", **options)
+    pair.process.finish()
+    one.process.finish()
+    prompt = list(range(10, 210))
+    blocks = len(prompt) // BLOCK
 
-    new = starting_vllm("restart")
-    new.process.finish()
-    tokens, counted = new.counted(*prompts)
+    cold = pair.tokens(prompt)
+    stored = pair.metrics("vllm:kvstrata_stored_blocks")["vllm:kvstrata_stored_blocks"]
+    pair.forget()
+    warm = pair.tokens(prompt)
+    loaded = pair.metrics("vllm:kvstrata_loaded_blocks")["vllm:kvstrata_loaded_blocks"]
+    alone, counted = one.counted(prompt)
 
-    assert tokens == expected
-    assert counted["loaded_blocks"] == sum(len(prompt) // BLOCK for prompt in prompts)
-    assert new.process.exit() == 0
+    assert cold == warm == alone
+    assert (stored, loaded) == (2 * blocks, 2 * blocks)
+    assert counted["found_blocks"] == 0
+    assert pair.process.exit() == 0
+    assert one.process.exit() == 0
+
+
+def make_model(path: Path) -> str:
+    """A model of random weights whose heads can be split."""
+    with Process(patience=PATIENCE_S) as other:
+        other.run(
+            "import torch, transformers\ntorch.manual_seed(0)\n"
+            "config = transformers.LlamaConfig(vocab_size=512, hidden_size=128, intermediate_size=256, head_dim=32,\n"
+            "    num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048)\n"
+            "transformers.LlamaForCausalLM(config).save_pretrained(path)",
+            path=str(path),
+        )
+    return str(path)
 
 
 def test_settings_that_cannot_be_used_are_refused_at_the_start(first: Engine) -> None:
@@ -269,3 +287,25 @@ def test_settings_that_cannot_be_used_are_refused_at_the_start(first: Engine) ->
         first.attach(kv_connector_extra_config={"memmory": "1GiB"})
     with pytest.raises(RemoteError, match="did you mean 'layerwise'"):
         first.attach(kv_connector_extra_config={"load": "layer-wise"})
+    with pytest.raises(RemoteError, match="add --no-async-scheduling"):
+        first.attach(overlapping=True, kv_connector_extra_config={"load": "layerwise"})
+
+
+def test_a_new_engine_finds_what_engines_that_were_killed_have_computed(
+    starting_vllm: Start, plain: Engine, first: Engine, second: Engine
+) -> None:
+    """The last one: it kills the engines of all others."""
+    prompts = [plain.prompt(1300, 300), plain.prompt(1350, 300)]
+    expected = plain.tokens(*prompts)
+    assert first.tokens(*prompts) == expected
+    first.flush()
+    first.process.kill()
+    second.process.kill()
+
+    new = starting_vllm("cache")
+    new.process.finish()
+    tokens, counted = new.counted(*prompts)
+
+    assert tokens == expected
+    assert counted["loaded_blocks"] == sum(len(prompt) // BLOCK for prompt in prompts)
+    assert new.process.exit() == 0

@@ -27,4 +27,4 @@ class Engine:
         before = self.counts()
         tokens = self.tokens(*prompts, **options)
         after = self.counts()
-        return tokens, {name: after[name] - before[name] for name in after}
+        return tokens, {name: after[name] - before.get(name, 0) for name in after}

@@ -27,7 +27,7 @@ import msgspec
 import vllm
 import zmq
 from vllm.distributed.kv_events import BlockStored, KVEventBatch
-from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.lora.request import LoRARequest
 from vllm.utils.hashing import get_hash_fn_by_name
@@ -103,9 +103,8 @@ class Engine:
         given: list[Any] = [
             {"prompt_token_ids": prompt, **({"cache_salt": salt} if salt else {})} for prompt in prompts
         ]
-        parameters = vllm.SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
         adapter = LoRARequest(Path(lora).name, 1 + sum(lora.encode()), lora) if lora else None
-        outputs = self.llm.generate(given, parameters, use_tqdm=False, lora_request=adapter)
+        outputs = self.llm.generate(given, _sampling(count), use_tqdm=False, lora_request=adapter)
         self.settle()
         return [list(output.outputs[0].token_ids) for output in outputs]
 
@@ -140,7 +139,7 @@ class Engine:
         """Wait until everything that was computed is stored."""
         while self.core.scheduler.has_requests():
             self.llm.llm_engine.step()
-        if self.core.scheduler.connector is not None and not self.tier:
+        if self.core.scheduler.connector is not None and not self.tier and has_kv_transfer_group():
             self.worker._storer.submit(lambda: None).result(LIMIT_S)
 
     def counts(self) -> dict[str, int]:
@@ -179,11 +178,12 @@ class Engine:
             file.flush()
             os.fsync(file.fileno())
 
-    def metrics(self) -> dict[str, float]:
-        """kvstrata's counters as Prometheus gets them."""
-        found = {}
+    def metrics(self, wanted: str = "vllm:kvstrata_loaded_blocks") -> dict[str, float]:
+        """kvstrata's counters as Prometheus gets them, once the wanted one counts."""
+        found: dict[str, float] = {}
         deadline = time.monotonic() + LIMIT_S
-        while time.monotonic() < deadline and not found.get("vllm:kvstrata_loaded_blocks"):
+        while not found.get(wanted) and time.monotonic() < deadline:
+            self.llm.generate([{"prompt_token_ids": [5, 6]}], _sampling(1), use_tqdm=False)  # a step, which brings them
             found = {item.name: item.value for item in self.llm.get_metrics() if "kvstrata" in item.name}  # type: ignore
         return found
 
@@ -192,7 +192,7 @@ class Engine:
         address = self.llm.llm_engine.vllm_config.kv_events_config.endpoint
         with zmq.Context() as context, context.socket(zmq.SUB) as socket:
             socket.subscribe("")
-            socket.connect(address)
+            socket.bind(address)  # vLLM connects
             decoder = msgspec.msgpack.Decoder(KVEventBatch)
             while not socket.poll(50):  # until it is connected
                 self.tokens(list(range(1000, 1000 + BLOCK + 1)))
@@ -222,12 +222,19 @@ class Engine:
         """Wait until everything is on disk."""
         self.cache.flush()
 
-    def attach(self, **changes: Any) -> None:
+    def attach(self, *, overlapping: bool = False, **changes: Any) -> None:
         """Make another connector as vLLM does at its start, with other settings."""
         config = copy.copy(self.llm.llm_engine.vllm_config)
         config.kv_transfer_config = dataclasses.replace(config.kv_transfer_config, **changes)
+        if overlapping:  # steps, as on accelerators
+            config.scheduler_config = copy.copy(config.scheduler_config)
+            config.scheduler_config.async_scheduling = True
         scheduler = self.core.scheduler
         KVStrataConnector(config, KVConnectorRole.SCHEDULER, scheduler.kv_cache_config)
+
+
+def _sampling(count: int) -> Any:
+    return vllm.SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
 
 
 class Tier:

@@ -145,6 +145,10 @@ class EngineBlocks:
         self._tally.add(lookups=1, looked_up_blocks=len(keys), found_blocks=sum(found))
         return found
 
+    def sizes_below(self, keys: Sequence[bytes]) -> list[int]:
+        """Return for each block the bytes that have to be read from the disk for it; 0 for what is in memory."""
+        return self._guarded(lambda: self.cache.sizes_below(self.ns._space.id, keys), [0] * len(keys))
+
     def store(self, keys: Sequence[bytes], nbytes: int, fill: Fill, *, depth: int = 0) -> int:
         """Store blocks of `nbytes` each, in order, and return how many of them are there, from the first on.
 

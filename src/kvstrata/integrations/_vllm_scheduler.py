@@ -12,6 +12,7 @@ from kvstrata.integrations._blocks import EngineBlocks
 from kvstrata.integrations._vllm_keys import Adapters, RequestKeys, seed_of
 from kvstrata.integrations._vllm_messages import Load, Progress, Shard, Store, Work
 from kvstrata.integrations._vllm_metrics import Deltas, KVStrataStats
+from kvstrata.movement.cost import Prefill, worth_loading
 
 __all__ = ["Scheduler"]
 
@@ -28,6 +29,7 @@ class _Tracked:
         self.stored = 0  # blocks that were given to the workers to store, or were there
         self.start = 0  # the block at which a load would begin
         self.found = 0
+        self.below = 0  # so many of those have to come from disk
         self.asked_at = float("-inf")
 
 
@@ -46,12 +48,13 @@ class Scheduler:
 
     def __init__(
         self, cache: Cache, vllm_config: Any, *, layerwise: bool, reads: bool, writes: bool,
-        namespace_options: Mapping[str, Any],
+        prefill_tokens_per_s: float | None, namespace_options: Mapping[str, Any],
     ) -> None:  # fmt: skip
         self._cache = cache
         self._block_tokens = vllm_config.cache_config.block_size
         self._layerwise = layerwise
         self._reads, self._writes = reads, writes
+        self._prefill = Prefill(prefill_tokens_per_s)
         self._namespace_options = namespace_options
         self._shards: list[EngineBlocks] = []
         self._tracked: dict[str, _Tracked] = {}
@@ -100,8 +103,24 @@ class Scheduler:
             found = len(keys)
             for shard in self._shards:  # what a rank lacks is of no use to the others
                 found = shard.match(keys[:found]) if found else 0
-            tracked.start, tracked.found, tracked.asked_at = start, found, now
+            tracked.start, tracked.asked_at = start, now
+            tracked.found, tracked.below = self._worthwhile(keys[:found])
         return tracked.found * size, bool(tracked.found) and not self._layerwise
+
+    def _worthwhile(self, keys: list[bytes]) -> tuple[int, int]:
+        """Return how many blocks are sooner loaded than computed, and how many of these have to come from disk."""
+        if not keys or not self._cache.options.disk:
+            return len(keys), 0
+        sizes = [sum(parts) for parts in zip(*(shard.sizes_below(keys) for shard in self._shards), strict=True)]
+        token_s = self._prefill.token_s
+        if token_s is not None:
+            sizes = sizes[: worth_loading(sizes, self._cache.load_seconds, token_s * self._block_tokens)]
+        return len(sizes), sum(size > 0 for size in sizes)
+
+    def sources(self, request: Any, tokens: int) -> tuple[int, int]:
+        """Return how many of the tokens of a load that was planned come from memory, and how many from disk."""
+        below = min(tokens, self._of(request).below * self._block_tokens)
+        return tokens - below, below
 
     def allocated(self, request: Any, blocks: Any, tokens: int) -> None:
         """Note that the engine has given blocks to a request, and wants so many tokens loaded into them."""
@@ -174,6 +193,11 @@ class Scheduler:
             if len(told.heard) >= len(self._shards):
                 del self._telling[number]
                 self._tell(told, min(told.heard))
+
+    def failed(self) -> None:
+        """Some blocks could not be loaded, and will be computed: to be stored then."""
+        for tracked in self._tracked.values():
+            tracked.stored = 0
 
     @property
     def telling(self) -> bool:

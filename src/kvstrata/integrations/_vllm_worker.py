@@ -43,6 +43,7 @@ class Worker:
         self._layerwise: list[Loading] = []
         self._storing: list[Storing] = []
         self._failed: set[int] = set()
+        self._spoiled = False  # the step computes with blocks that could not be loaded, and will be repeated
         self._heads: dict[str, int] = {}  # of requests: how many blocks are stored, in the storer's thread
         self._deltas = Deltas()
         self.events = bool(vllm_config.kv_events_config and vllm_config.kv_events_config.enable_kv_cache_events)
@@ -97,7 +98,11 @@ class Worker:
     def start_stores(self, work: Work) -> None:
         """Begin to store what the step has computed."""
         self._end_layerwise()  # of layers that asked for nothing
+        spoiled, self._spoiled = self._spoiled, False
         for store in work.stores:
+            if spoiled:
+                self.blocks.unstored(len(store.keys))
+                continue
             storing = Storing(store)
             self._storing.append(storing)
             self._storer.submit(self._store, storing)
@@ -145,6 +150,7 @@ class Worker:
         for loading in loads:
             loading.wait_for(self.memory.layers - 1)
             self._failed |= loading.failed
+            self._spoiled |= bool(loading.failed)
 
     # ---- In the storer's thread
 

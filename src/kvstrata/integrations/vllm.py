@@ -18,6 +18,7 @@ from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
 from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvstrata.errors import ConfigError, UnknownOption, UnsupportedModel
 from kvstrata.integrations._blocks import let_go, share_for_engine
@@ -27,7 +28,8 @@ from kvstrata.integrations._vllm_worker import Worker
 
 __all__ = ["KVStrataConnector"]
 
-_OPTIONS = ("weights", "load", "load_timeout", "codec", "admission")
+_OPTIONS = ("weights", "load", "load_timeout", "prefill_tokens_per_s", "codec", "admission")
+_SOURCES = CacheHitSource.HOST, CacheHitSource.DISK
 _LOADS = ("ahead", "layerwise")
 _LOAD_TIMEOUT_S = 30.0
 
@@ -48,6 +50,13 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         how = options.get("load", _LOADS[0])
         if how not in _LOADS:
             raise UnknownOption("load", how, _LOADS)
+        alone = vllm_config.max_concurrent_batches == vllm_config.parallel_config.world_size == 1
+        if how == "layerwise" and not alone:
+            # What a step computes must not count before it is known how its loads went.
+            raise ConfigError(
+                '"load": "layerwise" is for one rank whose steps don\'t overlap: '
+                "add --no-async-scheduling, or load ahead of the step"
+            )
         timeout = options.get("load_timeout", _LOAD_TIMEOUT_S)
         if isinstance(timeout, bool) or not isinstance(timeout, int | float) or timeout <= 0:
             raise ConfigError(f"load_timeout is a number of seconds above 0, not {timeout!r}")
@@ -62,7 +71,8 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         else:
             self._scheduler = Scheduler(
                 self._cache, vllm_config, layerwise=how == "layerwise", reads=transfer.is_kv_consumer,
-                writes=transfer.is_kv_producer, namespace_options=namespace,
+                writes=transfer.is_kv_producer, prefill_tokens_per_s=options.get("prefill_tokens_per_s"),
+                namespace_options=namespace,
             )  # fmt: skip
 
     @property
@@ -139,6 +149,11 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """Return how many tokens behind those can be loaded, and whether before the step that needs them."""
         return self._plan.match(request, num_computed_tokens)
 
+    def get_external_cache_hit_sources(self, request: Any, num_external_tokens: int) -> dict[Any, int]:
+        """Say how many tokens come from memory, and how many from disk."""
+        tokens = self._plan.sources(request, num_external_tokens)
+        return {source: count for source, count in zip(_SOURCES, tokens, strict=True) if count}
+
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Plan a load into the blocks that a request was given."""
         self._plan.allocated(request, blocks, num_external_tokens)
@@ -149,6 +164,8 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def update_connector_output(self, connector_output: Any) -> None:
         """Hear from the workers."""
+        if connector_output.invalid_block_ids:
+            self._plan.failed()
         self._plan.heard(connector_output.kv_connector_worker_meta)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:

@@ -1,0 +1,1 @@
+"""Measurements in inference engines, beside what these have themselves. They need what `make test-engines` installs."""

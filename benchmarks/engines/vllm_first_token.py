@@ -1,0 +1,118 @@
+"""Time to the first token in vLLM: cold, from its own prefix cache, from kvstrata, and from what else there is.
+
+Engines that are compared at the same tier run at the same time and are asked in turn. Where a prefix can be loaded
+only once (from disk, in a process that hasn't seen it), each sample is another prefix.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from benchmarks.engines import vllm_processes as processes
+from benchmarks.engines.model import saved_model
+from benchmarks.measure import Sample, Settings
+from benchmarks.own.device import drop_page_cache
+from benchmarks.table import Row
+
+LENGTHS = (512, 2048, 4096)
+OWN = "vLLM's own prefix cache"
+REMARKS = [
+    "vLLM: SmolLM2-135M-Instruct in bf16 on the CPU, blocks of 32 tokens, a prefix and 16 tokens more, from the call "
+    "of generate to the first token, with the engine in a process of its own. Its OffloadingConnector copies on the "
+    'CPU by a worker of ours, since vLLM ships one for GPUs only. "A new process" has never seen the prefix; what it '
+    "finds was stored by another one.",
+]
+Times = dict[str, dict[int, list[float]]]
+
+
+def rows(settings: Settings) -> list[Row]:
+    """Measure all of it."""
+    model = saved_model(settings.directory)
+    repeats = settings.repeats(12)
+    times = _from_memory(model, settings.directory, repeats)
+    times |= _new_processes(model, settings.directory, max(3, repeats // 2))
+    found: list[Row] = []
+    for length in LENGTHS:
+        section = f"vLLM: time to first token, prefix of {length:,} tokens, bf16"
+        at = {name: Sample(tuple(by_length[length])) for name, by_length in times.items() if by_length.get(length)}
+
+        def row(what: str, name: str, peer: str, theirs: str, at_least: float | None = None,
+                section: str = section, at: dict[str, Sample] = at) -> list[Row]:  # fmt: skip
+            if name not in at or theirs not in at:
+                return []
+            return [Row(section, what, at[name], peer=peer, theirs=at[theirs], at_least=at_least)]
+
+        found += [
+            *row("from memory", "memory", OWN, "own", 1 / 1.1),
+            *row("from memory", "memory", "cold", "cold"),
+            *row("from memory, another process", "other", OWN, "own"),
+            *row("from disk, page cache dropped", "disk", "cold", "cold"),
+            *row("a new process, memory shared with another", "new", "OffloadingConnector, fs tier", "fs", 1 / 0.8),
+            *row("a new process, memory shared with another", "new", "LMCache over shm", "lmcache", 1 / 0.9),
+            *row("a new process, memory shared with another", "new", "ExampleConnector", "example"),
+            *row("a new process, from disk", "disk", "OffloadingConnector, fs tier", "fs"),
+            *row("tier under OffloadingConnector, a new process", "tier", "OffloadingConnector, fs tier", "fs"),
+        ]
+    return found
+
+
+def _empty(*names: str) -> Times:
+    return {name: {length: [] for length in LENGTHS} for name in names}
+
+
+def _from_memory(model: Path, scratch: Path, repeats: int) -> Times:
+    """Prefixes that are loaded again and again: the engine forgets them in between."""
+    times = _empty("cold", "own", "memory", "other")
+    with ExitStack() as stack:
+        alone = stack.enter_context(processes.engine(model))
+        ours, other = (
+            stack.enter_context(processes.engine(model, processes.kvstrata(scratch / "memory"))) for _ in range(2)
+        )
+        for length in LENGTHS:
+            for engine in (alone, ours):
+                engine.first_token(length, length, 0, cached=False)
+            for turn in range(repeats):
+                if turn % 4 == 0:
+                    times["cold"][length].append(alone.first_token(10_000 + length + turn, length, 0, cached=False))
+                times["own"][length].append(alone.first_token(length, length, 1 + turn, cached=True))
+                for name, engine in (("memory", ours), ("other", other)):
+                    engine.ask("forget")
+                    times[name][length].append(engine.first_token(length, length, 1 + turn, cached=True))
+    return times
+
+
+def _new_processes(model: Path, scratch: Path, samples: int) -> Times:
+    """Prefixes that the process has never seen, each loaded once; one more of each length warms it."""
+    ways: dict[str, Any] = {
+        "new": processes.kvstrata(scratch / "new"),
+        "disk": processes.kvstrata(scratch / "disk"),
+        "tier": processes.kvstrata_tier(scratch / "tier"),
+        "fs": processes.fs_tier(scratch / "fs"),
+        "example": processes.example(scratch / "example"),
+    }
+    times = _empty(*ways, "lmcache")
+    with ExitStack() as servers:
+        if processes.has_lmcache():
+            port = 15_655
+            servers.enter_context(processes.lmcache_server(port))
+            ways["lmcache"] = processes.lmcache(port)
+        for name, attached in ways.items():
+            filling = processes.engine(model, attached)
+            with ExitStack() as stack:
+                filler = stack.enter_context(filling)
+                for length in LENGTHS:
+                    for number in range(samples + 1):
+                        filler.ask("first_token", prefix=length * 10 + number, length=length, tail=0)
+                filler.ask("first_token", prefix=-99, length=64, tail=3)  # steps that let transfers end
+                if name != "new":
+                    stack.close()
+                    drop_page_cache(scratch / name)
+                with processes.engine(model, attached) as engine:
+                    for length in LENGTHS:
+                        for number in range(samples + 1):
+                            taken = engine.first_token(length * 10 + number, length, 1, cached=True)
+                            if number:
+                                times[name][length].append(taken)
+    return times

@@ -1,0 +1,80 @@
+"""What kvstrata costs vLLM when nothing is found, and what it saves where many users go on talking."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+from benchmarks.engines import vllm_processes as processes
+from benchmarks.engines.model import saved_model
+from benchmarks.measure import Sample, Settings
+from benchmarks.table import Row
+
+PROMPTS, PROMPT, ANSWER = 16, 512, 32
+USERS, TURNS, DOCUMENTS, DOCUMENT = 20, 5, 10, 512
+TOKEN_BYTES = 23_040
+ENGINE_TOKENS = 4096
+REMARKS = [
+    f"vLLM, nothing found: {PROMPTS} prompts of {PROMPT} tokens at once, {ANSWER} tokens each, with everything stored.",
+    f"vLLM, conversations: {USERS} users in {TURNS} turns over {DOCUMENTS} documents of {DOCUMENT} tokens, 4 at a "
+    "time; "
+    f"the engine holds the KV of {ENGINE_TOKENS:,} tokens. Recomputed are tokens of prompts that weren't found.",
+]
+
+
+def rows(settings: Settings) -> list[Row]:
+    """Measure both."""
+    model = saved_model(settings.directory)
+    return [*_nothing_found(model, settings), *_conversations(model, settings)]
+
+
+def _nothing_found(model: Any, settings: Settings) -> list[Row]:
+    times: dict[str, list[float]] = {"alone": [], "ours": []}
+    with ExitStack() as stack:
+        engines = {
+            "alone": stack.enter_context(processes.engine(model)),
+            "ours": stack.enter_context(processes.engine(model, processes.kvstrata(settings.directory / "unique"))),
+        }
+        for turn in range(settings.repeats(8) + 1):
+            for name in sorted(engines, reverse=bool(turn % 2)):
+                given = {"requests": PROMPTS, "length": PROMPT, "count": ANSWER}
+                taken = engines[name].ask("unique", seed=1 + turn, **given)
+                if turn:
+                    times[name].append(taken)
+    tokens = PROMPTS * (PROMPT + ANSWER)
+    ours, alone = (Sample(tuple(tokens / taken for taken in times[name])) for name in ("ours", "alone"))
+    return [
+        Row("vLLM: nothing is found", "tokens per second, kvstrata attached", ours, "tokens/s", peer="vLLM alone",
+            theirs=alone, at_least=0.98)
+    ]  # fmt: skip
+
+
+def _conversations(model: Any, settings: Settings) -> list[Row]:
+    ways = {
+        "alone": None,
+        "ours": processes.kvstrata(settings.directory / "turns"),
+        "offloading": processes.offloading([]),
+    }
+    found: dict[str, Any] = {}
+    for name, attached in ways.items():
+        with processes.engine(model, attached, kv_cache_memory_bytes=ENGINE_TOKENS * TOKEN_BYTES) as engine:
+            found[name] = engine.ask("turns", users=USERS, turns=TURNS, documents=DOCUMENTS, length=DOCUMENT, at_once=4)
+    section = "vLLM: conversations that don't fit the engine's memory"
+    result: list[Row] = []
+    for name, peer in (("alone", "vLLM alone"), ("offloading", "OffloadingConnector")):
+        ours, theirs = found["ours"], found[name]
+        alone = name == "alone"
+        result += [
+            Row(section, "tokens recomputed", Sample.of(ours["recomputed"]), "tokens", peer=peer,
+                theirs=Sample.of(theirs["recomputed"]), at_least=2 if alone else None),
+            Row(section, "total time", Sample.of(ours["seconds"]), peer=peer, theirs=Sample.of(theirs["seconds"]),
+                at_least=None if alone else 1),
+            Row(section, "first token, p50", _quantile(ours, 0.5), peer=peer, theirs=_quantile(theirs, 0.5)),
+            Row(section, "first token, p90", _quantile(ours, 0.9), peer=peer, theirs=_quantile(theirs, 0.9)),
+        ]  # fmt: skip
+    return result
+
+
+def _quantile(answer: dict[str, Any], part: float) -> Sample:
+    ordered = sorted(answer["first"])
+    return Sample.of(ordered[min(len(ordered) - 1, int(part * len(ordered)))])

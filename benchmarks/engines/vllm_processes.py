@@ -1,0 +1,170 @@
+"""Starting engines for measurements, with the different things that can be attached to them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+MEMORY, DISK = "1GiB", "4GiB"
+MEMORY_BYTES = 1 << 30
+LIMIT_S = 240
+
+
+def kvstrata(path: Path, **options: Any) -> dict[str, Any]:
+    """KVStrataConnector over a cache in that directory."""
+    return _attached(
+        "KVStrataConnector",
+        {"path": str(path), "memory": MEMORY, "disk": DISK, **options},
+        kv_connector_module_path="kvstrata.integrations.vllm",
+    )
+
+
+def offloading(tiers: list[dict[str, Any]]) -> dict[str, Any]:
+    """vLLM's OffloadingConnector with as much memory, and the copying for CPUs that it lacks."""
+    extra = {"spec_name": "CPUTieringSpec", "spec_module_path": "engines.vllm_offloading",
+             "cpu_bytes_to_use": MEMORY_BYTES, "secondary_tiers": tiers}  # fmt: skip
+    return _attached("OffloadingConnector", extra)
+
+
+def kvstrata_tier(path: Path) -> dict[str, Any]:
+    """The same with kvstrata as the tier below."""
+    tier = {"type": "KVStrataTier", "module_path": "kvstrata.integrations.vllm_tier"}
+    return offloading([{**tier, "path": str(path), "memory": MEMORY, "disk": DISK}])
+
+
+def fs_tier(path: Path) -> dict[str, Any]:
+    """The same with vLLM's own tier of files."""
+    return offloading([{"type": "fs", "root_dir": str(path)}])
+
+
+def example(path: Path) -> dict[str, Any]:
+    """vLLM's ExampleConnector, a file for each layer."""
+    return _attached("ExampleConnector", {"shared_storage_path": str(path)})
+
+
+def lmcache(port: int) -> dict[str, Any]:
+    """LMCache's connector to its server on this host."""
+    return _attached("LMCacheMPConnector", {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": port})
+
+
+def _attached(name: str, extra: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"kv_connector": name, "kv_role": "kv_both", "kv_load_failure_policy": "recompute",
+            "kv_connector_extra_config": extra, **more}  # fmt: skip
+
+
+class Engine:
+    """An engine in another process."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def start(self, **options: Any) -> None:
+        """Begin to start it."""
+        self._say(options)
+
+    def ask(self, name: str, **given: Any) -> Any:
+        """Have something done; returns its answer."""
+        self._say([name, given])
+        return self.hear()
+
+    def hear(self) -> Any:
+        """Wait for the next answer."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError("the engine has ended")
+        return json.loads(line)
+
+    def first_token(self, prefix: int, length: int, tail: int, *, cached: bool) -> float:
+        """Seconds to the first token, after making sure that the prefix was, or wasn't, computed before."""
+        answer = self.ask("first_token", prefix=prefix, length=length, tail=tail)
+        if (answer["cached"] >= length) != cached:
+            raise RuntimeError(f"{answer['cached']} of {length} tokens were there, cached={cached}")
+        return float(answer["seconds"])
+
+    def _say(self, message: Any) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(message) + "\n")
+        self._process.stdin.flush()
+
+
+@contextmanager
+def engine(model: Path, attached: dict[str, Any] | None = None, *, cores: int | None = None, **options: Any,
+           ) -> Iterator[Engine]:  # fmt: skip
+    """An engine with something attached; ready when it is warm."""
+    cores = cores or len(os.sched_getaffinity(0))
+    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(cores), "PYTHONPATH": os.pathsep.join(paths),
+        "VLLM_CPU_OMP_THREADS_BIND": f"0-{cores - 1}", "VLLM_HOST_IP": "127.0.0.1", "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+    }  # fmt: skip
+    settings = {"model": str(model), "kv_cache_memory_bytes": 512 << 20, **options}
+    if attached is not None:
+        settings["kv_transfer_config"] = attached
+    with (
+        tempfile.TemporaryFile() as errors,
+        subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.engines.vllm_child"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment,
+        ) as process,
+    ):  # fmt: skip
+        found = Engine(process)
+        try:
+            found.start(**settings)
+            found.hear()
+            for tail in range(2):
+                found.ask("first_token", prefix=-99, length=64, tail=tail)
+            yield found
+        except (RuntimeError, BrokenPipeError) as error:
+            process.kill()
+            errors.seek(0)
+            raise RuntimeError(f"{error}\n{errors.read().decode(errors='replace')[-3000:]}") from error
+        finally:
+            process.communicate()
+
+
+@contextmanager
+def lmcache_server(port: int) -> Iterator[None]:
+    """LMCache's server, where it is installed, sharing memory with its clients."""
+    command = [
+        str(Path(sys.executable).parent / "lmcache"), "server", "--host", "127.0.0.1", "--port", str(port),
+        "--http-port", str(port + 1), "--l1-size-gb", "1", "--chunk-size", "256", "--eviction-policy", "LRU",
+        "--supported-transfer-mode", "engine_driven", "--shm-name", f"kvstrata-bench-{os.getpid()}",
+    ]  # fmt: skip
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            deadline = time.monotonic() + LIMIT_S
+            while not _answers(port + 1):
+                if server.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError("lmcache server didn't start")
+                time.sleep(0.5)
+            yield
+        finally:
+            server.terminate()
+
+
+def has_lmcache() -> bool:
+    """Whether LMCache is installed."""
+    return importlib.util.find_spec("lmcache") is not None
+
+
+def _answers(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=1):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
