@@ -29,7 +29,7 @@ ENGINE_STEPS := $(ENGINES)/.steps
 ENGINE_BIN := $(CURDIR)/$(ENGINES)/bin
 ENGINE_PIP := PATH="$(ENGINE_BIN):$$PATH" $(ENGINE_BIN)/python -m pip --disable-pip-version-check --no-input
 ENGINE_INSTALL := $(ENGINE_PIP) install --quiet --root-user-action=ignore --constraint tests/engines/constraints.txt
-ENGINE_NEEDS := $(addprefix $(ENGINE_STEPS)/,package model test-tools vllm)
+ENGINE_NEEDS := $(addprefix $(ENGINE_STEPS)/,package model test-tools vllm lmcache sglang)
 
 SOURCES := CMakeLists.txt pyproject.toml $(shell find core src -type f \
   \( -name '*.[ch]pp' -o -name '*.inl' -o -name 'CMakeLists.txt' -o -path 'src/*' \) \
@@ -151,4 +151,18 @@ $(ENGINE_STEPS)/vllm: tests/engines/constraints.txt | $(ENGINE_STEPS)/venv
 	stub=$$($(ENGINE_BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-$$version.dist-info
 	mkdir -p "$$stub"
 	printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s\n' "$$version" >"$$stub/METADATA"
+	touch $@
+
+# Both ask for CUDA, and SGLang for another torch; so they get what the parts need that run without.
+$(ENGINE_STEPS)/lmcache: tests/engines/constraints.txt | $(ENGINE_STEPS)/vllm
+	@echo "==> installing LMCache"
+	$(ENGINE_INSTALL) --no-deps lmcache
+	$(ENGINE_INSTALL) aiofile aiofiles awscrt cufile-python numpy nvtx opentelemetry-api opentelemetry-sdk \
+	    opentelemetry-exporter-otlp opentelemetry-exporter-prometheus prometheus_client protobuf redis sortedcontainers
+	touch $@
+
+$(ENGINE_STEPS)/sglang: tests/engines/constraints.txt | $(ENGINE_STEPS)/vllm
+	@echo "==> installing SGLang, for its storage code"
+	$(ENGINE_INSTALL) --no-deps sglang
+	$(ENGINE_INSTALL) ipython orjson pybase64
 	touch $@

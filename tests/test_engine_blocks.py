@@ -110,3 +110,44 @@ def test_the_options_of_an_engine_are_those_of_open_and_others_are_refused(tmp_p
         assert cache.options.memory == 4 << 20
     with pytest.raises(UnknownOption, match="memory"):
         open_for_engine({"path": str(tmp_path), "memmory": "4MiB"})
+
+
+def test_blocks_that_the_caller_holds_are_not_looked_for_again(blocks: EngineBlocks) -> None:
+    filled(blocks)
+    pins, sizes = blocks.pin_here([KEYS[1], b"another"])
+    assert (pins[1], sizes) == (None, [0, 0])
+    assert pins[0] is not None
+    blocks.delete(KEYS[1:2])
+    taken: dict[int, int] = {}
+
+    def take(position: int, block: memoryview) -> bool:
+        taken[position] = block[0]
+        return True
+
+    with pins[0] as held:
+        assert blocks.load_each(KEYS, take, [None, held, None, None]) == [True] * 4
+    assert taken == {0: 1, 1: 2, 2: 3, 3: 4}
+    counted = blocks.stats()
+    assert (counted["loaded_blocks"], counted["loaded_bytes"], counted["missed_blocks"]) == (4, 4 * SIZE, 0)
+
+
+def test_sizes_are_those_of_records_wherever_they_lie(tmp_path: Path) -> None:
+    with kvstrata.open(tmp_path, memory="8MiB", disk="16MiB") as cache:
+        blocks = EngineBlocks(cache, "test", {"model": "m"})
+        filled(blocks)
+        sizes = blocks.record_sizes([*KEYS, b"another"])
+        assert sizes[4] == 0
+        assert all(SIZE < size < SIZE + 8192 for size in sizes[:4])
+        cache.flush()
+        cache.demote()
+
+        assert blocks.record_sizes([*KEYS, b"another"]) == sizes
+        assert blocks.pin_here(KEYS) == ([None] * 4, sizes[:4])  # nothing was loaded
+        assert sorted(blocks.keys(b"block")) == KEYS
+        assert blocks.absent([*KEYS, b"another"]) == [False] * 4 + [True]
+        pins = blocks.pin(KEYS)
+        assert [pin is not None and len(pin) for pin in pins] == [SIZE] * 4
+        assert cache.stats()["memory"]["pins"] == 4
+        for pin in pins:
+            assert pin is not None
+            pin.release()
