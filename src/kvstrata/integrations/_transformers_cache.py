@@ -149,11 +149,9 @@ def cache_of_row(buffer: KVBuffer, row: int, start: int, tokens: int) -> Dynamic
 def static_copy(cache: DynamicCache, capacity: int) -> StaticCache:
     """Return a StaticCache of `capacity` columns that starts with what `cache` holds."""
     layers = []
-    for layer in cache.layers:
-        keys, values = layer.keys, layer.values
-        assert keys is not None
-        assert values is not None
-        static: Any = StaticLayer(capacity)  # type: ignore[no-untyped-call]
+    held: list[Any] = cache.layers
+    for keys, values in ((layer.keys, layer.values) for layer in held):
+        static: Any = StaticLayer(capacity)
         static.lazy_initialization(keys, values)
         static.update(keys, values)
         layers.append(static)

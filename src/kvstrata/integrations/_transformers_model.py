@@ -163,7 +163,8 @@ def _probe(model: Any, tokens: Sequence[int]) -> list[tuple[torch.Tensor, torch.
     cache = getattr(output, "cache", None) or getattr(output, "past_key_values", None)
     if not isinstance(cache, DynamicCache):
         raise UnsupportedModel(f"the model keeps a {type(cache).__name__}, not one row of KV for each token")
-    for index, layer in enumerate(cache.layers):
+    layers: list[Any] = cache.layers
+    for index, layer in enumerate(layers):
         # A sliding window only leaves out what its mask hides anyway: all the same, a row for each token serves it.
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys is None:
             raise UnsupportedModel(
@@ -172,7 +173,6 @@ def _probe(model: Any, tokens: Sequence[int]) -> list[tuple[torch.Tensor, torch.
             )
         if layer.keys.shape[-2] != len(tokens):
             raise UnsupportedModel(f"layer {index} has a sliding window of less than {len(tokens) + 1} tokens")
-    layers: list[Any] = cache.layers
     return [(layer.keys, layer.values) for layer in layers]
 
 

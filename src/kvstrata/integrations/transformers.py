@@ -229,13 +229,12 @@ class PrefixReuse:
         out = buffer.host[:, :, row, :, start:]
         loaded = None
         try:
-            if session is not None:
-                saved = prefixes.resume(session)
-                if saved is not None and saved.begins(tokens):
-                    loaded = saved.load(out)
-            if loaded is None or not loaded.tokens:
-                match = prefixes.match(tokens)
-                loaded = match.load(out) if match.tokens else None
+            match = prefixes.match(tokens)
+            saved = prefixes.resume(session) if session is not None else None
+            if saved is not None and len(saved.tokens) > match.tokens and saved.begins(tokens):
+                loaded = saved.load(out)
+            elif match.tokens:
+                loaded = match.load(out)
         except (KVStrataError, OSError) as error:
             self._count(load_errors=1)
             return None, f"load: {error}"
