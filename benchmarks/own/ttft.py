@@ -217,7 +217,7 @@ def _blocks(bench: _Bench) -> None:
     for index, prompt in enumerate(prompts):
         prompt[0, PREFIX - 1 - index * 17 :] += 1
     tokens = bench.prompt[0, :PREFIX].numpy()
-    sizes = (16, 32, 64, 128)
+    sizes = (16, 32, 64, 128, 256, 512)
     loads: dict[int, list[float]] = {size: [] for size in sizes}
     times: dict[int, list[float]] = {size: [] for size in sizes}
     with kvstrata.open(memory=MEMORY) as cache:
@@ -229,7 +229,7 @@ def _blocks(bench: _Bench) -> None:
         for turn in range(bench.repeats * len(prompts)):
             for size, reuse in reuses.items():
                 start = time.perf_counter()
-                reuse._prefixes.match(tokens).load(out=buffer.host)
+                reuse._prefixes.match(tokens).load(out=buffer.host[:, :, 0])
                 loads[size].append(time.perf_counter() - start)
                 times[size].append(bench.ttft(reuse.generate, prompts[turn % len(prompts)]))
     found = []

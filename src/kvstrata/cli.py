@@ -148,6 +148,46 @@ def warm(
         raise typer.Exit(2) from None
 
 
+@app.command()
+def serve(
+    *,
+    model: Annotated[str, typer.Option(help="A model's directory, or a GGUF file.")],
+    name: Annotated[str, typer.Option(help="What clients call it; by default as its file or directory.")] = "",
+    path: Annotated[str, typer.Option(help="The cache's directory; by default a temporary one.")] = "",
+    memory: Annotated[str, typer.Option(help="Size of the memory tier.")] = "1GiB",
+    disk: Annotated[str | None, typer.Option(help="Size of the disk tier; by default 8 GiB.")] = None,
+    dtype: Annotated[DType, typer.Option(help="Precision that the model runs in.")] = DType.fp32,
+    block_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Tokens in a block of the cache.")] = 32,
+    host: Annotated[str, typer.Option(help="The address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 takes a free one.")] = 8000,
+    workers: Annotated[int, typer.Option(min=1, help="Processes, each with the model, all with one cache.")] = 1,
+    threads: Annotated[int, typer.Option(min=0, help="Threads of a worker; 0: cores divided by workers.")] = 0,
+    queue: Annotated[int, typer.Option(min=0, help="Requests that may wait in a worker before it says 429.")] = 16,
+    grace: Annotated[int, typer.Option(min=0, help="Seconds that requests have to finish at the end.")] = 30,
+) -> None:
+    """Serve a model as OpenAI's API does, with its prefixes kept in a cache that all workers share.
+
+    /v1/chat/completions and /v1/completions, also as streams, /v1/models, /health and /metrics. SIGTERM lets running
+    requests finish.
+    """
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False)
+    try:
+        from kvstrata.serve.run import serve as run
+        from kvstrata.serve.settings import ServeSettings
+
+        settings = ServeSettings(
+            model=model, name=name, path=path, memory=memory, disk=disk,
+            dtype={"fp32": "float32", "bf16": "bfloat16"}[dtype], block_tokens=block_tokens, host=host, port=port,
+            workers=workers, threads=threads, queue=queue, grace=grace,
+        )  # fmt: skip
+        run(settings, lambda line: console.print(f"kvstrata serve: {line}", soft_wrap=True))
+    except (KVStrataError, OSError) as error:
+        console.print(f"kvstrata serve: {error}", style="red", soft_wrap=True)
+        raise typer.Exit(2) from None
+
+
 def _lines(path: Path) -> list[bytes]:
     return [line for line in path.read_bytes().splitlines() if line]
 

@@ -11,19 +11,20 @@ import numpy.typing as npt
 
 from kvstrata.codecs.base import Codec, TensorInfo
 from kvstrata.errors import InvalidValue, TierFull
-from kvstrata.keys import KVLayout, prefix_keys
+from kvstrata.keys import KVLayout, block_tokens_array, prefix_keys
 from kvstrata.movement.cost import Prefill
 from kvstrata.movement.warm import Progress, Warmed
 from kvstrata.prefix_blocks import Layers, Words, as_layers, fill_block, trailer_of
 from kvstrata.prefix_layers import LayerLoad
 from kvstrata.prefix_loading import LoadedKV, PrefixLoader, StoredHead, Tally
+from kvstrata.prefix_sessions import Session, SessionStore
 
 if TYPE_CHECKING:
     from kvstrata.cache import Cache
     from kvstrata.movement.prefetch import Prefetch
     from kvstrata.namespace import Namespace
 
-__all__ = ["KVLayout", "LayerLoad", "LoadedKV", "Match", "PrefixCache"]
+__all__ = ["KVLayout", "LayerLoad", "LoadedKV", "Match", "PrefixCache", "Session"]
 
 Tokens: TypeAlias = Sequence[int] | npt.ArrayLike
 
@@ -127,6 +128,41 @@ class PrefixCache:
                     self.ns._space.present_immutable(key)
             self._tally.add(stored_blocks=stored, stored_bytes=stored * self.layout.block_bytes)
         return stored
+
+    def save_session(
+        self,
+        name: str | bytes,
+        tokens: Tokens,
+        kv: Words | Sequence[tuple[Any, Any]],
+        *,
+        ttl: float | None = None,
+    ) -> int:
+        """Store a conversation under a name, to be taken up with `resume`: also the KV behind its last full block.
+
+        Its full blocks are stored as by `store`, whose result this returns and whose errors it raises; what the name
+        had before is replaced. `ttl` seconds after it was saved the session is gone; its blocks aren't. Raises TierFull
+        where there is no room for what it holds besides blocks.
+        """
+        stored = self.store(tokens, kv)
+        self._sessions.save(name, block_tokens_array(tokens), as_layers(kv, self.layout), ttl)
+        return stored
+
+    def resume(self, name: str | bytes) -> Session | None:
+        """Return what was last saved under a name, in whichever process; None where there is nothing."""
+        found = self._sessions.read(name)
+        if found is None:
+            return None
+        tokens, rest = found
+        return Session(tokens, rest, self.keys(tokens), self._loader)
+
+    def forget_session(self, name: str | bytes) -> bool:
+        """Remove a session, from all tiers; its blocks stay. Returns whether it was there."""
+        return self._sessions.forget(name)
+
+    @functools.cached_property
+    def _sessions(self) -> SessionStore:
+        """A session is overwritten each turn, so it can't be among the blocks, which never change."""
+        return SessionStore(self.ns._cache.namespace(f"{self.ns.name}-sessions"), self.layout)
 
     def warm(
         self, prompts: Iterable[Tokens], *, time_limit: float | None = None, progress: Progress | None = None

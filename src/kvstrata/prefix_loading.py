@@ -37,7 +37,7 @@ _PARALLEL_BYTES = 4 << 20
 class LoadedKV:
     """What a load really brought.
 
-    tokens: length of the loaded prefix, a multiple of the layout's block_tokens, maybe 0.
+    tokens: length of the loaded prefix, maybe 0; a multiple of the layout's block_tokens, but for a whole session.
     kv: [layers, 2, kv_heads, tokens, head_dim], a view of `out` where one was
         given; bfloat16 as uint16 words.
     disk_blocks: how many of the blocks had to come from below memory.

