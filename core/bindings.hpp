@@ -54,12 +54,33 @@ nb::bytes encode_record(nb::handle raw, nb::handle payload, u8 codec, u32 seed, 
 
 // What Python holds; empty once it is closed.
 struct StoreHandle {
+    explicit StoreHandle(std::shared_ptr<Store> opened) : store(std::move(opened)) {}
     std::shared_ptr<Store> store;
 
-    const std::shared_ptr<Store>& live() const {
+    // For all but single gets: what these have gathered is told first, so that nobody here sees that it was gathered.
+    const std::shared_ptr<Store>& live() {
         if (!store) throw CacheClosed("this cache is closed");
+        gathered_.reset();
         return store;
     }
+    // The policy is told of single gets when there are a few: to lock it, and to wait for what a record's neighbours in
+    // the order are, takes as long as the get.
+    Uses& gather(Space space) {
+        if (!gathered_ || gathered_->count() >= kGathered || !gathered_->of(space)) gathered_.emplace(*store, space);
+        return *gathered_;
+    }
+    void leave_to_parent() {
+        if (gathered_) gathered_->forget();
+        if (store) store->leave_to_parent();
+    }
+    void close() {
+        gathered_.reset();
+        store.reset();
+    }
+
+private:
+    static constexpr u32 kGathered = 16;
+    std::optional<Uses> gathered_;  // guarded by the GIL; goes before the store
 };
 
 struct SpaceHandle {

@@ -856,17 +856,18 @@ std::shared_ptr<StoreHandle> open_without_gil(Open&& open) {
         const nb::gil_scoped_release free;
         store = open();
     }
-    return std::make_shared<StoreHandle>(StoreHandle{std::move(store)});
+    return std::make_shared<StoreHandle>(std::move(store));
 }
 
 }  // namespace
 
 Lookup read_value(const SpaceHandle& self, nb::handle key, nb::object& value) {
-    const std::shared_ptr<Store>& store = self.owner->live();
+    const std::shared_ptr<Store>& store = self.owner->store;
+    if (!store) throw CacheClosed("this cache is closed");
     Pin pin;
     u8 room[kSmallValue];
     Small small{room, sizeof room};
-    const Lookup found = acquire_one(*store, self.space, key, pin, &small);
+    const Lookup found = store->acquire(self.space, key_of(key), pin, &small, &self.owner->gather(self.space));
     if (found != Lookup::hit) return found;
     if (!pin) {
         value = new_bytes(small.size);
@@ -1053,7 +1054,7 @@ void bind_store(nb::module_& m) {
         }, nb::arg("file"))
         .def("mark_ready", [](StoreHandle& self) { self.live()->mark_ready(); })
         .def("leave_to_parent", [](StoreHandle& self) {
-            if (self.store) self.store->leave_to_parent();
+            self.leave_to_parent();
         })
         .def("attach_again", [](StoreHandle& self) { self.store = self.live()->attach_again(); })
         .def("use_huge_pages", [](StoreHandle& self) {
@@ -1061,7 +1062,7 @@ void bind_store(nb::module_& m) {
             const nb::gil_scoped_release free;
             store->use_huge_pages();
         })
-        .def("close", [](StoreHandle& self) { self.store.reset(); })
+        .def("close", [](StoreHandle& self) { self.close(); })
         .def_prop_ro("closed", [](const StoreHandle& self) { return !self.store; })
         .def("open_namespace", [](const std::shared_ptr<StoreHandle>& self, u32 id, const std::string& name, u32 version,
                                   const std::string& policy, u64 quota, u64 guarantee, bool immutable, bool proven_only, bool write_back) {

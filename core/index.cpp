@@ -179,6 +179,7 @@ void Index::unlink(u32 at, EntryState becomes) {
     KVSTRATA_COMMIT("index.unlink");
     set_state(entry, becomes);
     KVSTRATA_COMMIT("index.unlinked");
+    shard.removals.store(shard.removals.load(std::memory_order_relaxed) + 1, std::memory_order_release);
     u32* link = &buckets(number)[bucket_of(shard, entry.hash)];
     while (*link != at) link = &entries_[*link].chain;
     *link = entry.chain;
@@ -287,6 +288,7 @@ void Index::repair(u32 number) {
     std::memset(buckets(number), 0, u64{shard.backed} * sizeof(u32));
     if ((1u << shard.level) + shard.split > shard.backed) shard.split = 0;
     shard.count = 0;
+    shard.removals.fetch_add(1);
     shard.free_entries = kNone;
     std::memset(shard.held, 0, sizeof shard.held);
     shard.timers = {};

@@ -48,6 +48,9 @@ public:
 
     // Needs no lock: whether the record that was published there under this number is still the entry's, and live.
     bool holds(u32 number, u64 seq) const;
+    // The same for who keeps `unchanged`, at first kNever: while nothing leaves the shard, the entry isn't looked at again.
+    static constexpr u64 kNever = ~u64{0};
+    bool holds(u32 number, u64 seq, u64& unchanged) const;
 
     u32 longest_chain(u32 shard) const;                // looks at every bucket
 
@@ -89,6 +92,16 @@ inline bool Index::holds(u32 number, u64 seq) const {
     Entry& entry = entries_[number];
     return std::atomic_ref<EntryState>(entry.state).load(std::memory_order_acquire) == EntryState::live &&
            std::atomic_ref<u64>(entry.seq).load(std::memory_order_relaxed) == seq;
+}
+
+// An entry stops being live first and is counted then: whoever finds it live after having read the count will find another
+// count once it isn't.
+inline bool Index::holds(u32 number, u64 seq, u64& unchanged) const {
+    const u64 removals = shards_[shard_holding(number)].removals.load(std::memory_order_acquire);
+    if (removals == unchanged) return true;
+    if (!holds(number, seq)) return false;
+    unchanged = removals;
+    return true;
 }
 
 template <class Visit>

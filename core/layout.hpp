@@ -20,7 +20,7 @@
 namespace kvstrata {
 
 inline constexpr char kMagic[8] = {'K', 'V', 'S', 'A', 'R', 'E', 'N', 'A'};
-inline constexpr u32 kFormat = 1 | (kDebug ? 1u << 31 : 0);  // a debug build can't share memory with another
+inline constexpr u32 kFormat = 2 | (kDebug ? 1u << 31 : 0);  // a debug build can't share memory with another
 inline constexpr u32 kShards = 64;
 inline constexpr u32 kMaxClients = 128;
 inline constexpr u32 kMaxNamespaces = 1024;
@@ -108,6 +108,7 @@ struct alignas(64) Shard {
     u64 puts, deletes, evictions, expired, demotions;
     u64 held[kHolders]; // bytes of records that a holder wants to stay
     Timers timers;
+    std::atomic<u64> removals;  // grows after an entry has stopped being live; also read without the lock
 };
 
 // Who takes out of the index what the tier below may have, owes the deletion of its row there, and pays once that is
@@ -179,8 +180,12 @@ struct alignas(64) Namespace {
     u32 write_back;             // and only when it is to leave memory
     u64 quota;                  // bytes in memory, 0 = no limit
     std::atomic<u64> guarantee; // bytes in memory that no other namespace takes from it
-    std::atomic<u64> bytes;     // of records in memory
+    std::atomic<u64> bytes;     // of records in memory; read without the lock, too
     std::atomic<u64> records;
+    void count(u64 more_bytes, u64 more_records) {  // modulo 2^64; only one at a time writes, so no locked instruction is needed
+        bytes.store(bytes.load(std::memory_order_relaxed) + more_bytes, std::memory_order_relaxed);
+        records.store(records.load(std::memory_order_relaxed) + more_records, std::memory_order_relaxed);
+    }
     u32 name_len;
     char name[kMaxName];
     PolicyState order;

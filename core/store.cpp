@@ -349,14 +349,12 @@ void Store::put_in_order(Namespace& ns, u32 at, u32 depth) {
     index_.nodes()[at].stamp = header_.tick.fetch_add(1, std::memory_order_relaxed);
     policy_of(ns).insert(order_of(ns), at, depth);
     if (ns.order.room && ns.order.count > ns.order.room) ns.hungry.store(1, std::memory_order_relaxed);
-    ns.bytes.fetch_add(u64{index_.entry(at).units} * kUnit, std::memory_order_relaxed);
-    ns.records.fetch_add(1, std::memory_order_relaxed);
+    ns.count(u64{index_.entry(at).units} * kUnit, 1);
 }
 
 void Store::take_from_order(Namespace& ns, u32 at, bool evicted) {
     policy_of(ns).remove(order_of(ns), at, evicted);
-    ns.bytes.fetch_sub(u64{index_.entry(at).units} * kUnit, std::memory_order_relaxed);
-    ns.records.fetch_sub(1, std::memory_order_relaxed);
+    ns.count(-(u64{index_.entry(at).units} * kUnit), ~u64{0});
 }
 
 // Takes an entry out of the table; it goes at once, or with its last pin.

@@ -83,6 +83,9 @@ public:
     ~Uses() { tell(); }
     Uses(const Uses&) = delete;
     Uses& operator=(const Uses&) = delete;
+    u32 count() const { return hit_count_ + misses_; }
+    bool of(Space space) const { return space.id == space_.id && space.version == space_.version; }
+    void forget() { hit_count_ = misses_ = 0; }
 
 private:
     friend class Store;
@@ -260,6 +263,7 @@ struct Identity {
     u64 seq = 0, expires = 0;
     u32 entry = kNone, epoch = 0;
     u16 tags[kTags] = {};
+    mutable u64 unchanged = Index::kNever;  // what Store::holds remembers of the last time
 };
 
 class Store {
@@ -301,10 +305,11 @@ public:
 
     // ---- Copies that are kept elsewhere (identity.cpp)
     Identity identify(const Pin& pin) const;
-    // Needs no lock: whether this record, of this namespace and version, would be found now.
+    // Needs no lock: whether this record, of this namespace and version, would be found now. Not for one identity from
+    // several threads at once.
     bool holds(Space space, const Identity& identity) const {
         const Namespace& ns = this->space(space.id);
-        return index_.holds(identity.entry, identity.seq) && identity.mapping == header_.secret[0] &&
+        return identity.mapping == header_.secret[0] && index_.holds(identity.entry, identity.seq, identity.unchanged) &&
                identity.epoch == ns.epoch.load(std::memory_order_acquire) &&
                space.version == ns.version.load(std::memory_order_acquire) &&
                !((identity.expires || identity.tags[0]) && outlived(identity));
