@@ -9,7 +9,7 @@ import pytest
 
 import kvstrata
 from kvstrata.errors import TierUnavailable, UnknownOption
-from kvstrata.integrations._blocks import EngineBlocks, fingerprint, open_for_engine
+from kvstrata.integrations._blocks import EngineBlocks, Withdrawn, fingerprint, open_for_engine
 
 SIZE = 64 << 10
 KEYS = [b"block %d" % i for i in range(4)]
@@ -49,6 +49,50 @@ def test_a_block_of_another_length_than_its_buffer_is_a_miss(blocks: EngineBlock
 
     assert blocks.load(KEYS[:1], [out]) == [False]
     assert out == bytes(SIZE - 1)
+
+
+def test_blocks_come_up_from_disk_into_the_buffers_given(tmp_path: Path, shm: Path) -> None:
+    with kvstrata.open(tmp_path / "cache", memory="8MiB", disk="16MiB") as cache:
+        blocks = EngineBlocks(cache, "test", {"model": "m"})
+        filled(blocks)
+        cache.flush()
+        cache.demote()
+        outs = [bytearray(SIZE) for _ in (*KEYS, "absent")]
+
+        assert min(blocks.sizes_below(KEYS)) > SIZE
+        assert blocks.load([*KEYS, b"absent"], outs) == [True] * 4 + [False]
+        assert [out[:1] for out in outs] == [bytes([i]) for i in (1, 2, 3, 4, 0)]
+        assert blocks.sizes_below(KEYS) == [0] * 4
+        assert cache.stats()["memory"]["pins"] == 0
+
+
+def test_each_block_is_given_once_and_may_be_refused(blocks: EngineBlocks) -> None:
+    filled(blocks)
+    given: list[int] = []
+
+    def take(position: int, block: memoryview) -> bool:
+        given.append(position)
+        return block[0] != 2
+
+    assert blocks.load_each(KEYS, take) == [True, False, True, True]
+    assert sorted(given) == [0, 1, 2, 3]
+    assert blocks.stats()["loaded_bytes"] == 3 * SIZE
+
+
+def test_a_store_ends_where_its_source_is_withdrawn(blocks: EngineBlocks) -> None:
+    def fill(position: int, memory: memoryview) -> None:
+        if position == 2:
+            raise Withdrawn
+
+    assert blocks.store(KEYS, SIZE, fill) == 2
+    assert blocks.present(KEYS) == [True, True, False, False]
+    assert (blocks.stats()["unstored_blocks"], blocks.stats()["errors"]) == (2, 0)
+
+
+def test_blocks_are_found_by_the_name_of_their_fingerprint(cache: kvstrata.Cache, blocks: EngineBlocks) -> None:
+    filled(blocks)
+
+    assert EngineBlocks.named(cache, blocks.name).match(KEYS) == 4
 
 
 def test_blocks_that_are_there_are_not_filled_again(blocks: EngineBlocks) -> None:

@@ -71,7 +71,7 @@ def test_an_adapter_is_known_by_its_files_and_is_uncertain_once_they_change(tmp_
     first, second = (SimpleNamespace(lora_int_id=1, lora_path=str(path)) for path in paths)
 
     assert adapters.identity(None) == ""
-    assert adapters.identity(first) == adapters.identity(second)
+    assert adapters.identity(first) == adapters.identity(second) != Adapters("float16").identity(second)
     (paths[0] / "adapter_model.safetensors").write_bytes(b"other weights")
     assert adapters.identity(first) is None
     assert Adapters().identity(first) not in (None, adapters.identity(second))

@@ -100,16 +100,21 @@ class Engine:
 
 
 @contextmanager
-def engine(model: Path, attached: dict[str, Any] | None = None, *, cores: int | None = None, **options: Any,
+def engine(model: Path, attached: dict[str, Any] | None = None, **options: Any,
            ) -> Iterator[Engine]:  # fmt: skip
     """An engine with something attached; ready when it is warm."""
-    cores = cores or len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0))
     paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     environment = {
-        **os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(cores), "PYTHONPATH": os.pathsep.join(paths),
-        "VLLM_CPU_OMP_THREADS_BIND": f"0-{cores - 1}", "VLLM_HOST_IP": "127.0.0.1", "VLLM_LOGGING_LEVEL": "ERROR",
+        "OMP_NUM_THREADS": str(cores),
+        "VLLM_CPU_OMP_THREADS_BIND": f"0-{cores - 1}",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join(paths),
+        "VLLM_HOST_IP": "127.0.0.1",
         "VLLM_NO_USAGE_STATS": "1",
-    }  # fmt: skip
+    }
     settings = {"model": str(model), "kv_cache_memory_bytes": 512 << 20, **options}
     if attached is not None:
         settings["kv_transfer_config"] = attached

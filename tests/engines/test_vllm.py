@@ -111,6 +111,24 @@ def test_a_damaged_record_in_the_middle_of_a_prefix_is_computed_again_and_healed
     assert (healed["loaded_blocks"], healed["missed_blocks"]) == (len(keys), 0)
 
 
+@pytest.mark.parametrize("which", ["first", "second"])
+def test_a_request_whose_load_fails_altogether_is_computed_and_does_not_try_again(
+    plain: Engine, engines: dict[str, Engine], which: str
+) -> None:
+    engine = engines[which]
+    prompt = plain.prompt(50, 200)
+    engine.tokens(prompt)
+    engine.forget()
+    engine.break_loads(True)
+
+    tokens, counted = engine.counted(prompt)
+    engine.break_loads(False)
+
+    assert tokens == plain.tokens(prompt)
+    assert counted["loaded_blocks"] == 0
+    assert counted["missed_blocks"] == len(prompt) // BLOCK
+
+
 def test_requests_at_the_same_time_with_shared_and_disjoint_prefixes(
     plain: Engine, first: Engine, second: Engine
 ) -> None:

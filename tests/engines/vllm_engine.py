@@ -8,6 +8,7 @@ import io
 import logging
 import os
 import time
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
@@ -178,6 +179,15 @@ class Engine:
             file.flush()
             os.fsync(file.fileno())
 
+    def break_loads(self, broken: bool) -> None:
+        """Let the cache find blocks and not be able to load them."""
+        space = self.worker.blocks.ns
+        if broken:
+            self._real = space._space
+            space._space = _Unreadable(space._space)
+        else:
+            space._space = self._real
+
     def metrics(self, wanted: str = "vllm:kvstrata_loaded_blocks") -> dict[str, float]:
         """kvstrata's counters as Prometheus gets them, once the wanted one counts."""
         found: dict[str, float] = {}
@@ -231,6 +241,19 @@ class Engine:
             config.scheduler_config.async_scheduling = True
         scheduler = self.core.scheduler
         KVStrataConnector(config, KVConnectorRole.SCHEDULER, scheduler.kv_cache_config)
+
+
+class _Unreadable:
+    """The native part of a namespace from which nothing can be pinned."""
+
+    def __init__(self, real: Any) -> None:
+        self._real = real
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def pin_many(self, keys: Sequence[bytes], **options: Any) -> tuple[list[None], list[int]]:
+        return [None] * len(keys), []
 
 
 def _sampling(count: int) -> Any:

@@ -63,9 +63,13 @@ class RequestKeys:
 
 
 class Adapters:
-    """LoRA adapters by the digest of their files, taken when they are first seen, as vLLM loads them then."""
+    """LoRA adapters by the digest of their files, taken when they are first seen, as vLLM loads them then.
 
-    def __init__(self) -> None:
+    `dtype` is the one that they are computed in.
+    """
+
+    def __init__(self, dtype: object = None) -> None:
+        self._dtype = str(dtype)
         self._known: dict[tuple[int, str], tuple[object, str]] = {}
 
     def identity(self, request: Any) -> str | None:
@@ -77,7 +81,7 @@ class Adapters:
             state = [(path.name, status.st_size, status.st_mtime_ns) for path in files for status in [path.stat()]]
             name = (request.lora_int_id, request.lora_path)
             if name not in self._known:
-                digest = blake3.blake3()
+                digest = blake3.blake3(self._dtype.encode() + b"\0")
                 for path in files:
                     content = blake3.blake3().update_mmap(path).digest()
                     digest.update(path.name.encode() + b"\0" + content)

@@ -26,7 +26,6 @@ def model_facts(vllm_config: Any, weights: str) -> dict[str, object]:
 
     model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
     config = {name: value for name, value in model.hf_config.to_dict().items() if name not in _CONFIG_WITHOUT_EFFECT}
-    lora = vllm_config.lora_config
     speculative = vllm_config.speculative_config
     return {
         "layout version": LAYOUT_VERSION,
@@ -36,7 +35,6 @@ def model_facts(vllm_config: Any, weights: str) -> dict[str, object]:
         "dtype": model.dtype,
         "quantization": model.quantization,
         "kv dtype": cache.cache_dtype,
-        "lora dtype": lora and lora.lora_dtype,
         "draft": speculative and speculative.model,
         "tp size": parallel.tensor_parallel_size,
         "pp size": parallel.pipeline_parallel_size,

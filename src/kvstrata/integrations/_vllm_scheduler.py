@@ -30,6 +30,8 @@ class _Tracked:
         self.start = 0  # the block at which a load would begin
         self.found = 0
         self.below = 0  # so many of those have to come from disk
+        self.loading: set[int] = set()  # the engine's blocks that are being loaded, or were
+        self.gave_up = False  # a load has failed: what is left is computed
         self.asked_at = float("-inf")
 
 
@@ -58,13 +60,12 @@ class Scheduler:
         self._namespace_options = namespace_options
         self._shards: list[EngineBlocks] = []
         self._tracked: dict[str, _Tracked] = {}
-        self._adapters = Adapters()
+        self._adapters = Adapters(vllm_config.lora_config and vllm_config.lora_config.lora_dtype)
         self._generation = ""
         self._loads: list[Load] = []
         self._stores = 0
         self._deltas = Deltas()
         self._telling: dict[int, _Told] = {}
-        self._cleared = False
         self._events: list[Any] = []
         self._wants_events = bool(vllm_config.kv_events_config and vllm_config.kv_events_config.enable_kv_cache_events)
 
@@ -92,7 +93,7 @@ class Scheduler:
         """Return how many tokens behind the first `computed` can be loaded, and whether ahead of the step."""
         tracked = self._of(request)
         size = self._block_tokens
-        if tracked.keys is None or not self._reads:
+        if tracked.keys is None or tracked.gave_up or not self._reads:
             return 0, False
         # A step computes a token at least; one that was loaded before it may be computed once more.
         limit = (request.num_tokens - int(self._layerwise)) // size
@@ -131,7 +132,9 @@ class Scheduler:
         end = tracked.start + tokens // self._block_tokens
         keys = tracked.keys.upto(request.all_token_ids, end)[tracked.start :]
         tracked.asked_at = float("-inf")
-        self._loads.append(Load(request.request_id, keys, list(blocks.get_block_ids()[0][tracked.start : end])))
+        load = Load(request.request_id, keys, list(blocks.get_block_ids()[0][tracked.start : end]))
+        tracked.loading = set(load.blocks)
+        self._loads.append(load)
 
     def ended(self, request: Any) -> None:
         """Forget a request. Stores that are under way need nothing of it."""
@@ -194,10 +197,11 @@ class Scheduler:
                 del self._telling[number]
                 self._tell(told, min(told.heard))
 
-    def failed(self) -> None:
-        """Some blocks could not be loaded, and will be computed: to be stored then."""
+    def failed(self, blocks: set[int]) -> None:
+        """Blocks could not be loaded, and will be computed: to be stored then, and not to be asked for once more."""
         for tracked in self._tracked.values():
             tracked.stored = 0
+            tracked.gave_up = tracked.gave_up or not tracked.loading.isdisjoint(blocks)
 
     @property
     def telling(self) -> bool:

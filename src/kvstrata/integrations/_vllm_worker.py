@@ -1,8 +1,8 @@
 """The connector's side in a worker of vLLM: copies blocks between the engine's KV memory and the cache.
 
-Two threads do it, one for loads and one for stores. A store reads the engine's own memory while that computes; before
-a block is used for something else, the store gets a moment to end, and is withdrawn otherwise. A load that takes too
-long is abandoned: its blocks are reported as failed, and computed.
+Threads of its own do it. A store reads the engine's own memory while that computes; before a block is used for something
+else, the store gets a moment to end, and is withdrawn otherwise. A load that takes too long is abandoned: its blocks
+are reported as failed, and computed.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from kvstrata.integrations._vllm_transfers import Loading, Storing
 
 __all__ = ["Worker"]
 
+_LOADERS = 2  # so that one load that waits for a disk does not keep all others waiting
 _FENCE_S = 0.1  # for stores whose blocks are about to be overwritten, in one step
 _CLOSE_S = 5.0  # for stores that are left at the end
 
@@ -37,7 +38,7 @@ class Worker:
         self._weights = weights
         self._timeout = timeout
         self._namespace_options = namespace_options
-        self._loader = ThreadPoolExecutor(1, "kvstrata-load")
+        self._loader = ThreadPoolExecutor(_LOADERS, "kvstrata-load")
         self._storer = ThreadPoolExecutor(1, "kvstrata-store")
         self._loading: list[Loading] = []
         self._layerwise: list[Loading] = []

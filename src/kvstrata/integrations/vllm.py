@@ -165,7 +165,7 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def update_connector_output(self, connector_output: Any) -> None:
         """Hear from the workers."""
         if connector_output.invalid_block_ids:
-            self._plan.failed()
+            self._plan.failed(connector_output.invalid_block_ids)
         self._plan.heard(connector_output.kv_connector_worker_meta)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
