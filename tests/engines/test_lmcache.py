@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -571,10 +572,20 @@ class LMCacheServer(Server):
             time.sleep(0.05)
 
 
-ENGINE = """
-from engines.lmcache_engine import Engine
-engine = Engine(model, port)
-"""
+@contextlib.contextmanager
+def running_vllm(model: Path, port: int) -> Iterator[Process]:
+    """A vLLM, `engine` in another process, whose processes are killed at the end: without a server it may wait long."""
+    with Process(patience=PATIENCE_S) as process:
+        start = "from engines.lmcache_engine import Engine\nengine = Engine(model, port)"
+        process.run(start, model=str(model), port=port)
+        others = process.eval("engine.processes()")
+        try:
+            yield process
+        finally:
+            process.kill()
+            for pid in others:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
 
 def test_a_vllm_finds_its_prefix_in_kvstrata_after_lmcaches_server_was_killed(
@@ -588,27 +599,23 @@ def test_a_vllm_finds_its_prefix_in_kvstrata_after_lmcaches_server_was_killed(
     first, second = (LMCacheServer(tmp_path / name, shm_name, cache) for name in ("first", "second"))
     try:
         first.start()
-        with Process(patience=PATIENCE_S) as vllm:
-            vllm.run(ENGINE, model=str(model), port=first.zmq)
+        with running_vllm(model, first.zmq) as vllm:
             cold = vllm.eval("engine.tokens(400)")
             assert vllm.eval("engine.loaded_tokens()") == 0
             first.wait_for("stored_blocks", 6)  # of 64 tokens
             vllm.start("for i in range(4): engine.tokens(400, f'And what about {i}?' * 20)")
             first.wait_for("stored_blocks", 8)
             first.kill()  # while it is storing
-            vllm.kill()
 
         second.start()
         listed = second.ask("/cache/objects?page_size=100")["entries"]
         assert len(listed) >= 6
-        with Process(patience=PATIENCE_S) as vllm:
-            vllm.run(ENGINE, model=str(model), port=second.zmq)
+        with running_vllm(model, second.zmq) as vllm:
             assert vllm.eval("engine.tokens(400)") == cold
             assert vllm.eval("engine.loaded_tokens()") == 6 * 64
             status = second.adapter
             assert (status["loaded_blocks"], status["missed_blocks"], status["errors"]) == (6, 0, 0)
             assert (status["is_healthy"], status["locked_keys"]) == (True, 0)
-            vllm.kill()
 
         keys = [entry["key"] for entry in listed]
         assert second.ask("/cache/objects", {"keys": keys}, "DELETE")["ok"] is True
