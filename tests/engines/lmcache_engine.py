@@ -19,6 +19,7 @@ os.environ.update(
     VLLM_NO_USAGE_STATS="1",
 )
 
+import psutil
 import vllm
 
 KV_BYTES_PER_TOKEN = 46_080  # of SmolLM2 in fp32
@@ -58,3 +59,7 @@ class Engine:
         """How many tokens of prompts came from the connector so far."""
         metrics = self.llm.get_metrics()
         return int(sum(item.value for item in metrics if item.name == "vllm:external_prefix_cache_hits"))  # type: ignore
+
+    def processes(self) -> list[int]:
+        """Those that the engine consists of, besides this one."""
+        return [child.pid for child in psutil.Process().children(recursive=True)]

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -21,7 +22,7 @@ from support.processes import Process
 from support.servers import Server, free_ports
 
 from engines.conftest import PATIENCE_S, need
-from kvstrata.errors import CacheClosed, TierUnavailable, UnknownOption
+from kvstrata.errors import CacheClosed, ConfigError, TierUnavailable, UnknownOption
 
 need("lmcache")
 with warnings.catch_warnings():  # LMCache's, at its import
@@ -138,6 +139,11 @@ class Driver:
         loaded = self.load(keys, objects)
         return [number_in(objects[i]) if i in loaded else None for i in range(len(keys))]
 
+    def settle(self) -> None:
+        """Wait until nothing is brought up any more."""
+        for pool in (self.adapter._fetching, self.adapter._holding):
+            pool.shutdown(wait=True)
+
     def to_disk(self) -> None:
         self.cache.flush()
         self.cache.demote()
@@ -163,7 +169,7 @@ def make(shm: Path, tmp_path: Path) -> Iterator[Make]:
 
     yield make
     for driver in made:
-        driver.adapter._fetching.shutdown(wait=True)  # what is locked may be on its way
+        driver.settle()  # what is locked may be on its way
         with contextlib.suppress(CacheClosed):
             driver.cache.flush()
             driver.adapter.submit_unlock(KEYS * 4)  # what a test has locked
@@ -266,17 +272,17 @@ def test_what_is_locked_on_disk_is_brought_where_it_cannot_be_evicted(make: Make
     assert driver.cache.stats()["memory"]["pins"] == 0
 
     assert driver.lookup(KEYS) == list(range(12))
-    deadline = time.monotonic() + 60
-    while driver.cache.stats()["memory"]["pins"] < 12:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    driver.adapter._holding.submit(lambda: None).result(60)
+    driver.adapter._fetching.submit(lambda: None).result(60)
+    driver.adapter._holding.submit(lambda: None).result(60)
+    assert driver.cache.stats()["memory"]["pins"] == 12
 
     for number in range(1000, 1400):  # more than memory and disk together hold
         driver.store([key(number)], [obj(1)])
     assert driver.numbers(KEYS) == list(range(12))
 
 
-def test_what_is_let_go_at_once_is_not_read(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_let_go_before_it_was_read_is_not(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     driver = make()
     driver.store(KEYS, [obj(i) for i in range(12)])
     driver.to_disk()
@@ -288,7 +294,7 @@ def test_what_is_let_go_at_once_is_not_read(make: Make, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(locks, "unpinned", let_go)
     assert driver.lookup(KEYS) == list(range(12))
-    driver.adapter._fetching.shutdown(wait=True)
+    driver.settle()
     assert driver.cache.stats()["memory"]["memory_record_bytes"] == 0
 
 
@@ -511,9 +517,22 @@ def test_close_lets_go_of_everything_and_may_come_twice(make: Make) -> None:
     assert make().lookup(KEYS) == list(range(12))
 
 
-def test_options_that_do_not_exist_are_said_at_the_start() -> None:
+def test_listeners_are_not_told_of_ever_more_without_a_look_what_has_left(
+    alone: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvstrata.integrations.lmcache._TOLD_UNCHECKED", 200)
+    alone.adapter._told_limit = 200
+    alone.crowd_out()
+
+    assert len(alone.adapter._told) <= 201
+    assert set(alone.adapter._told) >= set(alone.adapter._blocks.keys())
+
+
+def test_options_that_cannot_be_used_are_said_at_the_start() -> None:
     with pytest.raises(UnknownOption, match="lock_limit"):
         KVStrataL2({"lock_limits": 5})
+    with pytest.raises(ConfigError, match="threads"):
+        KVStrataL2({"threads": 0})
 
 
 # ---- Its server, and vLLM above
@@ -523,20 +542,20 @@ class LMCacheServer(Server):
     """`lmcache server` with kvstrata below it."""
 
     def __init__(self, directory: Path, name: str, cache: Path) -> None:
-        port, self.http = free_ports(2)
+        self.zmq, http = free_ports(2)
         directory.mkdir()
         adapter = {**PLUGIN, "adapter_params": {"path": str(cache), "memory": "128MiB", "disk": "512MiB"}}
         arguments = [
-            *LMCACHE, "server", "--host", "127.0.0.1", "--port", str(port), "--http-host", "127.0.0.1",
-            "--http-port", str(self.http), "--l1-size-gb", "0.25", "--chunk-size", "64", "--eviction-policy", "LRU",
+            *LMCACHE, "server", "--host", "127.0.0.1", "--port", str(self.zmq), "--http-host", "127.0.0.1",
+            "--http-port", str(http), "--l1-size-gb", "0.25", "--chunk-size", "64", "--eviction-policy", "LRU",
             "--supported-transfer-mode", "engine_driven", "--shm-name", name, "--l2-adapter", json.dumps(adapter),
         ]  # fmt: skip
-        super().__init__(arguments, port, directory)
+        super().__init__(arguments, http, directory)  # which listens last
 
     def ask(self, path: str, body: Any = None, method: str = "GET") -> Any:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(
-            f"http://127.0.0.1:{self.http}{path}", data, {"Content-Type": "application/json"}, method=method
+            f"http://127.0.0.1:{self.port}{path}", data, {"Content-Type": "application/json"}, method=method
         )
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.load(answer)
@@ -553,10 +572,20 @@ class LMCacheServer(Server):
             time.sleep(0.05)
 
 
-ENGINE = """
-from engines.lmcache_engine import Engine
-engine = Engine(model, port)
-"""
+@contextlib.contextmanager
+def running_vllm(model: Path, port: int) -> Iterator[Process]:
+    """A vLLM, `engine` in another process, whose processes are killed at the end: without a server it may wait long."""
+    with Process(patience=PATIENCE_S) as process:
+        start = "from engines.lmcache_engine import Engine\nengine = Engine(model, port)"
+        process.run(start, model=str(model), port=port)
+        others = process.eval("engine.processes()")
+        try:
+            yield process
+        finally:
+            process.kill()
+            for pid in others:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
 
 def test_a_vllm_finds_its_prefix_in_kvstrata_after_lmcaches_server_was_killed(
@@ -570,27 +599,23 @@ def test_a_vllm_finds_its_prefix_in_kvstrata_after_lmcaches_server_was_killed(
     first, second = (LMCacheServer(tmp_path / name, shm_name, cache) for name in ("first", "second"))
     try:
         first.start()
-        with Process(patience=PATIENCE_S) as vllm:
-            vllm.run(ENGINE, model=str(model), port=first.port)
+        with running_vllm(model, first.zmq) as vllm:
             cold = vllm.eval("engine.tokens(400)")
             assert vllm.eval("engine.loaded_tokens()") == 0
             first.wait_for("stored_blocks", 6)  # of 64 tokens
             vllm.start("for i in range(4): engine.tokens(400, f'And what about {i}?' * 20)")
             first.wait_for("stored_blocks", 8)
             first.kill()  # while it is storing
-            vllm.kill()
 
         second.start()
         listed = second.ask("/cache/objects?page_size=100")["entries"]
         assert len(listed) >= 6
-        with Process(patience=PATIENCE_S) as vllm:
-            vllm.run(ENGINE, model=str(model), port=second.port)
+        with running_vllm(model, second.zmq) as vllm:
             assert vllm.eval("engine.tokens(400)") == cold
             assert vllm.eval("engine.loaded_tokens()") == 6 * 64
             status = second.adapter
             assert (status["loaded_blocks"], status["missed_blocks"], status["errors"]) == (6, 0, 0)
             assert (status["is_healthy"], status["locked_keys"]) == (True, 0)
-            vllm.kill()
 
         keys = [entry["key"] for entry in listed]
         assert second.ask("/cache/objects", {"keys": keys}, "DELETE")["ok"] is True

@@ -172,6 +172,34 @@ def test_a_full_cache_keeps_the_head_and_says_what_it_did_not_store(make: Make) 
     assert backend.stats()["kv"]["errors"] == 0
 
 
+def test_a_full_cache_keeps_the_head_also_page_by_page(make: Make) -> None:
+    backend = make(mha_pool(), v1=False, options={"memory": "2MiB", "disk": 0, "path": None})
+    hashes = [f"{i:064x}" for i in range(1024)]
+
+    assert backend.batch_set(hashes, [torch.full((4096,), i % 100, dtype=torch.bfloat16) for i in range(1024)]) is False
+
+    stored = backend.batch_exists(hashes)
+    assert 50 < stored < 1024
+    pages = backend.batch_get(hashes[:stored], [torch.empty(4096, dtype=torch.bfloat16) for _ in range(stored)])
+    assert all(bool((page == i % 100).all()) for i, page in enumerate(pages))
+
+
+def test_a_pool_without_memory_of_its_own_says_which_pages_are_there(make: Make) -> None:
+    class Anchor:
+        """Some hybrid models have their KV in other pools only, and this one hands out their numbers."""
+
+        page_size = PAGE
+        layout = "page_first"
+
+        def get_page_buffer_meta(self, indices: Any) -> None:
+            return None
+
+    backend = make(Anchor())
+    assert backend.batch_set_v1(HASHES[:5], indices_of(*range(5))) == [True] * 5
+    assert backend.batch_exists(HASHES) == 5
+    assert backend.batch_get_v1(HASHES[:6], indices_of(*range(6))) == [True] * 5 + [False]
+
+
 WRITE = """
 import itertools
 from engines.sglang_pools import backend, config, indices_of, mha_pool, randomize

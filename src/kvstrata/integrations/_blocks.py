@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from kvstrata._core import Pin
 
-__all__ = ["EngineBlocks", "Withdrawn", "fingerprint", "let_go", "open_for_engine", "share_for_engine"]
+__all__ = ["EngineBlocks", "Fill", "Take", "Withdrawn", "fingerprint", "let_go", "open_for_engine", "share_for_engine"]
 
 T = TypeVar("T")
 Fill = Callable[[int, memoryview], None]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from kvstrata.cache import Cache
-from kvstrata.integrations._blocks import EngineBlocks
+from kvstrata.integrations._blocks import EngineBlocks, Fill, Take
 
 __all__ = ["Pages", "bytes_of", "describe_pool"]
 
@@ -35,10 +35,10 @@ class Pages:
     list any, its flat page. `facts` are all that the bytes depend on besides what the pool says. Thread-safe.
     """
 
-    def __init__(self, cache: Cache, facts: Mapping[str, object], pool: Any, *, flat: bool = False) -> None:
+    def __init__(self, cache: Cache, facts: Mapping[str, object], pool: Any) -> None:
         self._pool = pool
         self.page_size: int = getattr(pool, "logical_page_size", None) or getattr(pool, "page_size", None) or 1
-        buffers = None if flat else self._list(torch.arange(self.page_size))
+        buffers = self._list(torch.arange(self.page_size))
         self._flat = buffers is None
         sizes = [bytes_of(pool.get_dummy_flat_data_page()).nbytes] if buffers is None else [n for _, n in buffers[0]]
         self.nbytes = sum(sizes)
@@ -66,14 +66,14 @@ class Pages:
 
     # ---- Page by page, through the pool's own methods
 
-    def _fill_flat(self, indices: torch.Tensor) -> Any:
+    def _fill_flat(self, indices: torch.Tensor) -> Fill:
         def fill(position: int, memory: memoryview) -> None:
             page = self._pool.get_data_page(int(indices[position * self.page_size]), flat=True)
             memory[:] = bytes_of(page.contiguous())
 
         return fill
 
-    def _take_flat(self, indices: torch.Tensor) -> Any:
+    def _take_flat(self, indices: torch.Tensor) -> Take:
         def take(position: int, block: memoryview) -> bool:
             page = self._pool.get_dummy_flat_data_page()
             target = bytes_of(page)
@@ -102,7 +102,7 @@ class Pages:
     def _buffers(self, indices: torch.Tensor) -> list[list[tuple[int, int]]]:
         return (self._list(indices) or []) if indices.numel() else []
 
-    def _fill_buffers(self, buffers: list[list[tuple[int, int]]]) -> Any:
+    def _fill_buffers(self, buffers: list[list[tuple[int, int]]]) -> Fill:
         def fill(position: int, memory: memoryview) -> None:
             at = _address(memory) if memory.nbytes else 0
             for source, nbytes in buffers[position]:
@@ -111,7 +111,7 @@ class Pages:
 
         return fill
 
-    def _take_buffers(self, buffers: list[list[tuple[int, int]]]) -> Any:
+    def _take_buffers(self, buffers: list[list[tuple[int, int]]]) -> Take:
         def take(position: int, block: memoryview) -> bool:
             if block.nbytes != sum(nbytes for _, nbytes in buffers[position]):
                 return False

@@ -27,6 +27,7 @@ from lmcache.v1.platform import create_event_notifier
 
 from kvstrata._core import copy_into
 from kvstrata.config import parse_duration, parse_size
+from kvstrata.errors import ConfigError
 from kvstrata.integrations._blocks import EngineBlocks, open_for_engine
 from kvstrata.integrations._lmcache_locks import Locks
 
@@ -36,6 +37,7 @@ _OPTIONS = ("salt", "lock_limit", "lock_timeout", "threads")
 _FORMAT = 1  # of names and values here; one more when they change
 _LAYOUT_BYTES = 16  # behind an object in its record: a digest of its layout, which isn't part of LMCache's key
 _HELD_AT_ONCE = 16  # records that are brought up for their locks before it is looked who still wants them
+_TOLD_UNCHECKED = 4096  # of what listeners were told of, it is looked what has left when it is so much, or has doubled
 _SURVEY_S = 1.0  # how old the figures of usage may be
 
 logger = logging.getLogger(__name__)
@@ -51,6 +53,9 @@ class KVStrataL2(L2AdapterInterface):  # type: ignore[misc]
     """
 
     def __init__(self, params: Mapping[str, Any], l1_memory_desc: L1MemoryDesc | None = None) -> None:  # noqa: ARG002
+        threads = params.get("threads", 2)
+        if type(threads) is not int or threads < 1:
+            raise ConfigError(f"threads must be an int from 1 on, not {threads!r}")
         given = {name: value for name, value in params.items() if name not in _OPTIONS}
         cache = open_for_engine(given, known=_OPTIONS)
         try:
@@ -67,13 +72,15 @@ class KVStrataL2(L2AdapterInterface):  # type: ignore[misc]
         self._locks = locks
         self._stored_fd, self._looked_up_fd, self._loaded_fd = (create_event_notifier() for _ in range(3))
         self._storing = ThreadPoolExecutor(1, "kvstrata-l2-store")
-        self._fetching = ThreadPoolExecutor(int(params.get("threads", 2)), "kvstrata-l2-fetch")
+        self._fetching = ThreadPoolExecutor(threads, "kvstrata-l2-fetch")
+        self._holding = ThreadPoolExecutor(1, "kvstrata-l2-hold")
         self._ids = itertools.count()
         self._mutex = threading.Lock()
         self._stored: dict[int, L2StoreResult] = {}
         self._looked_up: dict[int, Bitmap] = {}
         self._loaded: dict[int, Bitmap] = {}
         self._told: dict[bytes, int] = {}  # what listeners were told is here, with its size
+        self._told_limit = _TOLD_UNCHECKED
         self._usage: tuple[float, AdapterUsage] | None = None
         self._closed = False
 
@@ -176,12 +183,13 @@ class KVStrataL2(L2AdapterInterface):  # type: ignore[misc]
             locked, bitmap = [], Bitmap(len(keys))
         finally:
             self._finish(self._looked_up, task, bitmap, self._looked_up_fd)
-        self._hold(locked)
+        if locked:
+            self._holding.submit(self._hold, locked)
 
     def _hold(self, names: Sequence[bytes]) -> None:
         """Bring what is locked into memory, as long as it is: on disk it could be evicted.
 
-        LMCache locks all that it finds, also what it has itself, and lets go of that at once: nothing of it is read.
+        LMCache locks all that it finds, also what it has itself, and soon lets go of that: the rest of it isn't read.
         """
         for start in range(0, len(names), _HELD_AT_ONCE):
             wanted = self._locks.unpinned(names[start : start + _HELD_AT_ONCE])
@@ -249,7 +257,12 @@ class KVStrataL2(L2AdapterInterface):  # type: ignore[misc]
         with self._mutex:
             self._told.update(zip(names, sizes, strict=True))
             self._usage = None
+            many = len(self._told) > self._told_limit
         self._notify_keys_stored(keys, sizes)
+        if many:
+            self.get_usage()
+            with self._mutex:
+                self._told_limit = max(_TOLD_UNCHECKED, 2 * len(self._told))
 
     def _tell_gone(self, names: Sequence[bytes], there: Collection[bytes] = ()) -> None:
         """Tell listeners which objects have left: of those that they were told of, and those that were `there`."""
@@ -323,7 +336,7 @@ class KVStrataL2(L2AdapterInterface):  # type: ignore[misc]
         if self._closed:
             return
         self._closed = True
-        for pool in (self._storing, self._fetching):
+        for pool in (self._storing, self._fetching, self._holding):
             pool.shutdown(wait=True, cancel_futures=True)
         self._locks.clear()
         for notifier in (self._stored_fd, self._looked_up_fd, self._loaded_fd):

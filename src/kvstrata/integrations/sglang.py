@@ -11,6 +11,7 @@ back, each copied once. docs/sglang.md has the options.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import logging
 import threading
 import time
@@ -238,15 +239,18 @@ class KVStrataHiCache(HiCacheStorage):  # type: ignore[misc]
         if not keys or any(page is None for page in given):
             return False
         pages = [bytes_of(page.contiguous()) for page in given if page is not None]
-        blocks = self._pages()
+        done = 0
+        for nbytes, run in itertools.groupby(range(len(pages)), key=lambda i: pages[i].nbytes):
+            places = list(run)
 
-        def store(key: str, page: memoryview) -> bool:
-            def fill(_: int, memory: memoryview) -> None:
-                memory[:] = page
+            def fill(position: int, memory: memoryview, places: list[int] = places) -> None:
+                memory[:] = pages[places[position]]
 
-            return blocks.store([key.encode()], page.nbytes, fill) == 1
-
-        return all(store(key, page) for key, page in zip(keys, pages, strict=True))
+            stored = self._pages().store([keys[i].encode() for i in places], nbytes, fill)
+            done += stored
+            if stored < len(places):
+                break
+        return done == len(keys)
 
     # ---- Keeping house
 
