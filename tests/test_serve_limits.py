@@ -62,7 +62,8 @@ def test_a_full_queue_says_when_to_come_again_and_a_client_that_went_makes_room(
     url = f"{served.url}/v1/chat/completions"
     with httpx.Client(timeout=REQUEST_LIMIT_S) as client:
         with client.stream("POST", f"{served.url}/v1/completions", json=LONG) as stream:
-            next(stream.iter_lines())
+            lines = stream.iter_lines()  # kept: httpx closes the connection when it goes
+            next(lines)
             with asking(served, chat("Hello")):
                 until_pending(served, 2)
                 refused = httpx.post(url, json=chat("Hello"), timeout=REQUEST_LIMIT_S)

@@ -72,9 +72,10 @@ def serve(settings: ServeSettings, say: Callable[[str], None]) -> None:
                 return
             signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it once more when it is through
             server = uvicorn.Server(config)
-            server.run([listener])
-            if not server.started:
-                raise ConfigError("the model could not be loaded; the log says why")
+            try:
+                server.run([listener])
+            except SystemExit:
+                raise ConfigError("the model could not be loaded; the log says why") from None
 
 
 def _create(settings: ServeSettings, parent: int) -> Any:
