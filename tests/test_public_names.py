@@ -38,7 +38,7 @@ def test_open_takes_its_options_by_keyword_only() -> None:
 
 
 def test_the_verbs_of_a_namespace_are_those_of_the_manual() -> None:
-    public = {name for name in vars(kvstrata.Namespace) if not name.startswith("_")}
+    public = {name for name in dir(kvstrata.Namespace) if not name.startswith("_")}
     assert public == {
         "clear", "contains_prefix", "delete", "delete_many", "delete_prefix", "delete_tag", "get", "get_many",
         "get_or_compute", "keys", "memoize", "name", "objects", "pin", "pin_many", "prefetch", "put", "put_many",

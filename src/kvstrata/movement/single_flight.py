@@ -55,11 +55,16 @@ def fetch_once(
     mine: list[int] = []
     waiting: list[int] = []
     tokens: list[int] = []
+    brought = 0
     try:
         for i, key in enumerate(keys):
             token = space.promise(key, lease_ms, True)
             if token is None:
                 waiting.append(i)
+            elif (pin := _pin_here(space, key)) is not None:  # it has come between the last look and the promise
+                space.withdraw(key, token, True)
+                pins[i] = pin
+                brought += 1
             else:
                 mine.append(i)
                 tokens.append(token)
@@ -70,12 +75,12 @@ def fetch_once(
         for i, token in zip(mine, tokens, strict=False):
             space.withdraw(keys[i], token, True)
     if not waiting:
-        return pins, 0
+        return pins, brought
     left = _wait(space, keys, waiting, pins, time.monotonic() + lease_ms / 1000)
     if left:
         for i, pin in zip(left, fetch(left), strict=True):
             pins[i] = pin
-    return pins, len(waiting) - len(left)
+    return pins, brought + len(waiting) - len(left)
 
 
 def _wait(space: Space, keys: Sequence[Key], waiting: list[int], pins: list[Pin | None], until: float) -> list[int]:
@@ -88,8 +93,7 @@ def _wait(space: Space, keys: Sequence[Key], waiting: list[int], pins: list[Pin 
             token = space.promise(keys[i], 1, True)
             if token is not None:
                 space.withdraw(keys[i], token, True)
-            pin = space.pin(keys[i]) if space.contains(keys[i]) else None
-            if pin is not None and pin is not _core.BELOW:
+            if (pin := _pin_here(space, keys[i])) is not None:
                 pins[i] = pin
             elif token is not None or time.monotonic() >= until:
                 given_up.append(i)
@@ -100,3 +104,9 @@ def _wait(space: Space, keys: Sequence[Key], waiting: list[int], pins: list[Pin 
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
     return given_up
+
+
+def _pin_here(space: Space, key: Key) -> Pin | None:
+    """Pin a record that is in memory; looking for one that isn't doesn't count as a miss."""
+    pin: Pin | None = space.pin(key) if space.contains(key) else None
+    return None if pin is _core.BELOW else pin

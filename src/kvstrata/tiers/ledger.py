@@ -34,6 +34,7 @@ __all__ = ["Ledger", "Mark", "after_fork", "before_fork", "boot_id"]
 _LAYOUT = struct.Struct("<4sIQQI16sQI4xI")
 _MAGIC = b"KVSL"
 FORMAT = 1
+_PATIENCE_S = 5.0
 
 
 @functools.cache
@@ -43,6 +44,13 @@ def boot_id() -> bytes:
         return bytes.fromhex(Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", ""))
     except (OSError, ValueError):
         return os.urandom(16)
+
+
+def _lock_timeout() -> float:
+    try:
+        return max(0.0, float(os.environ.get("KVSTRATA_LOCK_TIMEOUT", "")))
+    except ValueError:
+        return _PATIENCE_S
 
 
 class Mark(NamedTuple):
@@ -73,12 +81,15 @@ class Mark(NamedTuple):
 
 
 class Ledger:
-    """The lock of a directory and its mark. One object may be shared by threads; `hold` may be nested."""
+    """The lock of a directory and its mark. One object may be shared by threads; `hold` may be nested.
 
-    def __init__(self, directory: Path, *, seed: int = 0, patience: float = 5.0) -> None:
+    Who wants it waits for `patience` seconds at most; by default 5, or what $KVSTRATA_LOCK_TIMEOUT says.
+    """
+
+    def __init__(self, directory: Path, *, seed: int = 0, patience: float | None = None) -> None:
         self.path = directory / "ledger"
         self._known = Mark(seed=seed)  # what to go on with when the file gets damaged
-        self._patience = patience  # seconds
+        self._patience = _lock_timeout() if patience is None else patience
         self._fd = -1
         self._depth = 0
         self._thread_lock = threading.RLock()
