@@ -1,8 +1,8 @@
 """The connector's side in a worker of vLLM: copies blocks between the engine's KV memory and the cache.
 
-Threads of its own do it. A store reads the engine's own memory while that computes; before a block is used for something
-else, the store gets a moment to end, and is withdrawn otherwise. A load that takes too long is abandoned: its blocks
-are reported as failed, and computed.
+Threads of its own do it. A store reads the engine's own memory while that computes; before a block is used for
+something else, the store gets a moment to end, and is withdrawn otherwise. A load that takes too long is abandoned: its
+blocks are reported as failed, and computed.
 """
 
 from __future__ import annotations
