@@ -31,8 +31,9 @@ def rows(settings: Settings) -> list[Row]:
     """Measure all of it."""
     model = saved_model(settings.directory)
     repeats = settings.repeats(12)
-    times = _from_memory(model, settings.directory, repeats)
-    times |= _new_processes(model, settings.directory, max(3, repeats // 2))
+    with processes.shared_memory():
+        times = _from_memory(model, settings.directory, repeats)
+        times |= _new_processes(model, settings.directory, max(3, repeats // 2))
     found: list[Row] = []
     for length in LENGTHS:
         section = f"vLLM: time to first token, prefix of {length:,} tokens, bf16"

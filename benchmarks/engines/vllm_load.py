@@ -25,7 +25,8 @@ REMARKS = [
 def rows(settings: Settings) -> list[Row]:
     """Measure both."""
     model = saved_model(settings.directory)
-    return [*_nothing_found(model, settings), *_conversations(model, settings)]
+    with processes.shared_memory():
+        return [*_nothing_found(model, settings), *_conversations(model, settings)]
 
 
 def _nothing_found(model: Any, settings: Settings) -> list[Row]:

@@ -142,6 +142,20 @@ def engine(model: Path, attached: dict[str, Any] | None = None, **options: Any,
 
 
 @contextmanager
+def shared_memory() -> Iterator[None]:
+    """Put the caches' memory where it goes at the end, also what an engine that vLLM has killed left behind."""
+    before = os.environ.get("KVSTRATA_SHM_DIR")
+    with tempfile.TemporaryDirectory(prefix="kvstrata-bench-", dir="/dev/shm") as directory:
+        os.environ["KVSTRATA_SHM_DIR"] = directory
+        try:
+            yield
+        finally:
+            os.environ.pop("KVSTRATA_SHM_DIR")
+            if before is not None:
+                os.environ["KVSTRATA_SHM_DIR"] = before
+
+
+@contextmanager
 def lmcache_server(port: int) -> Iterator[None]:
     """LMCache's server, where it is installed, sharing memory with its clients."""
     command = [
