@@ -29,7 +29,7 @@ ENGINE_STEPS := $(ENGINES)/.steps
 ENGINE_BIN := $(CURDIR)/$(ENGINES)/bin
 ENGINE_PIP := PATH="$(ENGINE_BIN):$$PATH" $(ENGINE_BIN)/python -m pip --disable-pip-version-check --no-input
 ENGINE_INSTALL := $(ENGINE_PIP) install --quiet --root-user-action=ignore --constraint tests/engines/constraints.txt
-ENGINE_NEEDS := $(addprefix $(ENGINE_STEPS)/,package model test-tools vllm lmcache sglang)
+ENGINE_NEEDS := $(addprefix $(ENGINE_STEPS)/,package model test-tools vllm lmcache sglang llama-cpp)
 
 SOURCES := CMakeLists.txt pyproject.toml $(shell find core src -type f \
   \( -name '*.[ch]pp' -o -name '*.inl' -o -name 'CMakeLists.txt' -o -path 'src/*' \) \
@@ -165,4 +165,10 @@ $(ENGINE_STEPS)/sglang: tests/engines/constraints.txt | $(ENGINE_STEPS)/vllm
 	@echo "==> installing SGLang, for its storage code"
 	$(ENGINE_INSTALL) --no-deps sglang
 	$(ENGINE_INSTALL) ipython orjson pybase64
+	touch $@
+
+# It has no wheels; what its server for images would need is left out.
+$(ENGINE_STEPS)/llama-cpp: tests/engines/constraints.txt | $(ENGINE_STEPS)/venv
+	@echo "==> compiling llama.cpp (the first time takes minutes)"
+	CMAKE_ARGS=-DLLAVA_BUILD=OFF $(ENGINE_INSTALL) llama-cpp-python
 	touch $@

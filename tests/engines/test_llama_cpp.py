@@ -13,11 +13,13 @@ import pytest
 from support.processes import Process
 
 import kvstrata
-from engines.support import engine
+from engines.conftest import need
 from kvstrata.errors import ConfigError, UnsupportedModel
 
-llama_cpp = engine("llama_cpp")
-from kvstrata.integrations.llama_cpp import KVStrataCache  # noqa: E402 - needs the engine
+need("llama_cpp")
+import llama_cpp  # noqa: E402
+
+from kvstrata.integrations.llama_cpp import KVStrataCache  # noqa: E402
 
 pytestmark = pytest.mark.timeout(600)
 
