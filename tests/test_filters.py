@@ -293,7 +293,7 @@ def test_a_fault_while_a_filter_is_read_is_counted_and_leaves_it_unused(store: M
     writer.write({b"key": b"1"})
     store.fault = StoreFault("timeout", "too slow")
     assert reader.refresh() == "not read yet"
-    assert reader.tier.stats()["error timeout"] == 1
+    assert reader.tier.stats()["error timeout"] >= 1  # its own thread may try, too
     store.fault = None
     assert reader.load([b"key"]) == [b"1"]
     assert reader.refresh() is None
