@@ -167,8 +167,8 @@ $(ENGINE_STEPS)/sglang: tests/engines/constraints.txt | $(ENGINE_STEPS)/vllm
 	$(ENGINE_INSTALL) ipython orjson pybase64
 	touch $@
 
-# It has no wheels; what its server for images would need is left out.
+# It has no wheels.
 $(ENGINE_STEPS)/llama-cpp: tests/engines/constraints.txt | $(ENGINE_STEPS)/venv
 	@echo "==> compiling llama.cpp (the first time takes minutes)"
-	CMAKE_ARGS=-DLLAVA_BUILD=OFF $(ENGINE_INSTALL) llama-cpp-python
+	$(ENGINE_INSTALL) llama-cpp-python
 	touch $@
