@@ -43,6 +43,8 @@ class FilteringHost(Host):
         """Read what others have published; returns why the filter isn't used."""
         self.space.filter.used = True  # type: ignore[union-attr]
         self.filters.refresh()
+        with self.space.filter._refreshing:  # type: ignore[union-attr]
+            pass  # what its own thread had begun meanwhile, so that there was nothing left to do here, is done
         off: str | None = self.tier.stats()["filter_off"]  # type: ignore[assignment]
         return off
 
@@ -293,7 +295,7 @@ def test_a_fault_while_a_filter_is_read_is_counted_and_leaves_it_unused(store: M
     writer.write({b"key": b"1"})
     store.fault = StoreFault("timeout", "too slow")
     assert reader.refresh() == "not read yet"
-    assert reader.tier.stats()["error timeout"] >= 1  # its own thread may try, too
+    assert reader.tier.stats()["error timeout"] == 1
     store.fault = None
     assert reader.load([b"key"]) == [b"1"]
     assert reader.refresh() is None
