@@ -26,7 +26,7 @@ from kvstrata.codecs import AXES, TensorInfo, codec
 
 ROOT = Path(__file__).parents[1]
 TEXTS = ("docs/*.md", "README.md", "CONTRIBUTING.md", "LICENSE", "src/kvstrata/demo/document.md")
-WRITTEN = {"docs/quality.md", "docs/benchmarks.md"}  # tables of figures, which change
+WRITTEN = {"docs/quality.md", "docs/benchmarks.md", "docs/engines.md"}  # tables of figures, which change
 PREFIX, REST, BLOCK, STEP = 1024, 256, 32, 768
 MOST = {"int8": 0.5}
 """Percent by which the perplexity may rise at most."""
@@ -70,6 +70,14 @@ class Result:
         return 100 * math.expm1(float(off.mean())), 100 * error
 
 
+def texts() -> Iterator[str]:
+    """What is read: the documents of this project."""
+    for pattern in TEXTS:
+        for file in sorted(ROOT.glob(pattern)):
+            if str(file.relative_to(ROOT)) not in WRITTEN:
+                yield file.read_text("utf-8")
+
+
 class Reader:
     """The model and the windows of text."""
 
@@ -88,13 +96,10 @@ class Reader:
 
     def _windows(self) -> Iterator[Any]:
         """Token ids [1, PREFIX + REST], none over the border of two texts; a token is in one rest at most."""
-        for pattern in TEXTS:
-            for file in sorted(ROOT.glob(pattern)):
-                if str(file.relative_to(ROOT)) in WRITTEN:
-                    continue
-                ids = self.tokenizer(file.read_text("utf-8"), return_tensors="pt").input_ids
-                for start in range(0, ids.shape[1] - PREFIX - REST + 1, STEP):
-                    yield ids[:, start : start + PREFIX + REST]
+        for text in texts():
+            ids = self.tokenizer(text, return_tensors="pt").input_ids
+            for start in range(0, ids.shape[1] - PREFIX - REST + 1, STEP):
+                yield ids[:, start : start + PREFIX + REST]
 
     def blocks(self, window: Any) -> Any:
         """The KV of a window's prefix as blocks of bfloat16 words: [blocks, layers, 2, heads, BLOCK, channels]."""

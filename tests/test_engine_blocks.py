@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import kvstrata
+from kvstrata.codecs import TensorInfo
 from kvstrata.errors import TierUnavailable, UnknownOption
 from kvstrata.integrations._blocks import EngineBlocks, Withdrawn, fingerprint, open_for_engine
 
@@ -141,6 +142,20 @@ def test_other_facts_mean_other_blocks(cache: kvstrata.Cache, blocks: EngineBloc
 
     assert EngineBlocks(cache, "test", {"model": "another"}).match(KEYS) == 0
     assert EngineBlocks(cache, "test", {"model": "m"}).match(KEYS) == 4
+
+
+def test_blocks_that_a_lossy_codec_has_changed_are_found_by_those_only_who_asked_for_it(cache: kvstrata.Cache) -> None:
+    tensor = TensorInfo("float32", (2, SIZE // 8))
+    plain, lossless, lossy, of_one_tier = (
+        EngineBlocks(cache, "test", {}, codec=codec, tensor=tensor)
+        for codec in (None, "planes", "int8", {"disk": "planes", "remote": "int8"})
+    )
+    filled(plain)
+
+    assert lossless.match(KEYS) == 4
+    assert lossy.match(KEYS) == of_one_tier.match(KEYS) == 0
+    assert len({blocks.name for blocks in (plain, lossy, of_one_tier)}) == 3
+    assert EngineBlocks(cache, "test", {}, codec="int8", tensor=tensor).name == lossy.name
 
 
 def test_a_fingerprint_is_the_same_in_every_process_and_tells_facts_apart() -> None:

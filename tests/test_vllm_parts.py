@@ -153,6 +153,26 @@ def test_layers_that_share_their_kv_are_one() -> None:
     assert memory.layer_of["another"] == memory.layer_of["layer 1"]
 
 
+def test_a_block_is_a_tensor_to_codecs_where_layers_hold_keys_and_then_values_of_each_head() -> None:
+    heads, tokens, channels = 3, 16, 8
+    plain = {f"layer {i}": torch.zeros(BLOCKS, heads, tokens, 2 * channels, dtype=torch.bfloat16) for i in range(2)}
+    uneven = {**plain, "last": torch.zeros(BLOCKS, heads, tokens, 4 * channels, dtype=torch.bfloat16)}
+    split = {"layer": torch.zeros(2 * BLOCKS, heads, tokens, 2 * channels)}
+
+    described = BlockMemory(plain, BLOCKS)
+
+    assert described.tensor is not None
+    assert described.tensor.nbytes == described.block_bytes
+    assert described.tensor.shape == (2, 1, heads, 2, tokens, channels)
+    assert described.tensor.axes[3:] == ("kv", "tokens", "channels")
+    halves = BlockMemory(split, BLOCKS)
+    assert halves.tensor is not None
+    assert halves.tensor.shape == (1, 2, heads, 2, tokens, channels)
+    assert BlockMemory(uneven, BLOCKS).tensor is None
+    assert BlockMemory(tensors(joined=True), BLOCKS).tensor is not None  # whatever the axes are called
+    assert BlockMemory({"layer": torch.zeros(BLOCKS, 4, 16, dtype=torch.uint8)}, BLOCKS).tensor is None
+
+
 def test_kv_that_is_not_dense_or_not_in_this_memory_is_refused() -> None:
     with pytest.raises(UnsupportedModel, match="aren't dense"):
         BlockMemory({"layer": torch.zeros(6, 4, 16)[:, :, :8]}, 6)

@@ -8,8 +8,11 @@ from __future__ import annotations
 from benchmarks.running import command
 
 PARTS = {
+    "transformers": "benchmarks.engines.transformers_first_token",
+    "llama.cpp": "benchmarks.engines.llama_first_token",
     "vllm-ttft": "benchmarks.engines.vllm_first_token",
     "vllm-load": "benchmarks.engines.vllm_load",
+    "vllm-codecs": "benchmarks.engines.vllm_codecs",
 }
 
 if __name__ == "__main__":

@@ -1,10 +1,15 @@
-"""The model of all measurements, as a directory."""
+"""The model of all measurements, and what it is given to read."""
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 from pathlib import Path
+
+VOCABULARY = (1000, 40_000)
+LENGTHS = (512, 2048, 4096)
+"""Of prefixes, in tokens."""
 
 
 def saved_model(scratch: Path) -> Path:
@@ -16,3 +21,9 @@ def saved_model(scratch: Path) -> Path:
         subprocess.run([sys.executable, "-c", save, str(directory)], check=True)
         (directory / "complete").touch()
     return directory
+
+
+def tokens(seed: int, count: int) -> list[int]:
+    """Tokens that nobody reads twice by chance."""
+    chance = random.Random(seed)
+    return [chance.randrange(*VOCABULARY) for _ in range(count)]

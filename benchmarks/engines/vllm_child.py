@@ -1,18 +1,16 @@
-"""A vLLM engine in a process of its own that is told by lines of JSON what to do, and answers with what it took."""
+"""A vLLM engine in a process of its own."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import random
-import sys
 import time
 from typing import Any
 
 import vllm
 
-VOCABULARY = (1000, 40_000)
+from benchmarks.engines.model import tokens
+from benchmarks.engines.processes import serve
 
 
 class Child:
@@ -27,10 +25,19 @@ class Child:
 
     def first_token(self, prefix: int, length: int, tail: int) -> dict[str, Any]:
         """From the call to the first token of a prompt: the prefix of that number, and 16 tokens more."""
-        tokens = [*_tokens(prefix, length), *_tokens(-1 - tail, 16)]
+        prompt = [*tokens(prefix, length), *tokens(-1 - tail, 16)]
         started = time.perf_counter()
-        (output,) = self.llm.generate([{"prompt_token_ids": tokens}], _sampling(1), use_tqdm=False)
+        (output,) = self.llm.generate([{"prompt_token_ids": prompt}], _sampling(1), use_tqdm=False)
         return {"seconds": time.perf_counter() - started, "cached": output.num_cached_tokens}
+
+    def answer(self, prompt: list[int], count: int) -> dict[str, Any]:
+        """The greedy continuation of a prompt, after the seconds to its first token."""
+        started = time.perf_counter()
+        given: list[Any] = [{"prompt_token_ids": prompt}]
+        self.llm.generate(given, _sampling(1), use_tqdm=False)
+        seconds = time.perf_counter() - started
+        (output,) = self.llm.generate(given, _sampling(count), use_tqdm=False)
+        return {"seconds": seconds, "tokens": list(output.outputs[0].token_ids)}
 
     def forget(self) -> None:
         """Empty the engine's own prefix cache, once nothing is using it any more."""
@@ -40,7 +47,7 @@ class Child:
 
     def unique(self, seed: int, requests: int, length: int, count: int) -> float:
         """Prompts that nobody has seen, all at once; returns the seconds for all."""
-        prompts: list[Any] = [{"prompt_token_ids": _tokens(seed * 1000 + i, length)} for i in range(requests)]
+        prompts: list[Any] = [{"prompt_token_ids": tokens(seed * 1000 + i, length)} for i in range(requests)]
         started = time.perf_counter()
         self.llm.generate(prompts, _sampling(count), use_tqdm=False)
         return time.perf_counter() - started
@@ -48,7 +55,7 @@ class Child:
     def turns(self, users: int, turns: int, documents: int, length: int, at_once: int) -> dict[str, Any]:
         """Users who go on talking about documents, some of them at a time, in an order of chance."""
         chance = random.Random(1)
-        talks = [_tokens(user % documents, length) for user in range(users)]
+        talks = [tokens(user % documents, length) for user in range(users)]
         first: list[float] = []
         recomputed = 0
         started = time.perf_counter()
@@ -57,7 +64,7 @@ class Child:
             for begin in range(0, users, at_once):
                 some = order[begin : begin + at_once]
                 for user in some:
-                    talks[user] += _tokens(10_000 + turn * users + user, 48)
+                    talks[user] += tokens(10_000 + turn * users + user, 48)
                 given: list[Any] = [{"prompt_token_ids": list(talks[user])} for user in some]
                 for user, output in zip(some, self.llm.generate(given, _sampling(32), use_tqdm=False), strict=True):
                     recomputed += len(talks[user]) - (output.num_cached_tokens or 0)
@@ -67,24 +74,13 @@ class Child:
         return {"seconds": time.perf_counter() - started, "first": first, "recomputed": recomputed}
 
 
-def _tokens(seed: int, count: int) -> list[int]:
-    chance = random.Random(seed)
-    return [chance.randrange(*VOCABULARY) for _ in range(count)]
-
-
 def _sampling(count: int) -> Any:
     return vllm.SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
 
 
 def main() -> None:
-    """Make an engine of the first line, then do what the others say."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what vLLM prints
-    child = Child(**json.loads(sys.stdin.readline()))
-    print(json.dumps("ready"), file=answers, flush=True)
-    for line in sys.stdin:
-        name, given = json.loads(line)
-        print(json.dumps(getattr(child, name)(**given)), file=answers, flush=True)
+    """Be an engine until there is nothing more to do."""
+    child = serve(Child)
     with contextlib.suppress(Exception):
         child.llm.llm_engine.engine_core.shutdown()
 

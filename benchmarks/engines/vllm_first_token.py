@@ -10,13 +10,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engines import vllm_processes as processes
-from benchmarks.engines.model import saved_model
+from benchmarks.engines import vllm_ways as ways
+from benchmarks.engines.model import LENGTHS, saved_model
+from benchmarks.engines.processes import shared_memory
 from benchmarks.measure import Sample, Settings
 from benchmarks.own.device import drop_page_cache
 from benchmarks.table import Row
 
-LENGTHS = (512, 2048, 4096)
 OWN = "vLLM's own prefix cache"
 REMARKS = [
     "vLLM: SmolLM2-135M-Instruct in bf16 on the CPU, blocks of 32 tokens, a prefix and 16 tokens more, from the call "
@@ -31,7 +31,7 @@ def rows(settings: Settings) -> list[Row]:
     """Measure all of it."""
     model = saved_model(settings.directory)
     repeats = settings.repeats(12)
-    with processes.shared_memory():
+    with shared_memory():
         times = _from_memory(model, settings.directory, repeats)
         times |= _new_processes(model, settings.directory, max(3, repeats // 2))
     found: list[Row] = []
@@ -67,9 +67,9 @@ def _from_memory(model: Path, scratch: Path, repeats: int) -> Times:
     """Prefixes that are loaded again and again: the engine forgets them in between."""
     times = _empty("cold", "own", "memory", "other")
     with ExitStack() as stack:
-        alone = stack.enter_context(processes.engine(model))
+        alone = stack.enter_context(ways.engine(model))
         ours, other = (
-            stack.enter_context(processes.engine(model, processes.kvstrata(scratch / "memory"))) for _ in range(2)
+            stack.enter_context(ways.engine(model, ways.kvstrata(scratch / "memory"))) for _ in range(2)
         )
         for length in LENGTHS:
             for engine in (alone, ours):
@@ -86,21 +86,21 @@ def _from_memory(model: Path, scratch: Path, repeats: int) -> Times:
 
 def _new_processes(model: Path, scratch: Path, samples: int) -> Times:
     """Prefixes that the process has never seen, each loaded once; one more of each length warms it."""
-    ways: dict[str, Any] = {
-        "new": processes.kvstrata(scratch / "new"),
-        "disk": processes.kvstrata(scratch / "disk"),
-        "tier": processes.kvstrata_tier(scratch / "tier"),
-        "fs": processes.fs_tier(scratch / "fs"),
-        "example": processes.example(scratch / "example"),
+    attached_by: dict[str, Any] = {
+        "new": ways.kvstrata(scratch / "new"),
+        "disk": ways.kvstrata(scratch / "disk"),
+        "tier": ways.kvstrata_tier(scratch / "tier"),
+        "fs": ways.fs_tier(scratch / "fs"),
+        "example": ways.example(scratch / "example"),
     }
-    times = _empty(*ways, "lmcache")
+    times = _empty(*attached_by, "lmcache")
     with ExitStack() as servers:
-        if processes.has_lmcache():
+        if ways.has_lmcache():
             port = 15_655
-            servers.enter_context(processes.lmcache_server(port))
-            ways["lmcache"] = processes.lmcache(port)
-        for name, attached in ways.items():
-            filling = processes.engine(model, attached)
+            servers.enter_context(ways.lmcache_server(port))
+            attached_by["lmcache"] = ways.lmcache(port)
+        for name, attached in attached_by.items():
+            filling = ways.engine(model, attached)
             with ExitStack() as stack:
                 filler = stack.enter_context(filling)
                 for length in LENGTHS:
@@ -110,7 +110,7 @@ def _new_processes(model: Path, scratch: Path, samples: int) -> Times:
                 if name != "new":
                     stack.close()
                     drop_page_cache(scratch / name)
-                with processes.engine(model, attached) as engine:
+                with ways.engine(model, attached) as engine:
                     for length in LENGTHS:
                         for number in range(samples + 1):
                             taken = engine.first_token(length * 10 + number, length, 1, cached=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any
 
-from benchmarks.engines import vllm_processes as processes
+from benchmarks.engines import vllm_ways as ways
 from benchmarks.engines.model import saved_model
+from benchmarks.engines.processes import shared_memory
 from benchmarks.measure import Sample, Settings
 from benchmarks.table import Row
 
@@ -25,7 +26,7 @@ REMARKS = [
 def rows(settings: Settings) -> list[Row]:
     """Measure both."""
     model = saved_model(settings.directory)
-    with processes.shared_memory():
+    with shared_memory():
         return [*_nothing_found(model, settings), *_conversations(model, settings)]
 
 
@@ -33,8 +34,8 @@ def _nothing_found(model: Any, settings: Settings) -> list[Row]:
     times: dict[str, list[float]] = {"alone": [], "ours": []}
     with ExitStack() as stack:
         engines = {
-            "alone": stack.enter_context(processes.engine(model)),
-            "ours": stack.enter_context(processes.engine(model, processes.kvstrata(settings.directory / "unique"))),
+            "alone": stack.enter_context(ways.engine(model)),
+            "ours": stack.enter_context(ways.engine(model, ways.kvstrata(settings.directory / "unique"))),
         }
         for turn in range(settings.repeats(8) + 1):
             for name in sorted(engines, reverse=bool(turn % 2)):
@@ -51,15 +52,15 @@ def _nothing_found(model: Any, settings: Settings) -> list[Row]:
 
 
 def _conversations(model: Any, settings: Settings) -> list[Row]:
-    ways = {
+    attached_by = {
         "alone": None,
-        "ours": processes.kvstrata(settings.directory / "turns"),
-        "offloading": processes.offloading([]),
+        "ours": ways.kvstrata(settings.directory / "turns"),
+        "offloading": ways.offloading([]),
     }
     found: dict[str, Any] = {}
-    for name, attached in ways.items():
+    for name, attached in attached_by.items():
         small = {"kv_cache_memory_bytes": ENGINE_TOKENS * TOKEN_BYTES, "max_model_len": 2048}
-        with processes.engine(model, attached, **small) as engine:
+        with ways.engine(model, attached, **small) as engine:
             found[name] = engine.ask("turns", users=USERS, turns=TURNS, documents=DOCUMENTS, length=DOCUMENT, at_once=4)
     section = "vLLM: conversations that don't fit the engine's memory"
     result: list[Row] = []

@@ -3,7 +3,7 @@
     python -m benchmarks ttft
     python -m benchmarks.own.ttft --blocks      compare block sizes
 
-The prompt is a prefix of 2,048 tokens and 16 more, which are always computed. One process fills a cache and
+The prompt is a prefix, of 2,048 tokens unless others are asked for, and 16 more, which are always computed. One process fills a cache and
 keeps it open; a second one runs, in turns, cold, with a DynamicCache over tensors that it holds itself, and
 from shared memory. When both have gone a third one opens the cache anew for each load from disk, with the
 page cache dropped, and reads as much from the raw device.
@@ -32,22 +32,25 @@ PREFIX, TAIL = 2048, 16
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 MEMORY, DISK = "1GiB", "4GiB"
 OWN = "KV in the process's own torch tensors"
-REMARKS = [
-    f"TTFT: SmolLM2-135M-Instruct, a prefix of {PREFIX:,} tokens and {TAIL} more, from the call of generate "
+REMARK = (
+    f"TTFT in transformers: SmolLM2-135M-Instruct, a prefix and {TAIL} tokens more, from the call of generate "
     "to the first token. A ratio to cold is bounded by the cost of the pass over the last tokens alone: the "
-    "line of the process's own tensors shows the bound.",
-]
+    "line of the process's own tensors shows the bound."
+)
+REMARKS = [REMARK]
 
 
 def rows(settings: Settings) -> list[Row]:
     """Measure all of it, in bf16 and, unless quick, in fp32."""
-    return [row for dtype in DTYPES if dtype == "bf16" or not settings.quick for row in _rows(settings, dtype)]
+    dtypes = [dtype for dtype in DTYPES if dtype == "bf16" or not settings.quick]
+    return [row for dtype in dtypes for row in prefix_rows(settings, dtype, PREFIX)]
 
 
-def _rows(settings: Settings, dtype: str) -> list[Row]:
-    place = settings.directory / dtype
+def prefix_rows(settings: Settings, dtype: str, prefix: int) -> list[Row]:
+    """Measure all of it for a prefix of so many tokens."""
+    place = settings.directory / f"{dtype}-{prefix}"
     place.mkdir()
-    given = {"dtype": dtype, "repeats": settings.repeats(16), "scratch": str(place)}
+    given = {"dtype": dtype, "repeats": settings.repeats(16), "scratch": str(place), "prefix": prefix}
     with _child("fill", given) as fill:
         _hear(fill)
         with _child("memory", given) as child:
@@ -56,13 +59,14 @@ def _rows(settings: Settings, dtype: str) -> list[Row]:
         disk = _hear(child)
     raw = Sample(tuple(disk["raw"]))
     limit = memory["shared"].median + 1.25 * disk["bytes"] / raw.median
-    section = f"Time to first token, prefix of {PREFIX:,} tokens, {dtype}"
+    section = f"transformers: time to first token, prefix of {prefix:,} tokens, {dtype}"
     shared = "shared memory, second process"
     ways = {"own": OWN, "by_hand": "KV in a safetensors file, page cache warm"}
     return [
         *(Row(section, ways[name], memory[name], peer="cold", theirs=memory["cold"]) for name in ways),
         Row(section, shared, memory["shared"], peer=OWN, theirs=memory["own"], at_least=1 / 1.1),
-        Row(section, shared, memory["shared"], peer="cold", theirs=memory["cold"], at_least=20),
+        Row(section, shared, memory["shared"], peer="cold", theirs=memory["cold"],
+            at_least=20 if prefix == PREFIX else None),
         Row(section, f"disk, page cache dropped, {disk['bytes'] / 1e6:.0f} MB", Sample(tuple(disk["ttft"])),
             peer="cold", theirs=memory["cold"], at_most=limit),
         Row(section, "the device that this limit is from: raw O_DIRECT", raw, "B/s"),
@@ -72,7 +76,7 @@ def _rows(settings: Settings, dtype: str) -> list[Row]:
 def block_rows(dtype: str) -> list[Row]:
     """Measure, for several block sizes, the load alone and the TTFT where a prefix ends anywhere."""
     with tempfile.TemporaryDirectory(prefix="kvstrata-bench-") as scratch:
-        settings = {"dtype": dtype, "repeats": 5, "scratch": scratch}
+        settings = {"dtype": dtype, "repeats": 5, "scratch": scratch, "prefix": PREFIX}
         with _child("blocks", settings) as child:
             found = _hear(child)
     return [Row(f"Block sizes, {dtype}", what, Sample(tuple(values))) for what, values in found]
@@ -120,14 +124,15 @@ class _Bench:
 
         self.torch = torch
         self.repeats = settings["repeats"]
+        self.prefix = settings["prefix"]
         self.scratch = Path(settings["scratch"])
         saved = self.scratch / "model"
         self.model, tokenizer = demo_model.load(DTYPES[settings["dtype"]], str(saved) if saved.exists() else None)
         if not saved.exists():
             demo_model.save(self.model, tokenizer, str(saved))
         document = demo_model.prompt(tokenizer, demo_model.FIRST_QUESTION)["input_ids"]
-        repeated = document.repeat(1, -(-(PREFIX + TAIL) // document.shape[1]))
-        self.prompt = repeated[:, : PREFIX + TAIL]
+        repeated = document.repeat(1, -(-(self.prefix + TAIL) // document.shape[1]))
+        self.prompt = repeated[:, : self.prefix + TAIL]
         for _ in range(2):
             self.ttft(self.model.generate, self.prompt[:, :64])
 
@@ -146,8 +151,8 @@ class _Bench:
     def checked(self, reuse: Any, tier: str) -> float:
         """The TTFT with reuse, after making sure that the prefix came from `tier`."""
         seconds = self.ttft(reuse.generate)
-        if (reuse.last.reused_tokens, reuse.last.tier) != (PREFIX, tier):
-            raise RuntimeError(f"expected {PREFIX} tokens from {tier}: {reuse.last}")
+        if (reuse.last.reused_tokens, reuse.last.tier) != (self.prefix, tier):
+            raise RuntimeError(f"expected {self.prefix} tokens from {tier}: {reuse.last}")
         return seconds
 
 
@@ -169,7 +174,7 @@ def _memory(bench: _Bench) -> None:
 
     first = DynamicCache()
     bench.ttft(bench.model.generate, cache=first)
-    held = [(layer.keys[:, :, : PREFIX].clone(), layer.values[:, :, : PREFIX].clone())
+    held = [(layer.keys[:, :, : bench.prefix].clone(), layer.values[:, :, : bench.prefix].clone())
             for layer in first.layers]  # fmt: skip
     file = bench.scratch / "by_hand.safetensors"
     save_file({f"{i}.{j}": tensor for i, pair in enumerate(held) for j, tensor in enumerate(pair)}, file)

@@ -11,7 +11,7 @@ from support.processes import Process, RemoteError
 from support.servers import free_ports
 
 from engines.conftest import PATIENCE_S, Start, need
-from engines.vllm_control import BLOCK, Engine
+from engines.vllm_control import BLOCK, KV_BYTES_PER_TOKEN, Engine
 
 need("vllm")
 
@@ -259,6 +259,29 @@ def test_an_engine_with_little_memory_for_kv_and_a_full_cache_says_the_same(
     assert engine.preemptions() > 0
     assert engine.evicted() > 0, "the cache had room for everything"
     assert counted["errors"] == 0
+    engine.process.exit()
+
+
+def test_through_a_lossy_codec_kv_comes_back_nearly_the_same_and_only_to_who_asked_for_it(
+    starting_vllm: Start, plain: Engine, first: Engine
+) -> None:
+    engine = starting_vllm("cache", connector={"codec": {"disk": "int8"}})
+    engine.process.finish()
+    prompt = plain.prompt(1250, 300)
+    expected = first.tokens(prompt)
+    tokens, counted = engine.counted(prompt)
+    assert tokens == expected
+    assert counted["found_blocks"] == 0  # what others have stored
+    before = engine.kv(prompt)
+    engine.to_disk()
+    engine.forget()
+
+    engine.tokens(prompt, count=1)
+    after = engine.kv(prompt)
+
+    off = max(abs(a - b) for a, b in zip(before, after, strict=True)) / max(map(abs, before))
+    assert 0 < off < 0.02
+    assert engine.bytes_on_disk() < 0.3 * (len(prompt) // BLOCK) * BLOCK * KV_BYTES_PER_TOKEN  # of 4 bytes one is left
     engine.process.exit()
 
 

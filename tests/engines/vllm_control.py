@@ -8,6 +8,7 @@ from typing import Any
 from support.processes import Process
 
 BLOCK = 32
+KV_BYTES_PER_TOKEN = 46_080  # of SmolLM2 in fp32
 
 
 class Engine:

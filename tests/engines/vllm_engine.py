@@ -25,6 +25,7 @@ os.environ.update(
 )
 
 import msgspec
+import numpy as np
 import vllm
 import zmq
 from vllm.distributed.kv_events import BlockStored, KVEventBatch
@@ -36,12 +37,11 @@ from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_offload.base import ReqContext, make_offload_key
 from vllm.v1.request import Request
 
+from engines.vllm_control import BLOCK, KV_BYTES_PER_TOKEN
 from kvstrata.integrations._vllm_keys import RequestKeys, seed_of
 from kvstrata.integrations.vllm import KVStrataConnector
 from kvstrata.integrations.vllm_tier import KVStrataTier
 
-BLOCK = 32
-KV_BYTES_PER_TOKEN = 46_080  # of SmolLM2 in fp32
 BLOCK_BYTES = BLOCK * KV_BYTES_PER_TOKEN
 LIMIT_S = 60.0
 
@@ -155,11 +155,29 @@ class Engine:
     def keys(self, prompt: list[int]) -> list[bytes]:
         """The keys of a prompt's blocks, without an adapter and a salt."""
         if self.tier:
-            parameters = vllm.SamplingParams(max_tokens=1)
-            request = Request("keys", prompt, parameters, None, block_hasher=self.core.request_block_hasher)
-            return [make_offload_key(name, 0) for name in request.block_hashes]
+            return [make_offload_key(name, 0) for name in self._hashes(prompt)]
         seed = seed_of(adapter="", salt="", generation="")
         return RequestKeys(seed, BLOCK).upto(prompt, len(prompt) // BLOCK)
+
+    def _hashes(self, prompt: list[int]) -> list[Any]:
+        """vLLM's own names of a prompt's blocks."""
+        parameters = vllm.SamplingParams(max_tokens=1)
+        request = Request("keys", prompt, parameters, None, block_hasher=self.core.request_block_hasher)
+        return list(request.block_hashes)
+
+    def kv(self, prompt: list[int]) -> list[float]:
+        """Some of the numbers of a prompt's first block, as the engine has it."""
+        (request_blocks,) = self.core.scheduler.kv_cache_manager.coordinator.single_type_managers
+        name = self._hashes(prompt)[0]
+        (block,) = request_blocks.block_pool.get_cached_block(name, [0])
+        data = bytearray(self.worker.memory.block_bytes)
+        self.worker.memory.read(block.block_id, memoryview(data))
+        return [float(number) for number in np.frombuffer(data, np.float32)[::97]]
+
+    def bytes_on_disk(self) -> int:
+        """How many bytes the blocks of this engine have there."""
+        ns = self.sides[0].ns
+        return int(self.cache.stats()["namespaces"][ns.name]["disk_bytes"])
 
     def to_disk(self) -> None:
         """Leave everything on disk only."""

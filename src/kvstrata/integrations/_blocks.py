@@ -18,6 +18,7 @@ import blake3
 from kvstrata._core import record_bytes
 from kvstrata.cache import Cache
 from kvstrata.cache import open as open_cache
+from kvstrata.codecs.registry import codec
 from kvstrata.errors import KVStrataError, TierFull, UnknownOption
 from kvstrata.prefix_loading import StoredHead, Tally, release
 from kvstrata.tiers.base import Stats
@@ -98,6 +99,12 @@ def fingerprint(engine: str, facts: Mapping[str, object]) -> str:
     return f"{engine}-{digest.hexdigest(16)}"
 
 
+def _lossy(wanted: Any) -> list[tuple[str, str]]:
+    """Return the lossy codecs among those that a namespace is given, with their tiers."""
+    by_tier = wanted if isinstance(wanted, Mapping) else {"": wanted}
+    return sorted((tier, str(spec)) for tier, spec in by_tier.items() if spec is not None and codec(spec).lossy)
+
+
 class EngineBlocks:
     """The blocks of one engine, model and layout. Thread-safe; a block's key implies its bytes.
 
@@ -114,6 +121,9 @@ class EngineBlocks:
         policy: str = "auto",
         **namespace_options: Any,
     ) -> None:
+        lossy = _lossy(namespace_options.get("codec"))
+        if lossy:  # then who hasn't asked for it must not be given what it left
+            facts = {**facts, "lossy codecs": lossy}
         self._open(cache, fingerprint(engine, facts), policy, namespace_options)
 
     @classmethod

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvstrata.codecs.base import TensorInfo
 from kvstrata.errors import UnsupportedModel
 
 __all__ = ["BlockMemory"]
@@ -45,6 +46,8 @@ class BlockMemory:
                 self.layout.append(f"{name} {tuple(tensor.shape[1:])} {tensor.stride()[1:]} {tensor.dtype}")
         self.layers = len(pages)
         self.block_bytes = sum(page for _, page in pages)
+        self.tensor = _tensor_info([tensor for tensor, _ in pages], self.block_bytes)
+        """A block as one tensor, for codecs; None where its layers aren't alike, or don't hold keys and then values."""
         self._planes = _planes(pages, blocks)
 
     def read(self, block: int, into: memoryview) -> None:
@@ -64,6 +67,24 @@ class BlockMemory:
             if low < high:
                 part = source[begin + low * page : begin + high * page]
                 np.copyto(view[low:high, block], part.reshape(high - low, page))
+
+
+def _tensor_info(tensors: list[torch.Tensor], block_bytes: int) -> TensorInfo | None:
+    """Describe [blocks, heads, tokens, keys and values] of each layer, in which a head's keys come before its values.
+
+    Kernels for some instructions keep the keys of a head in another order among themselves.
+    """
+    first = tensors[0]
+    dtype = str(first.dtype).removeprefix("torch.")
+    alike = all((tensor.shape, tensor.dtype) == (first.shape, first.dtype) for tensor in tensors)
+    if not alike or first.dim() != 4 or first.shape[3] % 2 or dtype not in ("float32", "float16", "bfloat16"):
+        return None
+    if not first[0].is_contiguous():
+        return None
+    _, heads, tokens, width = first.shape
+    parts = block_bytes // (first[0].nbytes * len(tensors))  # of the kernel's blocks in one of the engine's
+    axes = ("layers", "parts", "heads", "kv", "tokens", "channels")
+    return TensorInfo(dtype, (len(tensors), parts, heads, 2, tokens, width // 2), axes)
 
 
 def _page_bytes(name: str, tensor: Any, blocks: int) -> int:

@@ -10,6 +10,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
+from kvstrata.codecs.base import TensorInfo
+
 __all__ = ["Load", "Progress", "Shard", "Store", "Work"]
 
 
@@ -49,6 +51,7 @@ class Shard(KVConnectorHandshakeMetadata):  # type: ignore[misc]
 
     namespace: str
     block_bytes: int
+    tensor: TensorInfo | None
 
 
 @dataclass

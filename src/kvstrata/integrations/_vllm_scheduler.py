@@ -71,7 +71,10 @@ class Scheduler:
 
     def meet(self, shards: Sequence[Shard]) -> None:
         """Learn from all workers where their parts of blocks are."""
-        self._shards = [EngineBlocks.named(self._cache, shard.namespace, **self._namespace_options) for shard in shards]
+        self._shards = [
+            EngineBlocks.named(self._cache, shard.namespace, tensor=shard.tensor, **self._namespace_options)
+            for shard in shards
+        ]
 
     # ---- A request
 

@@ -63,11 +63,12 @@ class Worker:
             "tp rank": get_tp_group().rank_in_group,
             "pp rank": get_pp_group().rank_in_group,
         }
-        self.blocks = EngineBlocks(self._cache, "vllm", facts, **self._namespace_options)
+        tensor = self.memory.tensor
+        self.blocks = EngineBlocks(self._cache, "vllm", facts, tensor=tensor, **self._namespace_options)
 
     def shard(self) -> Shard:
         """Tell the scheduler where this rank's parts of blocks are."""
-        return Shard(self.blocks.name, self.memory.block_bytes)
+        return Shard(self.blocks.name, self.memory.block_bytes, self.memory.tensor)
 
     # ---- Each step
 

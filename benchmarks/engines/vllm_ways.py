@@ -1,13 +1,11 @@
-"""Starting engines for measurements, with the different things that can be attached to them."""
+"""vLLM for measurements, with the different things that can be attached to it."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -16,7 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from benchmarks.engines.processes import Engine, started
+
 MEMORY, DISK = "1GiB", "4GiB"
 MEMORY_BYTES = 1 << 30
 LIMIT_S = 240
@@ -64,95 +63,25 @@ def _attached(name: str, extra: dict[str, Any], **more: Any) -> dict[str, Any]:
             "kv_connector_extra_config": extra, **more}  # fmt: skip
 
 
-class Engine:
-    """An engine in another process."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._process = process
-
-    def start(self, **options: Any) -> None:
-        """Begin to start it."""
-        self._say(options)
-
-    def ask(self, name: str, **given: Any) -> Any:
-        """Have something done; returns its answer."""
-        self._say([name, given])
-        return self.hear()
-
-    def hear(self) -> Any:
-        """Wait for the next answer."""
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError("the engine has ended")
-        return json.loads(line)
-
-    def first_token(self, prefix: int, length: int, tail: int, *, cached: bool) -> float:
-        """Seconds to the first token, after making sure that the prefix was, or wasn't, computed before."""
-        answer = self.ask("first_token", prefix=prefix, length=length, tail=tail)
-        if (answer["cached"] >= length) != cached:
-            raise RuntimeError(f"{answer['cached']} of {length} tokens were there, cached={cached}")
-        return float(answer["seconds"])
-
-    def _say(self, message: Any) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(message) + "\n")
-        self._process.stdin.flush()
-
-
 @contextmanager
 def engine(model: Path, attached: dict[str, Any] | None = None, **options: Any,
            ) -> Iterator[Engine]:  # fmt: skip
     """An engine with something attached; ready when it is warm."""
     cores = len(os.sched_getaffinity(0))
-    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
     environment = {
         "OMP_NUM_THREADS": str(cores),
         "VLLM_CPU_OMP_THREADS_BIND": f"0-{cores - 1}",
         "VLLM_LOGGING_LEVEL": "ERROR",
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": os.pathsep.join(paths),
         "VLLM_HOST_IP": "127.0.0.1",
         "VLLM_NO_USAGE_STATS": "1",
     }
     settings = {"model": str(model), "kv_cache_memory_bytes": 512 << 20, **options}
     if attached is not None:
         settings["kv_transfer_config"] = attached
-    with (
-        tempfile.TemporaryFile() as errors,
-        subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.engines.vllm_child"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment,
-        ) as process,
-    ):  # fmt: skip
-        found = Engine(process)
-        try:
-            found.start(**settings)
-            found.hear()
-            for tail in range(2):
-                found.ask("first_token", prefix=-99, length=64, tail=tail)
-            yield found
-        except (RuntimeError, BrokenPipeError) as error:
-            process.kill()
-            errors.seek(0)
-            raise RuntimeError(f"{error}\n{errors.read().decode(errors='replace')[-3000:]}") from error
-        finally:
-            process.communicate()
-
-
-@contextmanager
-def shared_memory() -> Iterator[None]:
-    """Put the caches' memory where it goes at the end, also what an engine that vLLM has killed left behind."""
-    before = os.environ.get("KVSTRATA_SHM_DIR")
-    with tempfile.TemporaryDirectory(prefix="kvstrata-bench-", dir="/dev/shm") as directory:
-        os.environ["KVSTRATA_SHM_DIR"] = directory
-        try:
-            yield
-        finally:
-            os.environ.pop("KVSTRATA_SHM_DIR")
-            if before is not None:
-                os.environ["KVSTRATA_SHM_DIR"] = before
+    with started("benchmarks.engines.vllm_child", environment, **settings) as found:
+        for tail in range(2):
+            found.ask("first_token", prefix=-99, length=64, tail=tail)
+        yield found
 
 
 @contextmanager
