@@ -2,8 +2,8 @@
 
     python -m benchmarks.chunks [--quick] [--markdown FILE]
 
-SmolLM2-135M-Instruct reads on in real text behind CHUNKS chunks of it, whose KV was computed by each chunk alone. The text
-goes on from chunk to chunk, which is harder than with documents that have nothing to do with one another.
+SmolLM2-135M-Instruct reads on in real text behind CHUNKS chunks of it, whose KV was computed by each chunk alone. The
+text goes on from chunk to chunk, which is harder than with documents that have nothing to do with one another.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from benchmarks.quality import Result, texts
 
 CHUNKS, CHUNK, REST, STEP = 4, 256, 256, 1024
 PARTS = (0.0, 0.05, 0.15, 0.25, 0.5, 1.0)
+MARK = "<!-- figures -->"
 COLUMNS = ("computed again", "tokens computed", "perplexity", "change", "same next token", "divergence")
 
 
 def main(
     quick: Annotated[bool, typer.Option(help="Three windows only.")] = False,
-    markdown: Annotated[Path | None, typer.Option(help="Write the table to this file.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the figures into this document.")] = None,
 ) -> None:
     """Measure what reusing chunks costs a model."""
     lines, windows = _measured(3 if quick else None)
@@ -87,37 +88,20 @@ def _measured(most: int | None) -> tuple[list[tuple[str, ...]], int]:
 
 
 def _write(path: Path, lines: list[tuple[str, ...]], windows: int) -> None:
-    head = [
-        "# Chunks that are no prefix: an experiment",
-        "",
-        "A prompt made of documents in the order in which they were retrieved shares no prefix with the last one, though the",
-        "documents are the same. `kvstrata.integrations.transformers_chunks.ChunkReuse` reuses the KV of each anyway: computed",
-        "by itself, its keys turned to where it stands now, and its first tokens computed again. Off unless you use it, for",
-        "models with Llama's rotary embeddings only.",
-        "",
-        "```python",
-        "from kvstrata.integrations.transformers_chunks import ChunkReuse",
-        "",
-        'chunks = ChunkReuse(model, "/var/cache/kv", recompute=0.25)',
-        "output = chunks.generate([instruction, document_b, document_a, question], max_new_tokens=32)",
-        "print(chunks.last)  # prompt_tokens, computed_tokens",
-        "```",
-        "",
-        "**It changes answers.** Most of a chunk has never seen what stands before it. What that costs SmolLM2-135M-Instruct,",
-        f"measured by `python -m benchmarks.chunks --markdown docs/chunks.md` on {windows} windows of this project's documents: {CHUNKS}",
-        f"chunks of {CHUNK} tokens each, computed alone, and then {REST - 1} tokens that the model reads on. The text goes on from chunk",
-        "to chunk, so what is lost here matters more than with documents that have nothing to do with one another.",
+    """Put the figures in the place of those that stand there."""
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    figures = [
+        f"Taken on {today}, {windows} windows.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         "| ---: | ---: | ---: | ---: | ---: | ---: |",
         *(f"| {' | '.join(line)} |" for line in lines),
-        "",
-        "- Computed again: of each chunk but the first. Tokens computed: of the four chunks together, once all are known.",
-        "- Change: of the perplexity, beside everything computed, with its standard error over the windows. Same next token: how",
-        "  often the likeliest token is the same. Divergence: Kullback and Leibler's, in nats a token.",
-        f"- Taken on {datetime.datetime.now(datetime.UTC).date().isoformat()}.",
     ]
-    path.write_text("\n".join(head) + "\n", "utf-8")
+    before, mark, after = path.read_text("utf-8").partition(f"{MARK}\n")
+    if not mark:
+        raise typer.BadParameter(f"{path} has no line {MARK}")
+    after = after[after.index("\n- ") :]
+    path.write_text(before + mark + "\n" + "\n".join(figures) + "\n" + after, "utf-8")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,9 @@ from kvstrata.codecs import AXES, TensorInfo, codec
 
 ROOT = Path(__file__).parents[1]
 TEXTS = ("docs/*.md", "README.md", "CONTRIBUTING.md", "LICENSE", "src/kvstrata/demo/document.md")
-WRITTEN = {f"docs/{name}.md" for name in ("benchmarks", "chunks", "engines", "quality")}  # tables of figures, which change
+WRITTEN = {
+    f"docs/{name}.md" for name in ("benchmarks", "chunks", "engines", "quality")
+}  # tables of figures, which change
 PREFIX, REST, BLOCK, STEP = 1024, 256, 32, 768
 MOST = {"int8": 0.5}
 """Percent by which the perplexity may rise at most."""

@@ -1,4 +1,4 @@
-"""Chunks that are no prefix: what is exact, what is stored, and what is refused. An experiment; off unless asked for."""
+"""Chunks that are no prefix: what is exact, what is stored, and what is refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from kvstrata.errors import ConfigError, InvalidValue, UnsupportedModel
 from kvstrata.integrations.transformers import PrefixReuse
 from kvstrata.integrations.transformers_chunks import ChunkReuse, ChunkStats
 
-INTRO, ONE, TWO, QUESTION = (list(range(start, start + count)) for start, count in ((3, 32), (50, 48), (130, 64), (9, 7)))
+INTRO, ONE, TWO, QUESTION = (
+    list(range(start, start + count)) for start, count in ((3, 32), (50, 48), (130, 64), (9, 7))
+)
 ANSWER = {"max_new_tokens": 6, "do_sample": False}
 
 

@@ -1,4 +1,4 @@
-"""KV that comes back through a lossy codec, in vLLM: bytes on disk, time to the first token, and whether tokens agree."""
+"""KV that comes back through a lossy codec, in vLLM: bytes on disk, time to the first token, tokens that agree."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from benchmarks.table import Row
 PREFIX, COUNT = 1024, 32
 LOSSY = "int8"
 REMARKS = [
-    f"vLLM, {LOSSY}: windows of {PREFIX:,} tokens of this project's documents, whose KV lies on disk through that codec "
-    f"or raw, read by a new process with the page cache dropped. Tokens are those of {COUNT} that a greedy answer has "
-    "before the first that differs from the answer of an engine that has computed all KV itself.",
+    f"vLLM, {LOSSY}: windows of {PREFIX:,} tokens of this project's documents, whose KV lies on disk through that "
+    "codec or raw, read by a new process with the page cache dropped. Tokens that agree are those of "
+    f"{COUNT} that a greedy answer has before the first that differs from the answer of an engine that has computed "
+    "all KV itself.",
 ]
 
 

@@ -89,7 +89,7 @@ def lmcache_server(port: int) -> Iterator[None]:
     """LMCache's server, where it is installed, sharing memory with its clients."""
     command = [
         str(Path(sys.executable).parent / "lmcache"), "server", "--host", "127.0.0.1", "--port", str(port),
-        "--http-port", str(port + 1), "--l1-size-gb", "1", "--chunk-size", "256", "--eviction-policy", "LRU",
+        "--http-port", str(port + 1), "--l1-size-gb", "2", "--chunk-size", "256", "--eviction-policy", "LRU",
         "--supported-transfer-mode", "engine_driven", "--shm-name", f"kvstrata-bench-{os.getpid()}",
     ]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:

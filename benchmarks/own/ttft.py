@@ -3,10 +3,10 @@
     python -m benchmarks ttft
     python -m benchmarks.own.ttft --blocks      compare block sizes
 
-The prompt is a prefix, of 2,048 tokens unless others are asked for, and 16 more, which are always computed. One process fills a cache and
-keeps it open; a second one runs, in turns, cold, with a DynamicCache over tensors that it holds itself, and
-from shared memory. When both have gone a third one opens the cache anew for each load from disk, with the
-page cache dropped, and reads as much from the raw device.
+The prompt is a prefix, of 2,048 tokens unless others are asked for, and 16 more, which are always computed. One
+process fills a cache and keeps it open; a second one runs, in turns, cold, with a DynamicCache over tensors that it
+holds itself, and from shared memory. When both have gone a third one opens the cache anew for each load from disk,
+with the page cache dropped, and reads as much from the raw device.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ class ChunkReuse:
         return buffer, spent + int(wanted.sum()), ids[None]
 
     def _placed(self, part: torch.Tensor, start: int, buffer: KVBuffer) -> tuple[int, int]:
-        """Bring the KV of a chunk to its place; returns how many of its tokens that were, and how many were computed."""
+        """Bring the KV of a chunk to its place; returns of how many tokens, and how many were computed for it."""
         layout = self._reuse.layout
         full = len(part) // layout.block_tokens * layout.block_tokens
         prefixes = self._reuse._prefixes
@@ -115,7 +115,7 @@ class ChunkReuse:
             for own, layer in zip(buffer.tensor, layers, strict=True):
                 own[0, 0, :, start : start + full] = layer.keys[0]
                 own[1, 0, :, start : start + full] = layer.values[0]
-        keys = buffer.tensor[:, 0, 0, :, start : start + full]
+        keys: torch.Tensor = buffer.tensor[:, 0, 0, :, start : start + full]
         keys.copy_(self._turned(keys, start))
         return full, full if known < full else 0
 
@@ -144,7 +144,8 @@ class ChunkReuse:
         cos, sin = (part[0, 0].float() for part in self._rotary(torch.zeros(1, device=keys.device), position_ids=place))
         half = keys.shape[-1] // 2
         wide = keys.float()
-        return (wide * cos + torch.cat((-wide[..., half:], wide[..., :half]), -1) * sin).to(keys.dtype)
+        turned: torch.Tensor = wide * cos + torch.cat((-wide[..., half:], wide[..., :half]), -1) * sin
+        return turned.to(keys.dtype)
 
     @property
     def _rotary(self) -> Any:
@@ -183,7 +184,7 @@ class _Scattered(DynamicLayer):  # type: ignore[no-untyped-call]
         self._places = places
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Put [1, kv_heads, places, head_dim] there, and return all keys and values."""
         assert self.keys is not None
