@@ -40,13 +40,13 @@ class Child:
             self._llm.reset()
         arrived: list[float] = []
 
-        class Note(llama_cpp.LogitsProcessorList):  # type: ignore[misc]
-            def __call__(self, input_ids: Any, scores: Any) -> Any:
-                arrived.append(time.perf_counter())
-                return scores
+        def note(input_ids: Any, scores: Any) -> Any:
+            arrived.append(time.perf_counter())
+            return scores
 
+        noting = llama_cpp.LogitsProcessorList([note])
         started = time.perf_counter()
-        self._llm.create_completion(prompt, max_tokens=1, temperature=0, logits_processor=Note([]))
+        self._llm.create_completion(prompt, max_tokens=1, temperature=0, logits_processor=noting)
         cached = self._states.reused_tokens if self._states is not None else -1
         return {"seconds": arrived[0] - started, "cached": cached}
 

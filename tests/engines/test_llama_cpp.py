@@ -60,16 +60,16 @@ def fresh(llm: Any) -> Any:
 
 
 def answer(llm: Any, prompt: list[int], most: int = 12) -> list[int]:
-    """The tokens of a greedy completion of token ids."""
-    made: list[int] = []
+    """The tokens of a greedy completion of token ids, but the last."""
+    seen: list[int] = []
 
-    class Note(llama_cpp.LogitsProcessorList):
-        def __call__(self, input_ids: Any, scores: Any) -> Any:
-            made[:] = input_ids.tolist()
-            return scores
+    def note(input_ids: Any, scores: Any) -> Any:
+        seen[:] = input_ids.tolist()
+        return scores
 
-    llm.create_completion(prompt, max_tokens=most, temperature=0, logits_processor=Note([]))
-    return made[len(prompt) :]
+    llm.create_completion(prompt, max_tokens=most, temperature=0, logits_processor=llama_cpp.LogitsProcessorList([note]))
+    assert len(prompt) < len(seen) < len(prompt) + most
+    return seen[len(prompt) :]
 
 
 def cold_answer(llm: Any, prompt: list[int], split: int, most: int = 12) -> list[int]:
