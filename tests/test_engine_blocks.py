@@ -90,6 +90,16 @@ def test_a_store_ends_where_its_source_is_withdrawn(blocks: EngineBlocks) -> Non
     assert (blocks.stats()["unstored_blocks"], blocks.stats()["errors"]) == (2, 0)
 
 
+def test_a_store_that_may_have_holes_leaves_out_only_what_is_withdrawn(blocks: EngineBlocks) -> None:
+    def fill(position: int, memory: memoryview) -> None:
+        if position == 2:
+            raise Withdrawn
+
+    assert blocks.store(KEYS, SIZE, fill, holes=True) == 3
+    assert blocks.present(KEYS) == [True, True, False, True]
+    assert (blocks.stats()["unstored_blocks"], blocks.stats()["errors"]) == (1, 0)
+
+
 def test_blocks_are_found_by_the_name_of_their_fingerprint(cache: kvstrata.Cache, blocks: EngineBlocks) -> None:
     filled(blocks)
 
