@@ -192,6 +192,11 @@ class Engine:
         """Of each group of layers, how many tokens these see; None: all."""
         return [group.window for group in self.core.scheduler.connector._scheduler._groups]
 
+    def spoil_unused(self) -> None:
+        """Write nonsense to the block that vLLM puts where nobody looks."""
+        memory = self.worker.parts[0].memory
+        memory.write(0, memoryview(np.full(memory.block_bytes // 4, 5, np.float32)).cast("B"))
+
     def remove(self, key: bytes, group: int) -> None:
         """Remove a record."""
         assert self.worker.parts[group].blocks.delete([key]) == 1
