@@ -161,6 +161,22 @@ def test_without_a_record_of_the_window_a_shorter_prefix_is_used(plain: Engine, 
     assert healed == (expected, {**healed[1], "loaded_blocks": LOADED, "missed_blocks": 0})
 
 
+def test_what_is_sooner_computed_than_read_from_disk_is_left_there(plain: Engine, first: Engine) -> None:
+    tokens = prompt(14)
+    first.tokens(tokens, count=COUNT)
+    first.to_disk()
+    first.forget()
+    first.tokens(tokens[:200], count=1)  # now the beginning is in memory
+    first.forget()
+    first.computes_at(1e12)
+
+    found, counted = first.counted(tokens, count=COUNT)
+    first.computes_at(None)
+
+    assert found == plain.tokens(tokens, count=COUNT)
+    assert counted["loaded_blocks"] == 200 // BLOCK + (GROUPS - 1) * WINDOW // BLOCK
+
+
 @pytest.mark.parametrize("window", [True, False])
 def test_a_request_with_a_damaged_record_is_computed_again_and_the_record_is_healed(
     plain: Engine, first: Engine, window: bool

@@ -43,6 +43,7 @@ from engines.vllm_control import BLOCK, KV_BYTES_PER_TOKEN
 from kvstrata.integrations._vllm_keys import RequestKeys, seed_of
 from kvstrata.integrations.vllm import KVStrataConnector
 from kvstrata.integrations.vllm_tier import KVStrataTier
+from kvstrata.movement.cost import Prefill
 
 BLOCK_BYTES = BLOCK * KV_BYTES_PER_TOKEN
 LIMIT_S = 60.0
@@ -200,6 +201,10 @@ class Engine:
     def remove(self, key: bytes, group: int) -> None:
         """Remove a record."""
         assert self.worker.parts[group].blocks.delete([key]) == 1
+
+    def computes_at(self, tokens_per_s: float | None) -> None:
+        """Let the connector take the model to be that fast."""
+        self.core.scheduler.connector._scheduler._prefill = Prefill(tokens_per_s)
 
     def damage(self, key: bytes, group: int = 0) -> None:
         """Change a byte in the middle of a record on disk."""
