@@ -19,11 +19,11 @@ import torch
 import kvstrata
 from kvstrata.errors import ConfigError, UnsupportedModel
 from kvstrata.integrations._blocks import EngineBlocks, let_go, share_for_engine
-from kvstrata.integrations._vllm_groups import Group, fails_in_blocks, longest
-from kvstrata.integrations._vllm_keys import Adapters, RequestKeys, seed_of
-from kvstrata.integrations._vllm_memory import BlockMemory
-from kvstrata.integrations._vllm_model import weights_of
-from kvstrata.integrations._vllm_transfers import Loading, Storing
+from kvstrata.integrations._vllm.groups import Group, fails_in_blocks, longest
+from kvstrata.integrations._vllm.keys import Adapters, RequestKeys, seed_of
+from kvstrata.integrations._vllm.memory import BlockMemory
+from kvstrata.integrations._vllm.model import weights_of
+from kvstrata.integrations._vllm.transfers import Loading, Storing
 
 SEED = seed_of(adapter="", salt="", generation="")
 TOKENS = list(range(100, 164))

@@ -40,7 +40,7 @@ from vllm.v1.kv_offload.base import ReqContext, make_offload_key
 from vllm.v1.request import Request
 
 from engines.vllm_control import BLOCK, KV_BYTES_PER_TOKEN
-from kvstrata.integrations._vllm_keys import RequestKeys, seed_of
+from kvstrata.integrations._vllm.keys import RequestKeys, seed_of
 from kvstrata.integrations.vllm import KVStrataConnector
 from kvstrata.integrations.vllm_tier import KVStrataTier
 from kvstrata.movement.cost import Prefill

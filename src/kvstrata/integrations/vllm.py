@@ -26,10 +26,10 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvstrata.errors import ConfigError, UnknownOption
 from kvstrata.integrations._blocks import let_go, share_for_engine
-from kvstrata.integrations._vllm_groups import fails_in_blocks, groups_of
-from kvstrata.integrations._vllm_metrics import KVStrataPromMetrics, KVStrataStats
-from kvstrata.integrations._vllm_scheduler import Scheduler
-from kvstrata.integrations._vllm_worker import Worker
+from kvstrata.integrations._vllm.groups import fails_in_blocks, groups_of
+from kvstrata.integrations._vllm.metrics import KVStrataPromMetrics, KVStrataStats
+from kvstrata.integrations._vllm.scheduler import Scheduler
+from kvstrata.integrations._vllm.worker import Worker
 
 __all__ = ["KVStrataConnector"]
 

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 from kvstrata.cache import Cache
 from kvstrata.integrations._blocks import EngineBlocks
-from kvstrata.integrations._vllm_groups import Group, fails_in_blocks
-from kvstrata.integrations._vllm_memory import BlockMemory
-from kvstrata.integrations._vllm_messages import Progress, Rank, Shard, Work
-from kvstrata.integrations._vllm_metrics import Deltas, KVStrataStats, total
-from kvstrata.integrations._vllm_model import model_facts, weights_identity
-from kvstrata.integrations._vllm_transfers import Loading, Storing
+from kvstrata.integrations._vllm.groups import Group, fails_in_blocks
+from kvstrata.integrations._vllm.memory import BlockMemory
+from kvstrata.integrations._vllm.messages import Progress, Rank, Shard, Work
+from kvstrata.integrations._vllm.metrics import Deltas, KVStrataStats, total
+from kvstrata.integrations._vllm.model import model_facts, weights_identity
+from kvstrata.integrations._vllm.transfers import Loading, Storing
 
 __all__ = ["Worker"]
 

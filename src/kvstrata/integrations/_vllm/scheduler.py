@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 from kvstrata.cache import Cache
 from kvstrata.integrations._blocks import EngineBlocks
-from kvstrata.integrations._vllm_groups import NULL_BLOCK, Group, longest
-from kvstrata.integrations._vllm_keys import Adapters, RequestKeys, seed_of
-from kvstrata.integrations._vllm_messages import Load, Progress, Rank, Store, Work
-from kvstrata.integrations._vllm_metrics import Deltas, KVStrataStats, total
+from kvstrata.integrations._vllm.groups import NULL_BLOCK, Group, longest
+from kvstrata.integrations._vllm.keys import Adapters, RequestKeys, seed_of
+from kvstrata.integrations._vllm.messages import Load, Progress, Rank, Store, Work
+from kvstrata.integrations._vllm.metrics import Deltas, KVStrataStats, total
 from kvstrata.movement.cost import Prefill, worth_loading
 
 __all__ = ["Scheduler"]

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from kvstrata.integrations._blocks import EngineBlocks, Withdrawn
 
 if TYPE_CHECKING:
-    from kvstrata.integrations._vllm_memory import BlockMemory
-    from kvstrata.integrations._vllm_messages import Load, Store
+    from kvstrata.integrations._vllm.memory import BlockMemory
+    from kvstrata.integrations._vllm.messages import Load, Store
 
 __all__ = ["Loading", "Storing"]
 
