@@ -31,15 +31,16 @@ def tiny(place: Path) -> str:
 
 @pytest.fixture(scope="module")
 def engines(starting_vllm: Start, tiny: str) -> dict[str, Engine]:
-    """An engine without kvstrata, and two that share a cache; the second has little memory for KV."""
+    """An engine without kvstrata, and two that share a cache; the second has little memory, and computes in chunks."""
     endpoint = f"tcp://127.0.0.1:{free_ports(1)[0]}"
     events = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": endpoint}
     options = {"model": tiny, "skip_tokenizer_init": True, "max_model_len": 1024}
     found = {
         "plain": starting_vllm(None, **options, kv_cache_memory_bytes=32 << 20),
         "first": starting_vllm("cache", **options, kv_cache_memory_bytes=32 << 20, kv_events_config=events),
-        "second": starting_vllm("cache", **options, kv_cache_memory_bytes=4 << 20),
-    }
+        "second": starting_vllm("cache", **options, kv_cache_memory_bytes=3 << 20, max_num_batched_tokens=128,
+                                max_num_seqs=16),
+    }  # fmt: skip
     for engine in found.values():
         engine.process.finish()
     found["first"].spoil_unused()
@@ -136,12 +137,13 @@ def test_a_prefix_may_end_in_the_middle_of_what_was_stored(plain: Engine, first:
 
 def test_only_what_the_engine_lacks_itself_is_loaded(plain: Engine, first: Engine, second: Engine) -> None:
     tokens = prompt(6)
-    second.tokens(tokens, count=COUNT)
+    _, stored = second.counted(tokens, count=COUNT)
     first.tokens(tokens[:170], count=COUNT)
 
     found, counted = first.counted(tokens, count=COUNT)
 
     assert found == plain.tokens(tokens, count=COUNT)
+    assert stored["stored_blocks"] == GROUPS * ((LENGTH + COUNT - 1) // BLOCK)  # whatever had left the windows by then
     assert counted["loaded_blocks"] == LOADED - 170 // BLOCK
 
 
