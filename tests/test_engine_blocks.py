@@ -6,11 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import OpenCache
+from support.stores import MemoryStore
 
 import kvstrata
 from kvstrata.codecs import TensorInfo
 from kvstrata.errors import TierUnavailable, UnknownOption
 from kvstrata.integrations._blocks import EngineBlocks, Withdrawn, fingerprint, open_for_engine
+from kvstrata.remote_url import RemoteURL
+from kvstrata.tiers.keyed import KeyedTier
 
 SIZE = 64 << 10
 KEYS = [b"block %d" % i for i in range(4)]
@@ -42,6 +46,22 @@ def test_what_was_stored_is_loaded_into_the_buffers_given(blocks: EngineBlocks) 
     assert blocks.load(KEYS, outs) == [True] * 4
     assert [out[:1] + out[-1:] for out in outs] == [bytes([i, i]) for i in (1, 2, 3, 4)]
     assert blocks.present([KEYS[0], b"another"]) == [True, False]
+
+
+def test_a_tier_elsewhere_is_asked_once_for_all_that_is_not_here(
+    open_cache: OpenCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = MemoryStore()
+    monkeypatch.setattr(RemoteURL, "open", lambda url: KeyedTier(store, lookup_s=30.0))
+    writer, reader = (open_cache(tmp_path / name, remote="redis://there") for name in "ab")
+    filled(EngineBlocks(writer, "test", {"model": "m"}))
+    writer.flush()
+    blocks = EngineBlocks(reader, "test", {"model": "m"})
+    assert blocks.load(KEYS[:1], [bytearray(SIZE)]) == [True]
+    asked = store.calls.get("contains", 0)
+
+    assert blocks.present([KEYS[0], b"another", *KEYS[1:]]) == [True, False, True, True, True]
+    assert store.calls["contains"] == asked + 1
 
 
 def test_a_block_of_another_length_than_its_buffer_is_a_miss(blocks: EngineBlocks) -> None:
@@ -88,6 +108,16 @@ def test_a_store_ends_where_its_source_is_withdrawn(blocks: EngineBlocks) -> Non
     assert blocks.store(KEYS, SIZE, fill) == 2
     assert blocks.present(KEYS) == [True, True, False, False]
     assert (blocks.stats()["unstored_blocks"], blocks.stats()["errors"]) == (2, 0)
+
+
+def test_a_store_that_may_have_holes_leaves_out_only_what_is_withdrawn(blocks: EngineBlocks) -> None:
+    def fill(position: int, memory: memoryview) -> None:
+        if position == 2:
+            raise Withdrawn
+
+    assert blocks.store(KEYS, SIZE, fill, holes=True) == 3
+    assert blocks.present(KEYS) == [True, True, False, True]
+    assert (blocks.stats()["unstored_blocks"], blocks.stats()["errors"]) == (1, 0)
 
 
 def test_blocks_are_found_by_the_name_of_their_fingerprint(cache: kvstrata.Cache, blocks: EngineBlocks) -> None:

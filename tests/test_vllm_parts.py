@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,10 +19,11 @@ import torch
 import kvstrata
 from kvstrata.errors import ConfigError, UnsupportedModel
 from kvstrata.integrations._blocks import EngineBlocks, let_go, share_for_engine
-from kvstrata.integrations._vllm_keys import Adapters, RequestKeys, seed_of
-from kvstrata.integrations._vllm_memory import BlockMemory
-from kvstrata.integrations._vllm_model import weights_of
-from kvstrata.integrations._vllm_transfers import Loading, Storing
+from kvstrata.integrations._vllm.groups import Group, fails_in_blocks, longest
+from kvstrata.integrations._vllm.keys import Adapters, RequestKeys, seed_of
+from kvstrata.integrations._vllm.memory import BlockMemory
+from kvstrata.integrations._vllm.model import weights_of
+from kvstrata.integrations._vllm.transfers import Loading, Storing
 
 SEED = seed_of(adapter="", salt="", generation="")
 TOKENS = list(range(100, 164))
@@ -89,6 +91,95 @@ def test_weights_are_known_by_the_content_of_their_files(tmp_path: Path) -> None
         assert found[0] == found[1] != found[2]
         with pytest.raises(ConfigError, match='"weights": "NAME"'):
             weights_of(cache, str(tmp_path / "none"))
+
+
+# ---- Groups
+
+
+class There:
+    """A rank's part of a group, of which some blocks are there."""
+
+    def __init__(self, *missing: int) -> None:
+        self.missing = missing
+        self.asked = 0
+
+    def match(self, keys: Sequence[bytes]) -> int:
+        return next((i for i, there in enumerate(self.present(keys)) if not there), len(keys))
+
+    def present(self, keys: Sequence[bytes]) -> list[bool]:
+        self.asked += len(keys)
+        return [int.from_bytes(key, "little") not in self.missing for key in keys]
+
+
+def numbered(count: int) -> list[bytes]:
+    return [number.to_bytes(2, "little") for number in range(count)]
+
+
+def test_a_window_begins_where_vllm_frees_what_lies_before() -> None:
+    for window, end, first in (
+        (64, 2, 0),
+        (64, 3, 1),
+        (64, 10, 8),
+        (65, 10, 8),
+        (66, 10, 7),
+        (1, 10, 10),
+        (500, 10, 0),
+    ):
+        assert Group((), window).first_seen(end, 32) == first
+    assert Group(()).first_seen(10, 32) == 0
+
+
+def test_behind_a_prefix_all_blocks_are_seen_or_those_of_the_window() -> None:
+    full, window = Group(()), Group((), 64)
+
+    def found(start: int, *parts: tuple[Group, There]) -> int:
+        return longest(numbered(10), start, 32, [group for group, _ in parts], [[there] for _, there in parts])
+
+    assert found(0, (full, There()), (window, There(0, 1, 2, 3, 4, 5, 6, 7))) == 10
+    assert found(0, (full, There()), (window, There(8))) == 8
+    assert found(0, (full, There()), (window, There(8, 6))) == 6
+    assert found(0, (full, There(7)), (window, There(5))) == 5
+    assert found(0, (full, There()), (window, There(9)), (window, There(8)), (window, There(7))) == 7
+    assert found(9, (full, There(2)), (window, There(8))) == 10  # the engine has that one itself
+    assert found(0, (full, There(0)), (window, There())) == 0
+    assert found(10, (full, There()), (window, There())) == 10
+
+
+def test_the_longest_prefix_is_found_whatever_is_missing() -> None:
+    rng = random.Random(0)
+    for _ in range(500):
+        blocks, size = rng.randrange(1, 100), rng.choice((1, 16, 32))
+        start = rng.randrange(blocks + 1)
+        groups = [Group((), rng.choice((None, rng.randrange(1, 100 * size)))) for _ in range(rng.randrange(1, 4))]
+        ranks = [
+            [There(*rng.sample(range(blocks), rng.choice((0, 1, min(3, blocks))))) for _ in range(rng.randrange(1, 3))]
+            for _ in groups
+        ]
+
+        def usable(end: int) -> bool:
+            return not any(
+                max(start, group.first_seen(end, size)) <= block < end  # noqa: B023
+                for group, parts in zip(groups, ranks, strict=True)  # noqa: B023
+                for part in parts
+                for block in part.missing
+            )
+
+        expected = max(end for end in range(start, blocks + 1) if usable(end))
+        assert longest(numbered(blocks), start, size, groups, ranks) == expected
+
+
+def test_of_a_long_window_group_only_the_end_is_looked_up() -> None:
+    window = There(998)
+
+    assert longest(numbered(1000), 0, 32, [Group((), 64)], [[window]]) == 998
+    assert window.asked <= 100
+
+
+def test_only_where_all_layers_see_everything_blocks_fail_one_by_one() -> None:
+    full, window = Group(()), Group((), 64)
+
+    assert fails_in_blocks([full])
+    assert not any(fails_in_blocks(groups) for groups in ([window], [full, window], [full, full]))
 
 
 # ---- Copies

@@ -330,6 +330,11 @@ def test_settings_that_cannot_be_used_are_refused_at_the_start(first: Engine) ->
         first.attach(kv_connector_extra_config={"load": "layer-wise"})
     with pytest.raises(RemoteError, match="add --no-async-scheduling"):
         first.attach(overlapping=True, kv_connector_extra_config={"load": "layerwise"})
+    for spec in ("recurrent", "chunked"):
+        with pytest.raises(RemoteError, match="a way of their own"):
+            first.attach(spec=spec)
+    with pytest.raises(RemoteError, match="blocks of some layers hold 64 tokens, of others 32"):
+        first.attach(spec="larger blocks")
 
 
 def test_a_new_engine_finds_what_engines_that_were_killed_have_computed(

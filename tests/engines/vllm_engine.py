@@ -26,6 +26,7 @@ os.environ.update(
 
 import msgspec
 import numpy as np
+import torch
 import vllm
 import zmq
 from vllm.distributed.kv_events import BlockStored, KVEventBatch
@@ -34,13 +35,15 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.lora.request import LoRARequest
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core import kv_cache_utils
+from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, KVCacheSpec, MambaSpec
 from vllm.v1.kv_offload.base import ReqContext, make_offload_key
 from vllm.v1.request import Request
 
 from engines.vllm_control import BLOCK, KV_BYTES_PER_TOKEN
-from kvstrata.integrations._vllm_keys import RequestKeys, seed_of
+from kvstrata.integrations._vllm.keys import RequestKeys, seed_of
 from kvstrata.integrations.vllm import KVStrataConnector
 from kvstrata.integrations.vllm_tier import KVStrataTier
+from kvstrata.movement.cost import Prefill
 
 BLOCK_BYTES = BLOCK * KV_BYTES_PER_TOKEN
 LIMIT_S = 60.0
@@ -130,7 +133,8 @@ class Engine:
         """All that count."""
         if self.tier:
             return [self.tier._blocks] if self.tier._blocks else []
-        return [self.worker.blocks, *self.core.scheduler.connector._scheduler._shards]
+        scheduled = (blocks for parts in self.core.scheduler.connector._scheduler._ranks for blocks in parts)
+        return [*(blocks for _, blocks in self.worker.parts.values()), *scheduled]
 
     @property
     def cache(self) -> Any:
@@ -170,8 +174,9 @@ class Engine:
         (request_blocks,) = self.core.scheduler.kv_cache_manager.coordinator.single_type_managers
         name = self._hashes(prompt)[0]
         (block,) = request_blocks.block_pool.get_cached_block(name, [0])
-        data = bytearray(self.worker.memory.block_bytes)
-        self.worker.memory.read(block.block_id, memoryview(data))
+        memory = self.worker.parts[0].memory
+        data = bytearray(memory.block_bytes)
+        memory.read(block.block_id, memoryview(data))
         return [float(number) for number in np.frombuffer(data, np.float32)[::97]]
 
     def bytes_on_disk(self) -> int:
@@ -184,13 +189,31 @@ class Engine:
         self.cache.flush()
         self.cache.demote()
 
-    def damage(self, key: bytes) -> None:
+    def windows(self) -> list[int | None]:
+        """Of each group of layers, how many tokens these see; None: all."""
+        return [group.window for group in self.core.scheduler.connector._scheduler._groups]
+
+    def spoil_unused(self) -> None:
+        """Write nonsense to the block that vLLM puts where nobody looks."""
+        memory = self.worker.parts[0].memory
+        memory.write(0, memoryview(np.full(memory.block_bytes // 4, 5, np.float32)).cast("B"))
+
+    def remove(self, key: bytes, group: int) -> None:
+        """Remove a record."""
+        assert self.worker.parts[group].blocks.delete([key]) == 1
+
+    def computes_at(self, tokens_per_s: float | None) -> None:
+        """Let the connector take the model to be that fast."""
+        self.core.scheduler.connector._scheduler._prefill = Prefill(tokens_per_s)
+
+    def damage(self, key: bytes, group: int = 0) -> None:
         """Change a byte in the middle of a record on disk."""
-        ns = self.sides[0].ns
+        ns = self.sides[group].ns
+        nbytes = BLOCK_BYTES if self.tier else self.worker.parts[group].memory.block_bytes
         (at,) = self.cache._memory.store.find_on_disk(ns._space.id, [key])
         path = self.cache._below._segments.path_of(at[2])
         with Path(path).open("r+b") as file:
-            file.seek(at[3] + BLOCK_BYTES // 2)
+            file.seek(at[3] + nbytes // 2)
             byte = file.read(1)
             file.seek(-1, os.SEEK_CUR)
             file.write(bytes([byte[0] ^ 1]))
@@ -199,7 +222,7 @@ class Engine:
 
     def break_loads(self, broken: bool) -> None:
         """Let the cache find blocks and not be able to load them."""
-        space = self.worker.blocks.ns
+        space = self.worker.parts[0].blocks.ns
         if broken:
             self._real = space._space
             space._space = _Unreadable(space._space)
@@ -223,7 +246,7 @@ class Engine:
             socket.bind(address)  # vLLM connects
             decoder = msgspec.msgpack.Decoder(KVEventBatch)
             while not socket.poll(50):  # until it is connected
-                self.tokens(list(range(1000, 1000 + BLOCK + 1)))
+                self.tokens(list(range(100, 100 + BLOCK + 1)))
                 self.forget()
             while socket.poll(500):
                 socket.recv_multipart()
@@ -250,15 +273,26 @@ class Engine:
         """Wait until everything is on disk."""
         self.cache.flush()
 
-    def attach(self, *, overlapping: bool = False, **changes: Any) -> None:
-        """Make another connector as vLLM does at its start, with other settings."""
+    def attach(self, *, overlapping: bool = False, spec: str | None = None, **changes: Any) -> None:
+        """Make another connector as vLLM does at its start, with other settings or another kind of layers."""
         config = copy.copy(self.llm.llm_engine.vllm_config)
         config.kv_transfer_config = dataclasses.replace(config.kv_transfer_config, **changes)
         if overlapping:  # steps, as on accelerators
             config.scheduler_config = copy.copy(config.scheduler_config)
             config.scheduler_config.async_scheduling = True
-        scheduler = self.core.scheduler
-        KVStrataConnector(config, KVConnectorRole.SCHEDULER, scheduler.kv_cache_config)
+        layers = copy.deepcopy(self.core.scheduler.kv_cache_config)
+        if spec is not None:
+            layers.kv_cache_groups[-1].kv_cache_spec = _SPECS[spec]
+        KVStrataConnector(config, KVConnectorRole.SCHEDULER, layers)
+
+
+_SPECS: dict[str, KVCacheSpec] = {
+    "recurrent": MambaSpec(block_size=BLOCK, shapes=((1,),), dtypes=(torch.float32,)),
+    "chunked": ChunkedLocalAttentionSpec(
+        block_size=BLOCK, num_kv_heads=1, head_size=32, dtype=torch.float32, attention_chunk_size=64
+    ),
+    "larger blocks": FullAttentionSpec(block_size=2 * BLOCK, num_kv_heads=1, head_size=32, dtype=torch.float32),
+}
 
 
 class _Unreadable:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import blake3
@@ -151,30 +151,45 @@ class EngineBlocks:
 
     def present(self, keys: Sequence[bytes]) -> list[bool]:
         """Say of each block whether it is there; loads nothing."""
-        found = self._guarded(lambda: [key in self.ns for key in keys], [False] * len(keys))
+        found = self._guarded(lambda: self._present(keys), [False] * len(keys))
         self._tally.add(lookups=1, looked_up_blocks=len(keys), found_blocks=sum(found))
+        return found
+
+    def _present(self, keys: Sequence[bytes]) -> list[bool]:
+        found = [self.ns._space.contains(key) for key in keys]
+        if self.ns._remote is not None and not all(found):  # ask once for all of them
+            absent = [position for position, there in enumerate(found) if not there]
+            for position, place in zip(absent, self.ns._remote.places([keys[i] for i in absent]), strict=True):
+                found[position] = place is not None
         return found
 
     def sizes_below(self, keys: Sequence[bytes]) -> list[int]:
         """Return for each block the bytes that have to be read from the disk for it; 0 for what is in memory."""
         return self._guarded(lambda: self.cache.sizes_below(self.ns._space.id, keys), [0] * len(keys))
 
-    def store(self, keys: Sequence[bytes], nbytes: int, fill: Fill, *, depth: int = 0) -> int:
-        """Store blocks of `nbytes` each, in order, and return how many of them are there, from the first on.
+    def store(
+        self, keys: Sequence[bytes], nbytes: int, fill: Fill, *, depth: int = 0, holes: bool = False
+    ) -> int:  # fmt: skip
+        """Store blocks of `nbytes` each, in order, and return how many of them are there.
 
         `fill(i, memory)` writes block i where it isn't there yet. It ends at the first that can't be stored, or is
-        withdrawn, so that none is stored behind a hole. `depth` is the place of the first in its prefix, from 1 on; 0:
-        they aren't of one.
+        withdrawn, so that none is stored behind a hole; with `holes` only what is withdrawn is left out. `depth` is the
+        place of the first in its prefix, from 1 on; 0: they aren't of one.
         """
         done = written = 0
 
         def go() -> None:
             nonlocal done, written
-            with suppress(Withdrawn), StoredHead(self.ns) as head:
+            with StoredHead(self.ns) as head:
                 for position, key in enumerate(keys):
                     if key not in self.ns:
-                        with self.ns._reserve(key, nbytes, depth=depth and depth + position) as memory:
-                            fill(position, memory)
+                        try:
+                            with self.ns._reserve(key, nbytes, depth=depth and depth + position) as memory:
+                                fill(position, memory)
+                        except Withdrawn:
+                            if holes:
+                                continue
+                            return
                         written += 1
                     head.add([key])
                     done += 1

@@ -16,15 +16,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorRole,
+    KVConnectorTransferResults,
+    SupportsHMA,
+)
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
-from kvstrata.errors import ConfigError, UnknownOption, UnsupportedModel
+from kvstrata.errors import ConfigError, UnknownOption
 from kvstrata.integrations._blocks import let_go, share_for_engine
-from kvstrata.integrations._vllm_metrics import KVStrataPromMetrics, KVStrataStats
-from kvstrata.integrations._vllm_scheduler import Scheduler
-from kvstrata.integrations._vllm_worker import Worker
+from kvstrata.integrations._vllm.groups import fails_in_blocks, groups_of
+from kvstrata.integrations._vllm.metrics import KVStrataPromMetrics, KVStrataStats
+from kvstrata.integrations._vllm.scheduler import Scheduler
+from kvstrata.integrations._vllm.worker import Worker
 
 __all__ = ["KVStrataConnector"]
 
@@ -45,7 +50,7 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 "a block that can't be loaded has to be computed, or its request would fail; "
                 'add "kv_load_failure_policy": "recompute" to --kv-transfer-config'
             )
-        _check_groups(kv_cache_config)
+        groups = groups_of(kv_cache_config, vllm_config.cache_config.block_size)
         options = {"path": _default_path(), **transfer.kv_connector_extra_config}
         how = options.get("load", _LOADS[0])
         if how not in _LOADS:
@@ -57,6 +62,12 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                 '"load": "layerwise" is for one rank whose steps don\'t overlap: '
                 "add --no-async-scheduling, or load ahead of the step"
             )
+        if how == "layerwise" and not fails_in_blocks(groups):
+            # vLLM takes back what a request has computed only for such models.
+            raise ConfigError(
+                '"load": "layerwise" is for models all of whose layers see all tokens; load ahead of the step, or add '
+                "--disable-hybrid-kv-cache-manager"
+            )
         timeout = options.get("load_timeout", _LOAD_TIMEOUT_S)
         if isinstance(timeout, bool) or not isinstance(timeout, int | float) or timeout <= 0:
             raise ConfigError(f"load_timeout is a number of seconds above 0, not {timeout!r}")
@@ -66,11 +77,11 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._worker: Worker | None = None
         self._scheduler: Scheduler | None = None
         if role == KVConnectorRole.WORKER:
-            self._worker = Worker(self._cache, vllm_config, kv_cache_config, weights=weights, timeout=timeout,
+            self._worker = Worker(self._cache, vllm_config, kv_cache_config, groups, weights=weights, timeout=timeout,
                                   namespace_options=namespace)  # fmt: skip
         else:
             self._scheduler = Scheduler(
-                self._cache, vllm_config, layerwise=how == "layerwise", reads=transfer.is_kv_consumer,
+                self._cache, vllm_config, groups, layerwise=how == "layerwise", reads=transfer.is_kv_consumer,
                 writes=transfer.is_kv_producer, prefill_tokens_per_s=options.get("prefill_tokens_per_s"),
                 namespace_options=namespace,
             )  # fmt: skip
@@ -102,7 +113,7 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def get_handshake_metadata(self) -> Any:
         """Tell the scheduler where this rank's parts of blocks are."""
-        return self._here.shard()
+        return self._here.rank()
 
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
         """Before blocks are written: no store may be reading them any more."""
@@ -123,12 +134,13 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """Begin to store what the step has computed, and wait for nothing."""
         self._here.start_stores(self._work)
 
-    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        """Return the requests whose loads have ended."""
-        return None, self._here.finished(finished_req_ids)
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        """Return the requests whose loads have ended, and those that have to be computed from their beginning."""
+        ended, failed = self._here.finished(finished_req_ids)
+        return KVConnectorTransferResults(finished_recving=ended, failed_recving=failed)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
-        """Return the blocks that have to be computed after all."""
+        """Return the blocks that have to be computed after all, where that doesn't concern a request as a whole."""
         return self._here.take_failed()
 
     def build_connector_worker_meta(self) -> Any:
@@ -166,6 +178,7 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """Hear from the workers."""
         if connector_output.invalid_block_ids:
             self._plan.failed(connector_output.invalid_block_ids)
+        self._plan.failed_as_a_whole(connector_output.failed_recving)
         self._plan.heard(connector_output.kv_connector_worker_meta)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
@@ -176,8 +189,8 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        """As `request_finished`; there is one group."""
-        return self.request_finished(request, block_ids[0])
+        """As `request_finished`, for the blocks of all groups."""
+        return self.request_finished(request, [])
 
     def take_events(self) -> Iterable[Any]:
         """Return which blocks were stored in all ranks, medium "kvstrata"."""
@@ -221,18 +234,6 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._worker.close()
         cache, self._cache = self._cache, None
         let_go(cache)
-
-
-def _check_groups(kv_cache_config: Any) -> None:
-    """Raise UnsupportedModel unless all layers keep one row of KV for each token."""
-    groups = kv_cache_config.kv_cache_groups
-    if len(groups) == 1 and isinstance(groups[0].kv_cache_spec, FullAttentionSpec):
-        return
-    kinds = ", ".join(sorted({type(group.kv_cache_spec).__name__ for group in groups}))
-    raise UnsupportedModel(
-        f"the layers of this model keep their KV in different ways ({kinds}); with "
-        "--disable-hybrid-kv-cache-manager vLLM keeps all of it for each token, where the model allows that"
-    )
 
 
 def _default_path() -> str:

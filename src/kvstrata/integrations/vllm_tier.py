@@ -32,8 +32,8 @@ from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager, Tra
 from kvstrata.cache import Cache
 from kvstrata.errors import ConfigError
 from kvstrata.integrations._blocks import EngineBlocks, let_go, share_for_engine
-from kvstrata.integrations._vllm_metrics import COUNTERS, Deltas
-from kvstrata.integrations._vllm_model import LAYOUT_VERSION, weights_of
+from kvstrata.integrations._vllm.metrics import COUNTERS, Deltas
+from kvstrata.integrations._vllm.model import LAYOUT_VERSION, weights_of
 
 __all__ = ["KVStrataTier"]
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
-__all__ = ["COUNTERS", "Deltas", "KVStrataPromMetrics", "KVStrataStats"]
+__all__ = ["COUNTERS", "Deltas", "KVStrataPromMetrics", "KVStrataStats", "total"]
 
 COUNTERS = {
     "lookups": "Requests for which the cache was asked.",
@@ -47,6 +47,16 @@ class KVStrataStats(KVConnectorStats):  # type: ignore[misc]
     def is_empty(self) -> bool:
         """Whether nothing was counted."""
         return not any(self.data.values())
+
+
+def total(stats: Iterable[Mapping[str, object]]) -> dict[str, int]:
+    """Add up counters of several, by their names."""
+    found: dict[str, int] = {}
+    for counted in stats:
+        for name, value in counted.items():
+            if isinstance(value, int):
+                found[name] = found.get(name, 0) + value
+    return found
 
 
 class Deltas:

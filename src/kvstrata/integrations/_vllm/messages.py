@@ -12,24 +12,26 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from kvstrata.codecs.base import TensorInfo
 
-__all__ = ["Load", "Progress", "Shard", "Store", "Work"]
+__all__ = ["Load", "Progress", "Rank", "Shard", "Store", "Work"]
 
 
 @dataclass
 class Load:
-    """Blocks to be loaded for a request, and where to."""
+    """Blocks of a group of layers to be loaded for a request, and where to."""
 
     request: str
+    group: int
     keys: list[bytes]
     blocks: list[int]
 
 
 @dataclass
 class Store:
-    """Blocks of a request that this step completes, from number `first` of its prefix on, and where they are."""
+    """Blocks of a group that this step completes, from number `first` of the request on, and where they are."""
 
     number: int
     request: str
+    group: int
     first: int
     keys: list[bytes]
     blocks: list[int]
@@ -46,12 +48,20 @@ class Work(KVConnectorMetadata):  # type: ignore[misc]
 
 
 @dataclass
-class Shard(KVConnectorHandshakeMetadata):  # type: ignore[misc]
-    """Where a worker keeps its part of each block."""
+class Shard:
+    """Where a worker keeps its part of each block of a group."""
 
+    group: int
     namespace: str
     block_bytes: int
     tensor: TensorInfo | None
+
+
+@dataclass
+class Rank(KVConnectorHandshakeMetadata):  # type: ignore[misc]
+    """The shards of a worker: one for each group of which it has layers."""
+
+    shards: list[Shard]
 
 
 @dataclass

@@ -8,17 +8,18 @@ blocks are reported as failed, and computed.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvstrata.cache import Cache
 from kvstrata.integrations._blocks import EngineBlocks
-from kvstrata.integrations._vllm_memory import BlockMemory
-from kvstrata.integrations._vllm_messages import Progress, Shard, Work
-from kvstrata.integrations._vllm_metrics import Deltas, KVStrataStats
-from kvstrata.integrations._vllm_model import model_facts, weights_identity
-from kvstrata.integrations._vllm_transfers import Loading, Storing
+from kvstrata.integrations._vllm.groups import Group, fails_in_blocks
+from kvstrata.integrations._vllm.memory import BlockMemory
+from kvstrata.integrations._vllm.messages import Progress, Rank, Shard, Work
+from kvstrata.integrations._vllm.metrics import Deltas, KVStrataStats, total
+from kvstrata.integrations._vllm.model import model_facts, weights_identity
+from kvstrata.integrations._vllm.transfers import Loading, Storing
 
 __all__ = ["Worker"]
 
@@ -27,25 +28,36 @@ _FENCE_S = 0.1  # for stores whose blocks are about to be overwritten, in one st
 _CLOSE_S = 5.0  # for stores that are left at the end
 
 
+class Part(NamedTuple):
+    """This rank's layers of a group."""
+
+    memory: BlockMemory
+    blocks: EngineBlocks
+
+
 class Worker:
     """One rank. Calls come from the engine's thread; `timeout` bounds a load in seconds."""
 
-    def __init__(self, cache: Cache, vllm_config: Any, kv_cache_config: Any, *, weights: str | None, timeout: float,
-                 namespace_options: Mapping[str, Any]) -> None:  # fmt: skip
+    def __init__(self, cache: Cache, vllm_config: Any, kv_cache_config: Any, groups: Sequence[Group], *,
+                 weights: str | None, timeout: float, namespace_options: Mapping[str, Any]) -> None:  # fmt: skip
         self._cache = cache
         self._vllm_config = vllm_config
         self._kv_cache_config = kv_cache_config
+        self._groups = groups
+        self._fails_in_blocks = fails_in_blocks(groups)
+        self.parts: dict[int, Part] = {}
+        """What this rank has, by the numbers of groups; with pipeline parallelism it may have layers of some only."""
         self._weights = weights
         self._timeout = timeout
         self._namespace_options = namespace_options
         self._loader = ThreadPoolExecutor(_LOADERS, "kvstrata-load")
         self._storer = ThreadPoolExecutor(1, "kvstrata-store")
-        self._loading: list[Loading] = []
+        self._loading: dict[str, list[Loading]] = {}  # of each request, which waits for all of them
         self._layerwise: list[Loading] = []
         self._storing: list[Storing] = []
         self._failed: set[int] = set()
         self._spoiled = False  # the step computes with blocks that could not be loaded, and will be repeated
-        self._heads: dict[str, int] = {}  # of requests: how many blocks are stored, in the storer's thread
+        self._heads: dict[str, dict[int, int]] = {}  # of requests: blocks of each group stored, in the storer's thread
         self._deltas = Deltas()
         self.events = bool(vllm_config.kv_events_config and vllm_config.kv_events_config.enable_kv_cache_events)
 
@@ -53,22 +65,35 @@ class Worker:
         """Take the engine's KV memory; raises UnsupportedModel where its blocks can't be copied."""
         from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 
-        self.memory = BlockMemory(kv_caches, self._kv_cache_config.num_blocks)
-        layers = self._vllm_config.compilation_config.static_forward_context
-        facts = {
+        common = {
             **model_facts(self._vllm_config, self._weights or weights_identity(self._cache, self._vllm_config)),
             "block": f"{self._vllm_config.cache_config.block_size} {self._kv_cache_config.kv_cache_layout}",
-            "layers": self.memory.layout,
-            "backends": sorted({_backend(layers[name]) for name in kv_caches if name in layers}),
             "tp rank": get_tp_group().rank_in_group,
             "pp rank": get_pp_group().rank_in_group,
         }
-        tensor = self.memory.tensor
-        self.blocks = EngineBlocks(self._cache, "vllm", facts, tensor=tensor, **self._namespace_options)
+        layers = self._vllm_config.compilation_config.static_forward_context
+        for number, group in enumerate(self._groups):
+            # Groups lie in the same memory, in different blocks of it. What is in none shares the KV of another layer.
+            alone = len(self._groups) == 1
+            tensors = {name: tensor for name, tensor in kv_caches.items() if alone or name in group.layers}
+            if not tensors:
+                continue
+            memory = BlockMemory(tensors, self._kv_cache_config.num_blocks)
+            facts = {
+                **common,
+                "layers": memory.layout,
+                "window": group.window,
+                "backends": sorted({_backend(layers[name]) for name in tensors if name in layers}),
+            }
+            blocks = EngineBlocks(self._cache, "vllm", facts, tensor=memory.tensor, **self._namespace_options)
+            self.parts[number] = Part(memory, blocks)
 
-    def shard(self) -> Shard:
+    def rank(self) -> Rank:
         """Tell the scheduler where this rank's parts of blocks are."""
-        return Shard(self.blocks.name, self.memory.block_bytes, self.memory.tensor)
+        return Rank([
+            Shard(number, blocks.name, memory.block_bytes, memory.tensor)
+            for number, (memory, blocks) in self.parts.items()
+        ])  # fmt: skip
 
     # ---- Each step
 
@@ -83,18 +108,22 @@ class Worker:
     def start_loads(self, work: Work) -> None:
         """Begin the step's loads."""
         for load in work.loads:
-            loading = Loading(load, self.blocks, self.memory, time.monotonic() + self._timeout)
-            (self._layerwise if work.layerwise else self._loading).append(loading)
-            self._loader.submit(loading.run_layerwise if work.layerwise else loading.run)
+            loads = self._layerwise if work.layerwise else self._loading.setdefault(load.request, [])
+            if load.group in self.parts:
+                memory, blocks = self.parts[load.group]
+                loading = Loading(load, blocks, memory, time.monotonic() + self._timeout)
+                loads.append(loading)
+                self._loader.submit(loading.run_layerwise if work.layerwise else loading.run)
 
     def wait_for_layer(self, name: str) -> None:
         """Return when a layer is there, or all that is missing of it was reported."""
         if not self._layerwise:
             return
-        layer = self.memory.layer_of.get(name, self.memory.layers - 1)
+        memory = self.parts[0].memory
+        layer = memory.layer_of.get(name, memory.layers - 1)
         for loading in self._layerwise:
             loading.wait_for(layer)
-        if layer == self.memory.layers - 1:
+        if layer == memory.layers - 1:
             self._end_layerwise()
 
     def start_stores(self, work: Work) -> None:
@@ -102,32 +131,44 @@ class Worker:
         self._end_layerwise()  # of layers that asked for nothing
         spoiled, self._spoiled = self._spoiled, False
         for store in work.stores:
+            if store.group not in self.parts:
+                continue
             if spoiled:
-                self.blocks.unstored(len(store.keys))
+                self.parts[store.group].blocks.unstored(len(store.keys))
                 continue
             storing = Storing(store)
             self._storing.append(storing)
             self._storer.submit(self._store, storing)
 
-    def finished(self, requests: set[str]) -> set[str]:
-        """Return the requests whose loads have ended, well or not; `requests` are done and forgotten."""
+    def finished(self, requests: set[str]) -> tuple[set[str], set[str]]:
+        """Return the requests whose loads have ended, and those of them that have to be computed from the beginning.
+
+        `requests` are done and forgotten.
+        """
         for request in requests:
             self._storer.submit(self._heads.pop, request, None)
         now = time.monotonic()
-        ended = [loading for loading in self._loading if loading.ended.is_set() or loading.abandon(now)]
-        for loading in ended:
-            self._loading.remove(loading)
-            self._failed |= loading.failed
-        return {loading.load.request for loading in ended}
+        ended: set[str] = set()
+        failed: set[str] = set()
+        for request, loads in list(self._loading.items()):
+            if all(loading.ended.is_set() or loading.abandon(now) for loading in loads):
+                del self._loading[request]
+                ended.add(request)
+                missing = set().union(*(loading.failed for loading in loads))
+                if self._fails_in_blocks:
+                    self._failed |= missing
+                elif missing:
+                    failed.add(request)
+        return ended, failed
 
     def take_failed(self) -> set[int]:
-        """Return the blocks that could not be loaded since it was last asked."""
+        """Return the blocks that could not be loaded since it was last asked, where requests don't fail as a whole."""
         failed, self._failed = self._failed, set()
         return failed
 
     def take_stats(self) -> KVStrataStats | None:
         """Return what was counted since it was last asked."""
-        return self._deltas.of(self.blocks.stats())
+        return self._deltas.of(total(blocks.stats() for _, blocks in self.parts.values()))
 
     def take_progress(self) -> Progress | None:
         """Return which stores have ended since it was last asked, where somebody wants events of them."""
@@ -142,7 +183,7 @@ class Worker:
         for storing in self._storing:
             if not storing.ended.wait(max(0.0, until - time.monotonic())):
                 storing.withdraw(set(storing.store.blocks))
-        for loading in [*self._loading, *self._layerwise]:
+        for loading in [*(loading for loads in self._loading.values() for loading in loads), *self._layerwise]:
             loading.abandon(float("inf"))
         self._loader.shutdown(wait=False, cancel_futures=True)
         self._storer.shutdown(wait=True, cancel_futures=True)
@@ -150,7 +191,7 @@ class Worker:
     def _end_layerwise(self) -> None:
         loads, self._layerwise = self._layerwise, []
         for loading in loads:
-            loading.wait_for(self.memory.layers - 1)
+            loading.wait_for(self.parts[0].memory.layers - 1)
             self._failed |= loading.failed
             self._spoiled |= bool(loading.failed)
 
@@ -158,13 +199,21 @@ class Worker:
 
     def _store(self, storing: Storing) -> None:
         store = storing.store
+        memory, blocks = self.parts[store.group]
+        heads = self._heads.setdefault(store.request, {})
+        windowed = self._groups[store.group].window is not None  # then what lies behind a hole is of use
         try:
-            if store.first <= self._heads.get(store.request, 0):  # else a block before is missing
-                fill = storing.filled_by(self.memory.read)
-                storing.stored = self.blocks.store(store.keys, self.memory.block_bytes, fill, depth=store.first + 1)
-                self._heads[store.request] = store.first + storing.stored
+            if windowed or store.first <= heads.get(store.group, 0):  # else a block before is missing
+                storing.stored = blocks.store(
+                    store.keys,
+                    memory.block_bytes,
+                    storing.filled_by(memory.read),
+                    depth=store.first + 1,
+                    holes=windowed,
+                )
+                heads[store.group] = store.first + storing.stored
             else:
-                self.blocks.unstored(len(store.keys))
+                blocks.unstored(len(store.keys))
         finally:
             storing.ended.set()
 

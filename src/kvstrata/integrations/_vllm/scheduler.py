@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 from kvstrata.cache import Cache
 from kvstrata.integrations._blocks import EngineBlocks
-from kvstrata.integrations._vllm_keys import Adapters, RequestKeys, seed_of
-from kvstrata.integrations._vllm_messages import Load, Progress, Shard, Store, Work
-from kvstrata.integrations._vllm_metrics import Deltas, KVStrataStats
+from kvstrata.integrations._vllm.groups import NULL_BLOCK, Group, longest
+from kvstrata.integrations._vllm.keys import Adapters, RequestKeys, seed_of
+from kvstrata.integrations._vllm.messages import Load, Progress, Rank, Store, Work
+from kvstrata.integrations._vllm.metrics import Deltas, KVStrataStats, total
 from kvstrata.movement.cost import Prefill, worth_loading
 
 __all__ = ["Scheduler"]
@@ -49,7 +50,7 @@ class Scheduler:
     """One engine's. `layerwise`: loads belong to the step that needs them, layer by layer, instead of going before."""
 
     def __init__(
-        self, cache: Cache, vllm_config: Any, *, layerwise: bool, reads: bool, writes: bool,
+        self, cache: Cache, vllm_config: Any, groups: Sequence[Group], *, layerwise: bool, reads: bool, writes: bool,
         prefill_tokens_per_s: float | None, namespace_options: Mapping[str, Any],
     ) -> None:  # fmt: skip
         self._cache = cache
@@ -58,7 +59,10 @@ class Scheduler:
         self._reads, self._writes = reads, writes
         self._prefill = Prefill(prefill_tokens_per_s)
         self._namespace_options = namespace_options
-        self._shards: list[EngineBlocks] = []
+        self._groups = groups
+        self._ranks: list[list[EngineBlocks]] = [[] for _ in groups]  # of each group: what each rank has of it
+        self._spare = int(layerwise or any(group.window for group in groups))
+        self._told_of = next((number for number, group in enumerate(groups) if group.window is None), 0)
         self._tracked: dict[str, _Tracked] = {}
         self._adapters = Adapters(vllm_config.lora_config and vllm_config.lora_config.lora_dtype)
         self._generation = ""
@@ -69,12 +73,13 @@ class Scheduler:
         self._events: list[Any] = []
         self._wants_events = bool(vllm_config.kv_events_config and vllm_config.kv_events_config.enable_kv_cache_events)
 
-    def meet(self, shards: Sequence[Shard]) -> None:
+    def meet(self, ranks: Sequence[Rank]) -> None:
         """Learn from all workers where their parts of blocks are."""
-        self._shards = [
-            EngineBlocks.named(self._cache, shard.namespace, tensor=shard.tensor, **self._namespace_options)
-            for shard in shards
-        ]
+        self._ranks = [[] for _ in self._groups]
+        for shard in (shard for rank in ranks for shard in rank.shards):
+            self._ranks[shard.group].append(
+                EngineBlocks.named(self._cache, shard.namespace, tensor=shard.tensor, **self._namespace_options)
+            )
 
     # ---- A request
 
@@ -82,7 +87,7 @@ class Scheduler:
         """Begin to follow a request."""
         keys = None
         adapter = self._adapters.identity(request.lora_request)
-        if adapter is not None and request.prompt_embeds is None and self._shards:
+        if adapter is not None and request.prompt_embeds is None and any(self._ranks):
             seed = seed_of(adapter=adapter, salt=request.cache_salt or "", generation=self._generation)
             features = [
                 (feature.mm_position.offset, feature.mm_position.length, feature.identifier)
@@ -98,29 +103,43 @@ class Scheduler:
         size = self._block_tokens
         if tracked.keys is None or tracked.gave_up or not self._reads:
             return 0, False
-        # A step computes a token at least; one that was loaded before it may be computed once more.
-        limit = (request.num_tokens - int(self._layerwise)) // size
+        # A step computes a token at least. One that was loaded before it may be computed once more, where all that this
+        # token sees is there: with windows that needn't be.
+        limit = (request.num_tokens - self._spare) // size
         start = computed // size
         now = time.monotonic()
         if start != tracked.start or now - tracked.asked_at > _MATCH_S:
-            keys = tracked.keys.upto(request.all_token_ids, limit)[start:]
-            found = len(keys)
-            for shard in self._shards:  # what a rank lacks is of no use to the others
-                found = shard.match(keys[:found]) if found else 0
+            keys = tracked.keys.upto(request.all_token_ids, limit)
             tracked.start, tracked.asked_at = start, now
-            tracked.found, tracked.below = self._worthwhile(keys[:found])
+            tracked.found, tracked.below = self._worthwhile(keys[: self._longest(keys, start)], start)
         return tracked.found * size, bool(tracked.found) and not self._layerwise
 
-    def _worthwhile(self, keys: list[bytes]) -> tuple[int, int]:
-        """Return how many blocks are sooner loaded than computed, and how many of these have to come from disk."""
-        if not keys or not self._cache.options.disk:
-            return len(keys), 0
-        sizes = [sum(parts) for parts in zip(*(shard.sizes_below(keys) for shard in self._shards), strict=True)]
+    def _longest(self, keys: list[bytes], start: int) -> int:
+        return longest(keys, start, self._block_tokens, self._groups, self._ranks)
+
+    def _worthwhile(self, keys: list[bytes], start: int) -> tuple[int, int]:
+        """Return how many blocks from `start` on are sooner loaded than computed, and how many come from disk."""
+        if len(keys) <= start or not self._cache.options.disk:
+            return max(0, len(keys) - start), 0
+        sizes = self._sizes_below(keys, start)
         token_s = self._prefill.token_s
         if token_s is not None:
             places = [(self._cache.below, size) if size else None for size in sizes]
-            sizes = sizes[: worth_loading(places, self._cache.cost.seconds, token_s * self._block_tokens)]
+            worth = worth_loading(places, self._cache.cost.seconds, token_s * self._block_tokens)
+            if worth < len(sizes):  # behind which not all windows may be there
+                keys = keys[: self._longest(keys[: start + worth], start)]
+                sizes = self._sizes_below(keys, start)
         return len(sizes), sum(size > 0 for size in sizes)
+
+    def _sizes_below(self, keys: list[bytes], start: int) -> list[int]:
+        """Return for each block from `start` on what has to be read for it, when a request goes on behind the last."""
+        sizes = [0] * (len(keys) - start)
+        for group, parts in zip(self._groups, self._ranks, strict=True):
+            first = max(start, group.first_seen(len(keys), self._block_tokens))
+            for blocks in parts:
+                for position, size in enumerate(blocks.sizes_below(keys[first:]), first - start):
+                    sizes[position] += size
+        return sizes
 
     def sources(self, request: Any, tokens: int) -> tuple[int, int]:
         """Return how many of the tokens of a load that was planned come from memory, and how many from disk."""
@@ -136,9 +155,11 @@ class Scheduler:
         end = tracked.start + tokens // self._block_tokens
         keys = tracked.keys.upto(request.all_token_ids, end)[tracked.start :]
         tracked.asked_at = float("-inf")
-        load = Load(request.request_id, keys, list(blocks.get_block_ids()[0][tracked.start : end]))
-        tracked.loading = set(load.blocks)
-        self._loads.append(load)
+        tracked.loading = set()
+        for group, table in enumerate(blocks.get_block_ids()):
+            places = _places(keys, table[tracked.start : end])
+            self._loads.append(Load(request.request_id, group, list(places), list(places.values())))
+            tracked.loading.update(places.values())
 
     def ended(self, request: Any) -> None:
         """Forget a request. Stores that are under way need nothing of it."""
@@ -164,11 +185,15 @@ class Scheduler:
             if blocks > tracked.stored:
                 first, tracked.stored = tracked.stored, blocks
                 keys = tracked.keys.upto(request.all_token_ids, blocks)[first:]
-                self._stores += 1
-                places = list(state.get_block_ids(name)[0][first:blocks])
-                work.stores.append(Store(self._stores, name, first, keys, places))
-                if self._wants_events:
-                    self._will_tell(self._stores, request, first, blocks)
+                for group, table in enumerate(state.get_block_ids(name)):
+                    places = _places(keys, table[first:blocks])
+                    self._stores += 1
+                    begin = blocks - len(places)  # what isn't there any more lies before the rest
+                    work.stores.append(
+                        Store(self._stores, name, group, begin, list(places), list(places.values()))
+                    )  # fmt: skip
+                    if self._wants_events and group == self._told_of:
+                        self._will_tell(self._stores, request, begin, blocks)
         return work
 
     def _fresh(self, step: Any) -> set[int]:
@@ -176,14 +201,15 @@ class Scheduler:
         size = self._block_tokens
         fresh: set[int] = set()
         for new in step.scheduled_new_reqs:
-            fresh.update(new.block_ids[0][new.num_computed_tokens // size :])
+            for table in new.block_ids:
+                fresh.update(table[new.num_computed_tokens // size :])
         cached = step.scheduled_cached_reqs
         for name, blocks, computed in zip(
             cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
         ):
-            if blocks is not None:
-                resumed = name in cached.resumed_req_ids  # then these are all blocks that it has
-                fresh.update(blocks[0][computed // size if resumed else 0 :])
+            resumed = name in cached.resumed_req_ids  # then these are all blocks that it has
+            for table in blocks or ():
+                fresh.update(table[computed // size if resumed else 0 :])
         for load in self._loads:
             fresh.update(load.blocks)
         return fresh
@@ -197,7 +223,7 @@ class Scheduler:
             if told is None:
                 continue
             told.heard.extend(counts)
-            if len(told.heard) >= len(self._shards):
+            if len(told.heard) >= len(self._ranks[self._told_of]):
                 del self._telling[number]
                 self._tell(told, min(told.heard))
 
@@ -206,6 +232,13 @@ class Scheduler:
         for tracked in self._tracked.values():
             tracked.stored = 0
             tracked.gave_up = tracked.gave_up or not tracked.loading.isdisjoint(blocks)
+
+    def failed_as_a_whole(self, requests: Iterable[str]) -> None:
+        """Requests could not be loaded, and will be computed from their beginning."""
+        for name in requests:
+            if (tracked := self._tracked.get(name)) is not None:
+                tracked.stored = 0
+                tracked.gave_up = True
 
     @property
     def telling(self) -> bool:
@@ -219,12 +252,7 @@ class Scheduler:
 
     def stats(self) -> KVStrataStats | None:
         """Return what was counted since it was last asked."""
-        total: dict[str, int] = {}
-        for shard in self._shards:
-            for name, value in shard.stats().items():
-                if isinstance(value, int):
-                    total[name] = total.get(name, 0) + value
-        return self._deltas.of(total)
+        return self._deltas.of(total(blocks.stats() for parts in self._ranks for blocks in parts))
 
     def reset(self) -> None:
         """Find nothing of what was stored up to now, by this engine from now on.
@@ -263,5 +291,11 @@ class Scheduler:
                     lora_id=told.lora and told.lora.lora_int_id,
                     medium=_MEDIUM,
                     lora_name=told.lora and told.lora.lora_name,
+                    group_idx=self._told_of,
                 )
             )
+
+
+def _places(keys: Sequence[bytes], table: Sequence[int]) -> dict[bytes, int]:
+    """Return the block of each key that has one."""
+    return {key: block for key, block in zip(keys, table, strict=False) if block != NULL_BLOCK}

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from kvstrata.integrations._blocks import EngineBlocks, Withdrawn
 
 if TYPE_CHECKING:
-    from kvstrata.integrations._vllm_memory import BlockMemory
-    from kvstrata.integrations._vllm_messages import Load, Store
+    from kvstrata.integrations._vllm.memory import BlockMemory
+    from kvstrata.integrations._vllm.messages import Load, Store
 
 __all__ = ["Loading", "Storing"]
 
@@ -19,25 +19,24 @@ _GROUPS = 8  # of layers, which a layer-wise load brings one after the other
 
 
 class Storing:
-    """A store under way. Blocks from position `_cut` on aren't what they were."""
+    """A store under way. Blocks at the positions `_gone` aren't what they were."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
         self.ended = threading.Event()
         self.stored = 0
-        self._cut = len(store.keys)
+        self._gone: frozenset[int] = frozenset()
 
     def withdraw(self, fresh: set[int]) -> None:
         """Store nothing of these any more: what is copied from now on isn't taken for the block."""
-        positions = [position for position, block in enumerate(self.store.blocks) if block in fresh]
-        self._cut = min([self._cut, *positions])
+        self._gone |= {position for position, block in enumerate(self.store.blocks) if block in fresh}
 
     def filled_by(self, read: Callable[[int, memoryview], None]) -> Callable[[int, memoryview], None]:
         """Return what copies a block by `read`, and raises Withdrawn where it was too late."""
 
         def fill(position: int, memory: memoryview) -> None:
             read(self.store.blocks[position], memory)
-            if position >= self._cut:  # looked at after copying: it is set before the block is overwritten
+            if position in self._gone:  # looked at after copying: it is set before the block is overwritten
                 raise Withdrawn
 
         return fill
