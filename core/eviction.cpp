@@ -14,6 +14,7 @@ constexpr double kPatience = 5;          // seconds a put waits for the tier bel
 constexpr double kHot = 5;               // how much worse it is to lose what was used just now than what is due to go
 constexpr int kMostEvictions = 1 << 20;  // a bound on the loop that makes room for one block
 constexpr u32 kAheadPart = 64;           // one in so many parts of the memory is kept free ahead, at most
+constexpr u32 kAheadPieces = 2;          // no more is kept free in all, in units of that
 constexpr u32 kFewestAhead = 2, kMostAhead = 64;  // records that leave for that after a put
 constexpr u32 kAheadPause = 256;         // puts
 }  // namespace
@@ -241,7 +242,7 @@ void Store::make_room_ahead(u32 units) {
     }
     Leaving& leaving = ahead_.leaving;
     if (leaving.empty()) {
-        if (allocator_.has_room(wanted)) return;
+        if (allocator_.has_room(wanted, Allocator::pages_wanted(kAheadPieces * wanted))) return;
         give_back_spares();
         if (!evict_oldest(wanted, false, &leaving)) {
             ahead_.pause = kAheadPause;
