@@ -50,8 +50,8 @@ public:
     void find_neighbours(u32 block, u32 block_units, u32 units, Neighbourhood& found);
 
     static bool is_small(u32 units);
-    // Whether a block of `units`, which isn't small, would fit now, or `most` pages are free in pieces too small.
-    bool has_room(u32 units, u32 most);
+    // Whether a block of `units`, which isn't small, would fit now.
+    bool has_room(u32 units);
 
     // Takes the next chunk of entries for `shard`; kNone when all are taken or memory is short.
     u32 take_chunk(u32 shard);

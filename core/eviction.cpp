@@ -14,7 +14,6 @@ constexpr double kPatience = 5;          // seconds a put waits for the tier bel
 constexpr double kHot = 5;               // how much worse it is to lose what was used just now than what is due to go
 constexpr int kMostEvictions = 1 << 20;  // a bound on the loop that makes room for one block
 constexpr u32 kAheadPart = 64;           // one in so many parts of the memory is kept free ahead, at most
-constexpr u32 kAheadPieces = 2;          // no more is kept free in all, in units of that
 constexpr u32 kFewestAhead = 2, kMostAhead = 64;  // records that leave for that after a put
 constexpr u32 kAheadPause = 256;         // puts
 }  // namespace
@@ -229,9 +228,10 @@ bool Store::evict_oldest(u32 units, bool guaranteed_too, Leaving* leaving) {
 
 // After a put of `units`: lets as much leave as it took, so that the next large block finds its place empty instead of
 // waiting for many records to leave. What is kept free is one piece as long as the largest block taken lately, and no more
-// than a small part of the memory. Nothing is done while there is such a piece, nor for small blocks, which are quick to
-// make room for.
+// than a small part of the memory. It is made once for each such block that is taken: where small ones take it, the next
+// large one waits, or else more and more would be kept free.
 void Store::make_room_ahead(u32 units) {
+    if (!ahead_.due.load(std::memory_order_relaxed)) return;
     const u32 wanted = std::min(ahead_.units.load(std::memory_order_relaxed), capacity_units_ / kAheadPart);
     if (Allocator::is_small(wanted)) return;
     const std::unique_lock held(ahead_.mutex, std::try_to_lock);
@@ -242,7 +242,10 @@ void Store::make_room_ahead(u32 units) {
     }
     Leaving& leaving = ahead_.leaving;
     if (leaving.empty()) {
-        if (allocator_.has_room(wanted, Allocator::pages_wanted(kAheadPieces * wanted))) return;
+        if (allocator_.has_room(wanted)) {
+            ahead_.due.store(false, std::memory_order_relaxed);
+            return;
+        }
         give_back_spares();
         if (!evict_oldest(wanted, false, &leaving)) {
             ahead_.pause = kAheadPause;
@@ -257,6 +260,7 @@ void Store::make_room_ahead(u32 units) {
         const u32 size = index_.glimpse(next.entry).units;
         if (vacate(next)) freed += size;
     }
+    if (leaving.empty()) ahead_.due.store(false, std::memory_order_relaxed);
 }
 
 u64 Store::demote_all() {
@@ -335,8 +339,11 @@ Block Store::take_block(u32 units, Space wanted, bool may_wait) {
     }
     const auto over_quota = [&] { return ns.quota && ns.bytes.load() + bytes > ns.quota; };
     remove_expired();
-    const u32 largest = ahead_.units.load(std::memory_order_relaxed);  // forgotten with time
-    if (!Allocator::is_small(std::max(units, largest))) ahead_.units.store(std::max(units, largest - largest / 1024), std::memory_order_relaxed);
+    if (!Allocator::is_small(units)) {
+        const u32 largest = ahead_.units.load(std::memory_order_relaxed);
+        ahead_.units.store(std::max(units, largest - largest / 1024), std::memory_order_relaxed);  // forgotten with time
+        if (units >= largest / 4) ahead_.due.store(true, std::memory_order_relaxed);
+    }
     if (!over_quota())
         if (const auto spare = clients_.spares.take(units)) return Block(*this, *spare);
     const std::optional<u32> free_slot = may_wait ? clients_.arrivals.take() : clients_.arrivals.try_take();

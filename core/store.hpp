@@ -530,6 +530,7 @@ private:
 
     struct Ahead {  // of what will be wanted: see make_room_ahead
         std::atomic<u32> units{0};  // of the largest block that was taken lately
+        std::atomic<bool> due{false};  // such a one was taken since
         std::mutex mutex;           // of the following
         Leaving leaving;
         u32 pause = 0;  // puts to be left alone, since nothing could leave
