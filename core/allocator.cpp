@@ -342,6 +342,13 @@ u32 Allocator::pages_wanted(u32 units) {
     return extent(units) <= kSmallUnits ? kSlabPages : pages_for(extent(units));
 }
 
+bool Allocator::is_small(u32 units) { return extent(units) <= kSmallUnits; }
+
+bool Allocator::has_room(u32 units) {
+    const RobustLock held = lock();
+    return find_run(pages_for(extent(units))) != kNone;
+}
+
 void Allocator::find_neighbours(u32 block, u32 block_units, u32 units, Neighbourhood& found) {
     found.runs.clear();
     found.residents.clear();

@@ -13,6 +13,9 @@ constexpr u32 kWrittenAhead = 16384;     // units of lazy records that are writt
 constexpr double kPatience = 5;          // seconds a put waits for the tier below
 constexpr double kHot = 5;               // how much worse it is to lose what was used just now than what is due to go
 constexpr int kMostEvictions = 1 << 20;  // a bound on the loop that makes room for one block
+constexpr u32 kAheadPart = 64;           // one in so many parts of the memory is kept free ahead, at most
+constexpr u32 kFewestAhead = 2, kMostAhead = 64;  // records that leave for that after a put
+constexpr u32 kAheadPause = 256;         // puts
 }  // namespace
 
 bool Store::may_leave(const Entry& entry) const {
@@ -88,7 +91,7 @@ bool Store::evict_keys() {
 // Empties the place of `victim` for a block of `units`, together with as much of its neighbourhood as that takes, so
 // that a large block doesn't wait until by chance neighbours have left. Of the windows that are long enough and hold
 // the victim, the one with the least in it that was used lately. False when there is none.
-bool Store::clear_window(u32 victim, u32 units, bool guaranteed_too) {
+bool Store::clear_window(u32 victim, u32 units, bool guaranteed_too, Leaving* leaving) {
     u32 block, block_units, now = header_.tick.load(), oldest;
     {
         const RobustLock held = index_.lock(index_.shard_holding(victim));
@@ -150,13 +153,18 @@ bool Store::clear_window(u32 victim, u32 units, bool guaranteed_too) {
     }
     if (!best_to) return false;
     for (size_t i = best_from; i < best_to; ++i)
-        for (u32 n = runs[i].from; n < runs[i].to; ++n) vacate(around.residents[n]);
+        for (u32 n = runs[i].from; n < runs[i].to; ++n) {
+            if (leaving)
+                leaving->push_back(around.residents[n]);
+            else
+                vacate(around.residents[n]);
+        }
     return true;
 }
 
 // Lets the policy's next victims leave until one has made room for a block of `units`, or at least gone; false when
 // nothing of the namespace may leave.
-bool Store::evict_from(u32 id, u32 units, bool guaranteed_too) {
+bool Store::evict_from(u32 id, u32 units, bool guaranteed_too, Leaving* leaving) {
     Namespace& ns = space(id);
     u32 looked_at = 0, count = 1, written = 0;
     u32 victim = kNone;
@@ -183,7 +191,7 @@ bool Store::evict_from(u32 id, u32 units, bool guaranteed_too) {
         }
     }
     if (!victim) return false;
-    return clear_window(victim, units, guaranteed_too) || evict_from(id, 0, guaranteed_too);
+    return clear_window(victim, units, guaranteed_too, leaving) || (!leaving && evict_from(id, 0, guaranteed_too));
 }
 
 // Makes room for namespace `wanted`: first in namespaces that have more than they have been guaranteed. What others have been
@@ -194,7 +202,7 @@ bool Store::evict_one(u32 units, u32 wanted) {
 }
 
 // Makes room in the namespace whose victim was used longest ago.
-bool Store::evict_oldest(u32 units, bool guaranteed_too) {
+bool Store::evict_oldest(u32 units, bool guaranteed_too, Leaving* leaving) {
     const u32 namespaces = header_.namespaces.load();
     std::vector<bool> refused(namespaces);
     for (;;) {
@@ -213,9 +221,46 @@ bool Store::evict_oldest(u32 units, bool guaranteed_too) {
             }
         }
         if (!oldest) return false;
-        if (evict_from(oldest, units, guaranteed_too)) return true;
+        if (evict_from(oldest, units, guaranteed_too, leaving)) return true;
         refused[oldest] = true;
     }
+}
+
+// After a put of `units`: lets as much leave as it took, so that the next large block finds its place empty instead of
+// waiting for many records to leave. What is kept free is one piece as long as the largest block taken lately, and no more
+// than a small part of the memory. It is made once for each such block that is taken: where small ones take it, the next
+// large one waits, or else more and more would be kept free.
+void Store::make_room_ahead(u32 units) {
+    if (!ahead_.due.load(std::memory_order_relaxed)) return;
+    const u32 wanted = std::min(ahead_.units.load(std::memory_order_relaxed), capacity_units_ / kAheadPart);
+    if (Allocator::is_small(wanted)) return;
+    const std::unique_lock held(ahead_.mutex, std::try_to_lock);
+    if (!held) return;  // somebody else is at it
+    if (ahead_.pause) {
+        --ahead_.pause;
+        return;
+    }
+    Leaving& leaving = ahead_.leaving;
+    if (leaving.empty()) {
+        if (allocator_.has_room(wanted)) {
+            ahead_.due.store(false, std::memory_order_relaxed);
+            return;
+        }
+        give_back_spares();
+        if (!evict_oldest(wanted, false, &leaving)) {
+            ahead_.pause = kAheadPause;
+            return;
+        }
+    }
+    u64 freed = 0;
+    for (u32 count = 0; !leaving.empty() && count < kMostAhead && (count < kFewestAhead || freed < units); ++count) {
+        const Allocator::Resident next = leaving.back();
+        leaving.pop_back();
+        if (!next.entry) continue;
+        const u32 size = index_.glimpse(next.entry).units;
+        if (vacate(next)) freed += size;
+    }
+    if (leaving.empty()) ahead_.due.store(false, std::memory_order_relaxed);
 }
 
 u64 Store::demote_all() {
@@ -294,6 +339,11 @@ Block Store::take_block(u32 units, Space wanted, bool may_wait) {
     }
     const auto over_quota = [&] { return ns.quota && ns.bytes.load() + bytes > ns.quota; };
     remove_expired();
+    if (!Allocator::is_small(units)) {
+        const u32 largest = ahead_.units.load(std::memory_order_relaxed);
+        ahead_.units.store(std::max(units, largest - largest / 1024), std::memory_order_relaxed);  // forgotten with time
+        if (units >= largest / 4) ahead_.due.store(true, std::memory_order_relaxed);
+    }
     if (!over_quota())
         if (const auto spare = clients_.spares.take(units)) return Block(*this, *spare);
     const std::optional<u32> free_slot = may_wait ? clients_.arrivals.take() : clients_.arrivals.try_take();

@@ -490,10 +490,13 @@ private:
     bool may_leave(const Entry& entry) const;
     void leave_memory(u32 at);
     bool vacate(Allocator::Resident resident);
-    bool clear_window(u32 victim, u32 units, bool guaranteed_too);
-    bool evict_from(u32 id, u32 units, bool guaranteed_too);
+    // Residents who have to leave for something; who is given one puts them there instead of asking them to leave.
+    using Leaving = std::vector<Allocator::Resident>;
+    bool clear_window(u32 victim, u32 units, bool guaranteed_too, Leaving* leaving = nullptr);
+    bool evict_from(u32 id, u32 units, bool guaranteed_too, Leaving* leaving = nullptr);
     bool evict_one(u32 units, u32 wanted);
-    bool evict_oldest(u32 units, bool guaranteed_too);
+    bool evict_oldest(u32 units, bool guaranteed_too, Leaving* leaving = nullptr);
+    void make_room_ahead(u32 units);
     bool evict_entry_of(u32 shard);
     bool evict_keys();
     void leave_index(u32 at);
@@ -524,6 +527,15 @@ private:
     u32 capacity_units_;
 
     std::atomic<u32> next_shard_{0};  // of which evict_keys forgets some
+
+    struct Ahead {  // of what will be wanted: see make_room_ahead
+        std::atomic<u32> units{0};  // of the largest block that was taken lately
+        std::atomic<bool> due{false};  // such a one was taken since
+        std::mutex mutex;           // of the following
+        Leaving leaving;
+        u32 pause = 0;  // puts to be left alone, since nothing could leave
+    };
+    Ahead ahead_;
 
     std::mutex dirty_mutex_;
     std::condition_variable dirty_ready_, dirty_settled_;

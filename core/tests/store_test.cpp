@@ -132,6 +132,24 @@ TEST(blocks_kept_for_the_next_puts_are_free_memory_to_everybody_else) {
     CHECK(store->stats().memory.free_runs == 1);
 }
 
+TEST(once_memory_is_full_each_put_makes_room_for_the_next_large_block) {
+    auto store = fresh(64 << 20);
+    const Space space = store->open_namespace(0, "default", 1, {});
+    std::mt19937 random(5);
+    auto size = [&] { return random() % 4 ? 1000 + random() % 60000 : 900000; };
+    for (int i = 0; i < 2000; ++i) put(*store, space, "full " + std::to_string(i), std::string(size(), 'x'));
+    int waited = 0;
+    for (int i = 0; i < 400; ++i) {
+        const u64 before = store->stats().evictions;
+        auto reservation = store->reserve(space, bytes_of("key " + std::to_string(i)), 900000, {}, true);
+        waited += store->stats().evictions != before;  // for others to leave
+        store->publish(*reservation);
+    }
+    CHECK(waited < 20);
+    CHECK(store->stats().evictions > 400);
+    CHECK(store->stats().utilisation() > 0.85);
+}
+
 TEST(when_all_is_pinned_a_put_is_refused_with_figures) {
     auto store = fresh(1 << 20);
     const Space space = store->open_namespace(0, "default", 1, {});

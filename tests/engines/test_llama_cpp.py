@@ -67,7 +67,9 @@ def answer(llm: Any, prompt: list[int], most: int = 12) -> list[int]:
         seen[:] = input_ids.tolist()
         return scores
 
-    llm.create_completion(prompt, max_tokens=most, temperature=0, logits_processor=llama_cpp.LogitsProcessorList([note]))
+    llm.create_completion(
+        prompt, max_tokens=most, temperature=0, logits_processor=llama_cpp.LogitsProcessorList([note])
+    )
     assert len(prompt) < len(seen) < len(prompt) + most
     return seen[len(prompt) :]
 
