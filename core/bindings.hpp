@@ -7,6 +7,7 @@
 #include <memory>
 #include <optional>
 
+#include "bindings_near.hpp"
 #include "errors.hpp"
 #include "store.hpp"
 
@@ -56,6 +57,7 @@ nb::bytes encode_record(nb::handle raw, nb::handle payload, u8 codec, u32 seed, 
 struct StoreHandle {
     explicit StoreHandle(std::shared_ptr<Store> opened) : store(std::move(opened)) {}
     std::shared_ptr<Store> store;
+    std::optional<NearCache> near;  // nothing: values are always copied
 
     // For all but single gets: what these have gathered is told first, so that nobody here sees that it was gathered.
     const std::shared_ptr<Store>& live() {
@@ -75,11 +77,12 @@ struct StoreHandle {
     }
     void close() {
         gathered_.reset();
+        near.reset();
         store.reset();
     }
 
 private:
-    static constexpr u32 kGathered = 16;
+    static constexpr u32 kGathered = Uses::kMost;
     std::optional<Uses> gathered_;  // guarded by the GIL; goes before the store
 };
 

@@ -71,6 +71,13 @@ PyObject* otherwise(PyObject* self, PyObject* name, PyObject* const* args, Py_ss
 PyObject* get(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObject* names) {
     if (verbs(self)->gets && !names && (count == 1 || count == 2) && store_of(verbs(self))) {
         try {
+            StoreHandle& owner = *verbs(self)->handle->owner;
+            const Space space = verbs(self)->handle->space;
+            const Identity* identity;
+            if (PyObject* const kept = owner.near ? owner.near->find(*owner.store, space, args[0], identity) : nullptr) {
+                owner.gather(space).count(*identity);
+                return Py_NewRef(kept);
+            }
             nb::object value;
             const Lookup found = read_value(*verbs(self)->handle, args[0], value);
             if (found == Lookup::hit) return value.release().ptr();

@@ -413,10 +413,12 @@ std::pair<std::vector<Pin>, nb::list> acquire_all(Store& store, Space space, con
     return {std::move(pins), std::move(listed)};
 }
 
-nb::tuple get_many(const SpaceHandle& self, nb::handle keys_object, nb::handle outs) {
+// The values of all keys, copied, and which of them lie below.
+std::pair<nb::list, nb::list> read_many(const SpaceHandle& self, nb::handle keys_object, nb::handle outs) {
     const std::shared_ptr<Store> store = self.owner->live();
     const Keys keys(keys_object);
     nb::list values, below;
+    const bool kept = outs.is_none() && self.owner->near;
     struct Copy {
         u8* to;
         const u8* from;
@@ -431,6 +433,7 @@ nb::tuple get_many(const SpaceHandle& self, nb::handle keys_object, nb::handle o
         std::vector<Pin> pins(count);
         std::vector<Lookup> found(count);
         std::vector<std::pair<size_t, size_t>> small(count);  // where in `room`, and how much
+        std::vector<Identity> identities(kept ? count : 0);
         {
             const nb::gil_scoped_release free;
             if (count * 1536 + kSmallValue > room_size) {
@@ -444,7 +447,7 @@ nb::tuple get_many(const SpaceHandle& self, nb::handle keys_object, nb::handle o
                 u32 hashes[Uses::kMost];
                 store->look_ahead(self.space, ahead, [&](size_t i) { return keys[start + first + i]; }, hashes, true);
                 for (size_t i = first; i < first + ahead; ++i) {
-                    Small target{room.get() + used, std::min(kSmallValue, room_size - used)};
+                    Small target{room.get() + used, std::min(kSmallValue, room_size - used), 0, kept ? &identities[i] : nullptr};
                     found[i] = store->acquire(self.space, keys[start + i], hashes[i - first], pins[i], &target, &uses);
                     small[i] = {used, target.size};
                     used += target.size;
@@ -468,7 +471,10 @@ nb::tuple get_many(const SpaceHandle& self, nb::handle keys_object, nb::handle o
                 copies.push_back({targets.back().data(), from, size});
                 values.append(filled_part(out, size));
             } else if (!pins[i]) {
-                values.append(nb::steal(PyBytes_FromStringAndSize(reinterpret_cast<const char*>(from), static_cast<Py_ssize_t>(size))));
+                const nb::object bytes = nb::steal(PyBytes_FromStringAndSize(reinterpret_cast<const char*>(from), static_cast<Py_ssize_t>(size)));
+                values.append(bytes);
+                if (kept && identities[i].seq && self.owner->near)
+                    self.owner->near->offer(self.space, nb::object(keys_object[start + i]).ptr(), bytes.ptr(), identities[i]);
                 continue;
             } else {
                 nb::object bytes = new_bytes(size);
@@ -480,6 +486,48 @@ nb::tuple get_many(const SpaceHandle& self, nb::handle keys_object, nb::handle o
         const WithoutGil free(bytes_to_copy);
         for (const Copy& copy : copies) std::memcpy(copy.to, copy.from, copy.size);
         pins.clear();
+    }
+    return {std::move(values), std::move(below)};
+}
+
+// As read_many, with references to what is kept near.
+nb::tuple get_many(const SpaceHandle& self, nb::handle keys_object, nb::handle outs) {
+    const std::shared_ptr<Store> store = self.owner->live();
+    constexpr Py_ssize_t kAhead = 8;
+    const bool listed = PyList_CheckExact(keys_object.ptr()) || PyTuple_CheckExact(keys_object.ptr());
+    if (!self.owner->near || !outs.is_none() || !listed) {
+        auto [values, below] = read_many(self, keys_object, outs);
+        return nb::make_tuple(values, below);
+    }
+    NearCache& near = *self.owner->near;
+    PyObject** const keys = PySequence_Fast_ITEMS(keys_object.ptr());
+    const Py_ssize_t count = PySequence_Fast_GET_SIZE(keys_object.ptr());
+    nb::list values = nb::steal<nb::list>(PyList_New(count)), below;
+    nb::list rest;
+    std::vector<Py_ssize_t> places;
+    for (Py_ssize_t i = 0; i < std::min(kAhead, count); ++i) near.prefetch(self.space, keys[i]);
+    for (Py_ssize_t first = 0; first < count; first += Uses::kMost) {
+        Uses uses(*store, self.space);
+        for (Py_ssize_t i = first; i < std::min(count, first + Py_ssize_t{Uses::kMost}); ++i) {
+            if (i + kAhead < count) near.prefetch(self.space, keys[i + kAhead]);
+            const Identity* identity;
+            PyObject* const kept = near.find(*store, self.space, keys[i], identity);
+            if (kept) {
+                uses.count(*identity);
+            } else {
+                places.push_back(i);
+                rest.append(nb::handle(keys[i]));
+            }
+            PyList_SET_ITEM(values.ptr(), i, Py_NewRef(kept ? kept : Py_None));
+        }
+    }
+    if (!places.empty()) {
+        const auto [read, lower] = read_many(self, rest, outs);
+        for (size_t n = 0; n < places.size(); ++n) {
+            PyObject* const value = PyList_GET_ITEM(read.ptr(), static_cast<Py_ssize_t>(n));
+            if (value != Py_None) PyList_SetItem(values.ptr(), places[n], Py_NewRef(value));
+        }
+        for (const nb::handle n : lower) below.append(places[nb::cast<size_t>(n)]);
     }
     return nb::make_tuple(values, below);
 }
@@ -847,6 +895,9 @@ nb::dict stats(StoreHandle& self) {
     add("memory_largest_free_bytes", s.memory.largest_free);
     add("memory_free_runs", s.memory.free_runs);
     add("allocator_faults", s.memory.faults);
+    add("near_hits", self.near ? self.near->hits() : 0);
+    add("near_values", self.near ? self.near->values() : 0);
+    add("near_bytes", self.near ? self.near->bytes() : 0);
     return d;
 }
 
@@ -872,12 +923,14 @@ Lookup read_value(const SpaceHandle& self, nb::handle key, nb::object& value) {
     if (!store) throw CacheClosed("this cache is closed");
     Pin pin;
     u8 room[kSmallValue];
-    Small small{room, sizeof room};
+    Identity identity;
+    Small small{room, sizeof room, 0, self.owner->near ? &identity : nullptr};
     const Lookup found = store->acquire(self.space, key_of(key), pin, &small, &self.owner->gather(self.space));
     if (found != Lookup::hit) return found;
     if (!pin) {
         value = new_bytes(small.size);
         std::memcpy(start_of(value), room, small.size);
+        if (identity.seq) self.owner->near->offer(self.space, key.ptr(), value.ptr(), identity);
         return found;
     }
     const size_t size = pin.size();
@@ -1064,6 +1117,10 @@ void bind_store(nb::module_& m) {
         .def("leave_to_parent", [](StoreHandle& self) {
             self.leave_to_parent();
         })
+        .def("keep_near", [](StoreHandle& self, u64 bytes) {
+            self.near.reset();
+            if (bytes) self.near.emplace(bytes);
+        }, nb::arg("nbytes"))
         .def("attach_again", [](StoreHandle& self) { self.store = self.live()->attach_again(); })
         .def("use_huge_pages", [](StoreHandle& self) {
             const std::shared_ptr<Store> store = self.live();

@@ -7,14 +7,13 @@
 
 namespace kvstrata {
 
-// While it is pinned the entry stays as it is.
-Identity Store::identify(const Pin& pin) const {
-    const Entry& entry = index_.entry(pin.entry_);
+Identity Store::identify(u32 at) const {
+    const Entry& entry = index_.entry(at);
     Identity identity;
     identity.mapping = header_.secret[0];
     identity.seq = entry.seq;
     identity.expires = entry.expires;
-    identity.entry = pin.entry_;
+    identity.entry = at;
     identity.epoch = entry.epoch;
     std::memcpy(identity.tags, entry.tags, sizeof identity.tags);
     return identity;

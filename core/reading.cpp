@@ -35,6 +35,10 @@ void Store::tell(Uses& uses) {
     const RobustMutex::Result result = ns.mutex.try_lock_for_a_moment();
     if (result == RobustMutex::Result::busy) return;
     if (result == RobustMutex::Result::locked) {  // else who waits for it next repairs it
+        for (u32 i = 0; count > 1 && i < count; ++i) {
+            __builtin_prefetch(&index_.nodes()[uses.hits_[i].entry]);
+            __builtin_prefetch(&index_.entry(uses.hits_[i].entry));
+        }
         for (u32 i = 0; count > 1 && i < count; ++i) {  // what it takes to move them in a list
             const PolicyNode& node = index_.nodes()[uses.hits_[i].entry];
             __builtin_prefetch(&index_.nodes()[node.prev]);
@@ -84,6 +88,8 @@ Lookup Store::acquire(Space wanted, Key key, u32 hash, Pin& pin, Small* small, U
             if (done) {
                 small->size = header.stored_len;
                 std::memcpy(small->to, record + header.payload_offset, small->size);
+                // Uses of what isn't on its way down yet are all counted.
+                if (small->identity && !(index_.entry(at).flags & kUnproven)) *small->identity = identify(at);
             } else if (waited) {
                 claim(at, *waited, pin);
                 done = true;

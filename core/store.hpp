@@ -74,6 +74,15 @@ private:
     u32 entry_ = kNone;
 };
 
+// Which record it was that somebody made a copy of, to ask later whether it is still what the key has.
+struct Identity {
+    u64 mapping = 0;  // entries and numbers mean nothing in another one
+    u64 seq = 0, expires = 0;
+    u32 entry = kNone, epoch = 0;
+    u16 tags[kTags] = {};
+    mutable u64 unchanged = Index::kNever;  // what Store::holds remembers of the last time
+};
+
 // What a few lookups have found. The policy is told of it at the end, all at once, if its lock can be had without waiting: it is
 // not locked meanwhile, and without it, these uses don't count for recency. At most kMost lookups.
 class Uses {
@@ -86,6 +95,7 @@ public:
     u32 count() const { return hit_count_ + misses_; }
     bool of(Space space) const { return space.id == space_.id && space.version == space_.version; }
     void forget() { hit_count_ = misses_ = 0; }
+    void count(const Identity& identity) { add({identity.entry, identity.seq}); }  // of a copy that is kept elsewhere
 
 private:
     friend class Store;
@@ -228,6 +238,7 @@ struct Small {
     u8* to;
     size_t room;
     size_t size = 0;  // of the value that was copied
+    Identity* identity = nullptr;  // if given, becomes that of the record, if a copy of it may be kept
 };
 
 enum class Lookup : u8 { hit, miss, below };
@@ -255,15 +266,6 @@ struct StoreStats {
     Allocator::Usage memory{};
 
     double utilisation() const { return static_cast<double>(record_bytes) / static_cast<double>(memory.total); }
-};
-
-// Which record it was that somebody made a copy of, to ask later whether it is still what the key has.
-struct Identity {
-    u64 mapping = 0;  // entries and numbers mean nothing in another one
-    u64 seq = 0, expires = 0;
-    u32 entry = kNone, epoch = 0;
-    u16 tags[kTags] = {};
-    mutable u64 unchanged = Index::kNever;  // what Store::holds remembers of the last time
 };
 
 class Store {
@@ -304,7 +306,7 @@ public:
     size_t contains_prefix(Space space, size_t count, NextKey&& key);
 
     // ---- Copies that are kept elsewhere (identity.cpp)
-    Identity identify(const Pin& pin) const;
+    Identity identify(const Pin& pin) const { return identify(pin.entry_); }
     // Needs no lock: whether this record, of this namespace and version, would be found now. Not for one identity from
     // several threads at once.
     bool holds(Space space, const Identity& identity) const {
@@ -451,6 +453,7 @@ private:
     bool find_scratch(u64 bytes, u64& at) const;
     void reorder(u32 id);
     bool current(const Entry& entry, const Namespace& ns) const;
+    Identity identify(u32 at) const;  // pinned, or its shard locked
     bool outlived(const Identity& identity) const;
     bool any_removed(const u16* tags, u64 seq) const;  // since the record of that number was put
     u64 held_by(u8 holder) const;

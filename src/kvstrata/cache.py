@@ -53,6 +53,7 @@ class Cache(Namespace):
         self._pid = os.getpid()
         self._closed = False
         self._huge_pages = settings.huge_pages
+        self._near = settings.near
         self._keys = keys
         self._sealer = None if keys is None else Sealer(keys)
         self._encodings: dict[str, dict[str, Encoding]] = {}  # of namespaces, by tier
@@ -74,6 +75,7 @@ class Cache(Namespace):
         try:
             if settings.huge_pages:
                 self._memory.use_huge_pages()
+            self._memory.store.keep_near(self._near)
             self._open_below()
             self._open_remotes()
             super().__init__(self, SpaceOptions("default"), 0, 0.0)
@@ -424,7 +426,8 @@ class Cache(Namespace):
     def stats(self) -> dict[str, Any]:
         """Return counters and sizes: those of memory tier and index, of disk and remote tiers, and per namespace.
 
-        Under "memory", sizes are in bytes and parts from 0 to 1: "memory_utilisation" is the part of "memory_bytes"
+        Under "memory", "near_hits" are those of the hits that this process served from values that it keeps itself
+        ("near_values" of them, in "near_bytes"). Sizes are in bytes and parts from 0 to 1: "memory_utilisation" is the part of "memory_bytes"
         that holds records ("memory_record_bytes"); what "memory_used_bytes" is more than these is lost to rounding,
         or is keys and records that only a pin keeps. "memory_fragmentation" is the part of the free memory that lies
         outside the largest free piece. "debt_keys" is about how many keys may have a row on disk that the index
@@ -528,6 +531,7 @@ class Cache(Namespace):
             self._memory.attach_again(self._restore)
             if self._huge_pages:
                 self._memory.use_huge_pages()
+            self._memory.store.keep_near(self._near)
             self._open_below()
             self._open_remotes()
             self._pid = os.getpid()
@@ -574,6 +578,7 @@ def open(
     shared: bool | None = None,
     huge_pages: bool | None = None,
     prefetch: int | str | None = None,
+    near: int | str | None = None,
     encryption: str | os.PathLike[str] | Callable[[], Sequence[bytes]] | Keyring | None = None,
     remote: str | Sequence[str] | None = None,
     config: str | os.PathLike[str] | None = None,
@@ -596,6 +601,10 @@ def open(
     `prefetch` is how many bytes this process reads ahead at a time for `Namespace.prefetch` (64 MiB); 0: it does
     nothing.
 
+    `near` is how many bytes of memory of its own this process uses to keep small values that it has read (up to 4 KiB
+    each), which a get then returns without a copy as long as they are true: by default a 16th of `memory`, 64 MiB at
+    most; 0: none.
+
     `encryption` is a file of keys, a function that returns them, or a `kvstrata.codecs.Keyring`: all values on the disk
     and in tiers elsewhere are encrypted then (AES-256-GCM); keys of records are not. Raises WrongKey where the disk's
     are encrypted under others, and MissingExtra without `kvstrata[encryption]`.
@@ -612,7 +621,7 @@ def open(
         {
             "path": path, "memory": memory, "disk": disk, "disk_policy": disk_policy,
             "disk_write_limit": disk_write_limit, "shared": shared, "huge_pages": huge_pages, "prefetch": prefetch,
-            "encryption": encryption, "remote": remote,
+            "near": near, "encryption": encryption, "remote": remote,
         },
         config=config,
         environment=os.environ,

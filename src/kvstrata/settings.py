@@ -51,9 +51,11 @@ _OPTIONS = {
     "shared": _Option(True, _flag, (bool,), "yes or no"),
     "huge_pages": _Option(False, _flag, (bool,), "yes or no"),
     "prefetch": _Option(DEFAULT_IN_FLIGHT, _size, (int, str), _SIZE),
+    "near": _Option(None, _size, (int, str), _SIZE),
     "encryption": _Option(None, str, (str,), "the path of a file of keys"),
     "remote": _Option((), str.split, (str, list), "a URL, or several"),
 }
+_NEAR_PART, _MOST_NEAR = 16, 64 << 20
 _SIZES = ("memory", "disk", "disk_policy", "disk_write_limit")
 
 
@@ -65,6 +67,7 @@ class Settings(NamedTuple):
     shared: bool
     huge_pages: bool
     prefetch: int
+    near: int
     remotes: list[RemoteURL]
     keys: Keyring | None
 
@@ -98,15 +101,19 @@ class Settings(NamedTuple):
             else:
                 values[name], sources[name] = option.default, ""
         path = None if values["path"] is None else Path(values["path"]).absolute()
+        options = _told(
+            [sources[name] for name in _SIZES],
+            lambda: CacheOptions.parse(**{name: values[name] for name in _SIZES}, has_path=path is not None),
+        )
+        usual = min(options.memory // _NEAR_PART, _MOST_NEAR)
+        near = usual if values["near"] is None else values["near"]
         return cls(
             path,
-            _told(
-                [sources[name] for name in _SIZES],
-                lambda: CacheOptions.parse(**{name: values[name] for name in _SIZES}, has_path=path is not None),
-            ),
+            options,
             bool(values["shared"]),
             bool(values["huge_pages"]),
             _told([sources["prefetch"]], lambda: parse_size(values["prefetch"], option="prefetch")),
+            _told([sources["near"]], lambda: parse_size(near, option="near")),
             _told([sources["remote"]], lambda: _urls(values["remote"])),
             _told([sources["encryption"]], lambda: _keyring(values["encryption"])),
         )

@@ -1,0 +1,136 @@
+#include "bindings_near.hpp"
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+
+namespace kvstrata {
+namespace {
+
+constexpr u64 kUsualValue = 512;  // bytes; a table has a place for each as many
+constexpr u64 kFewestSets = 16;
+
+u64 size_of(PyObject* object) {
+    return static_cast<u64>(PyBytes_CheckExact(object) ? PyBytes_GET_SIZE(object) : PyUnicode_GET_LENGTH(object)) + 48;
+}
+
+}  // namespace
+
+u64 NearCache::hash_of(Space space, PyObject* key) {
+    const auto hash = static_cast<u64>(PyObject_Hash(key));  // Python keeps it in the object
+    return (hash ^ u64{space.id} << 17) * 0x9E3779B97F4A7C15u;
+}
+
+bool NearCache::same(PyObject* one, PyObject* other) {
+    if (one == other) return true;
+    if (Py_TYPE(one) != Py_TYPE(other)) return false;
+    if (PyUnicode_CheckExact(one)) return PyUnicode_Compare(one, other) == 0;
+    const Py_ssize_t size = PyBytes_GET_SIZE(one);
+    return size == PyBytes_GET_SIZE(other) &&
+           std::memcmp(PyBytes_AS_STRING(one), PyBytes_AS_STRING(other), static_cast<size_t>(size)) == 0;
+}
+
+void NearCache::prefetch(Space space, PyObject* key) const {
+    if (!sets_ || !may_be_key(key)) return;
+    const u64 set = set_of(hash_of(space, key));
+    __builtin_prefetch(&sets_[set]);
+    for (u32 way = 0; way < kWays; ++way) __builtin_prefetch(&ways_[set * kWays + way]);
+}
+
+PyObject* NearCache::find(const Store& store, Space space, PyObject* key, const Identity*& identity) {
+    if (!sets_ || !may_be_key(key)) return nullptr;
+    const u64 hash = hash_of(space, key), number = set_of(hash);
+    Set& set = sets_[number];
+    const u32 tag = static_cast<u32>(hash) | 1;
+    for (u32 i = 0; i < kWays; ++i) {
+        if (set.tags[i] != tag || set.spaces[i] != space.id) continue;
+        const Way& way = ways_[number * kWays + i];
+        if (!same(way.key, key)) continue;
+        if (!store.holds(space, way.identity)) {
+            drop(number, i);
+            return nullptr;
+        }
+        if (!(set.used & 1u << i)) set.used |= 1u << i;
+        identity = &way.identity;
+        ++hits_;
+        return way.value;
+    }
+    return nullptr;
+}
+
+bool NearCache::make_table() {
+    constexpr u64 kSetBytes = sizeof(Set) + kWays * sizeof(Way);
+    const u64 sets = std::bit_floor(std::max(kFewestSets, limit_ / (kWays * kUsualValue + kSetBytes)));
+    if (sets * kSetBytes >= limit_) limit_ = 0;  // too little to be of use
+    if (!limit_) return false;
+    sets_.reset(new (std::nothrow) Set[sets]);
+    ways_.reset(new (std::nothrow) Way[sets * kWays]);
+    if (!sets_ || !ways_) {
+        sets_.reset();
+        limit_ = 0;
+        return false;
+    }
+    mask_ = sets - 1;
+    bytes_ = sets * kSetBytes;
+    return true;
+}
+
+void NearCache::offer(Space space, PyObject* key, PyObject* value, const Identity& identity) {
+    if (!limit_ || !may_be_key(key) || PyBytes_GET_SIZE(value) > static_cast<Py_ssize_t>(kLargest)) return;
+    if (!sets_ && !make_table()) return;
+    const u64 hash = hash_of(space, key), number = set_of(hash);
+    Set& set = sets_[number];
+    const u32 tag = static_cast<u32>(hash) | 1;
+    u32 place = kWays;
+    for (u32 i = 0; i < kWays; ++i) {
+        if (set.tags[i] == tag && set.spaces[i] == space.id && same(ways_[number * kWays + i].key, key)) {
+            place = i;
+            break;
+        }
+        if (!set.tags[i]) place = i;
+    }
+    if (place == kWays) {
+        if (set.candidate != tag) {
+            set.candidate = tag;
+            return;
+        }
+        for (place = set.next; set.used & 1u << place; place = (place + 1) % kWays) set.used &= ~(1u << place);
+        set.next = (place + 1) % kWays;
+    }
+    if (set.tags[place]) drop(number, place);
+    const u64 size = size_of(key) + size_of(value);
+    for (u64 looked_at = 0; bytes_ + size > limit_ && looked_at <= mask_; ++looked_at, hand_ = (hand_ + 1) & mask_)
+        for (u32 i = 0; i < kWays; ++i)
+            if (sets_[hand_].tags[i]) drop(hand_, i);
+    if (bytes_ + size > limit_) return;
+    Way& way = ways_[number * kWays + place];
+    way.key = Py_NewRef(key);
+    way.value = Py_NewRef(value);
+    way.identity = identity;
+    set.tags[place] = tag;
+    set.spaces[place] = space.id;
+    bytes_ += size;
+    ++values_;
+}
+
+void NearCache::drop(u64 set, u32 way) {
+    Way& old = ways_[set * kWays + way];
+    bytes_ -= size_of(old.key) + size_of(old.value);
+    --values_;
+    sets_[set].tags[way] = 0;
+    sets_[set].used &= ~(1u << way);
+    Py_DECREF(old.key);  // of exact types: nothing else runs
+    Py_DECREF(old.value);
+    old.key = old.value = nullptr;
+}
+
+void NearCache::clear() {
+    for (u64 set = 0; sets_ && set <= mask_; ++set)
+        for (u32 way = 0; way < kWays; ++way)
+            if (sets_[set].tags[way]) drop(set, way);
+    sets_.reset();
+    ways_.reset();
+    bytes_ = values_ = 0;
+}
+
+}  // namespace kvstrata
