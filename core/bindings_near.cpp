@@ -81,27 +81,27 @@ void NearCache::offer(Space space, PyObject* key, PyObject* value, const Identit
     const u64 hash = hash_of(space, key), number = set_of(hash);
     Set& set = sets_[number];
     const u32 tag = static_cast<u32>(hash) | 1;
+    const u64 size = size_of(key) + size_of(value);
     u32 place = kWays;
-    for (u32 i = 0; i < kWays; ++i) {
-        if (set.tags[i] == tag && set.spaces[i] == space.id && same(ways_[number * kWays + i].key, key)) {
-            place = i;
-            break;
-        }
-        if (!set.tags[i]) place = i;
+    bool known = false;
+    for (u32 i = 0; i < kWays && !known; ++i) {
+        known = set.tags[i] == tag && set.spaces[i] == space.id && same(ways_[number * kWays + i].key, key);
+        if (known || !set.tags[i]) place = i;
+    }
+    if (!known && (place == kWays || bytes_ + size > limit_) && set.candidate != tag) {
+        set.candidate = tag;
+        return;
     }
     if (place == kWays) {
-        if (set.candidate != tag) {
-            set.candidate = tag;
-            return;
-        }
         for (place = set.next; set.used & 1u << place; place = (place + 1) % kWays) set.used &= ~(1u << place);
         set.next = (place + 1) % kWays;
     }
     if (set.tags[place]) drop(number, place);
-    const u64 size = size_of(key) + size_of(value);
-    for (u64 looked_at = 0; bytes_ + size > limit_ && looked_at <= mask_; ++looked_at, hand_ = (hand_ + 1) & mask_)
+    for (u64 looked_at = 0; bytes_ + size > limit_ && looked_at <= 2 * mask_; ++looked_at, hand_ = (hand_ + 1) & mask_) {
         for (u32 i = 0; i < kWays; ++i)
-            if (sets_[hand_].tags[i]) drop(hand_, i);
+            if (sets_[hand_].tags[i] && !(sets_[hand_].used & 1u << i)) drop(hand_, i);
+        sets_[hand_].used = 0;
+    }
     if (bytes_ + size > limit_) return;
     Way& way = ways_[number * kWays + place];
     way.key = Py_NewRef(key);

@@ -3,9 +3,9 @@
 //
 // A table of sets of four, found by the hash that Python keeps in a key. Each value goes with the record that it is of, and
 // is handed out only after the store was asked, without a lock, whether that record is still what the key has: so whoever
-// overwrites, deletes, clears, bumps the version or evicts, in any process, takes it from everybody, as does its expiry. Where
-// a set is full, a value has to be read twice, before another key of the set is, to take the place of another; so what is read
-// once passes by, and does no more than it did without the table. Everything here holds the GIL.
+// overwrites, deletes, clears, bumps the version or evicts, in any process, takes it from everybody, as does its expiry. Once
+// its set or the table is full, a value has to be read twice, before another key of the set is, to take the place of another;
+// so what is read once passes by, and does no more than it did without the table. Everything here holds the GIL.
 #pragma once
 
 #include <Python.h>

@@ -426,13 +426,14 @@ class Cache(Namespace):
     def stats(self) -> dict[str, Any]:
         """Return counters and sizes: those of memory tier and index, of disk and remote tiers, and per namespace.
 
-        Under "memory", "near_hits" are those of the hits that this process served from values that it keeps itself
-        ("near_values" of them, in "near_bytes"). Sizes are in bytes and parts from 0 to 1: "memory_utilisation" is the part of "memory_bytes"
-        that holds records ("memory_record_bytes"); what "memory_used_bytes" is more than these is lost to rounding,
-        or is keys and records that only a pin keeps. "memory_fragmentation" is the part of the free memory that lies
-        outside the largest free piece. "debt_keys" is about how many keys may have a row on disk that the index
-        doesn't know, "debt_fill" how full the filter is that counts them, and "debt_fp_rate" the part of other keys
-        for which a put or delete pays a transaction for nothing.
+        Under "memory", "near_hits" are those of the hits that this process served from values that it keeps
+        itself ("near_values" of them, in "near_bytes"). Sizes are in bytes, and parts from 0 to 1:
+        "memory_utilisation" is the part of "memory_bytes" that holds records ("memory_record_bytes"); what
+        "memory_used_bytes" is more than these is lost to rounding, or is keys and records that only a pin
+        keeps. "memory_fragmentation" is the part of the free memory that lies outside the largest free piece.
+        "debt_keys" is about how many keys may have a row on disk that the index doesn't know, "debt_fill" how
+        full the filter is that counts them, and "debt_fp_rate" the part of other keys for which a put or delete
+        pays a transaction for nothing.
         """
         self._check_open()
         namespaces = {}
