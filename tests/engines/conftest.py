@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.models import kept_model
 from support.processes import Process
 
 from engines.vllm_control import Engine
@@ -24,15 +26,12 @@ Start = Callable[..., Engine]
 @pytest.fixture(scope="session")
 def model(request: pytest.FixtureRequest) -> Path:
     """SmolLM2-135M-Instruct in fp32 as a directory of safetensors, kept for later runs."""
-    directory = request.config.cache.mkdir("smollm2-fp32")  # type: ignore[union-attr]
-    if not (directory / "complete").exists():
+
+    def save(directory: str) -> None:
         with Process(patience=PATIENCE_S, OMP_NUM_THREADS="1") as other:
-            other.run(
-                "from kvstrata.demo import model\nmodel.save(*model.load('float32'), directory)",
-                directory=str(directory),
-            )
-        (directory / "complete").touch()
-    return Path(directory)
+            other.run("from kvstrata.demo import model\nmodel.save(*model.load('float32'), path)", path=directory)
+
+    return kept_model(request.config, save)
 
 
 def need(engine: str) -> None:
@@ -47,8 +46,7 @@ def need(engine: str) -> None:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A directory for caches, and one for their shared memory."""
     directory = tmp_path_factory.mktemp("vllm")
-    shared = Path("/dev/shm") / f"test-of-kvstrata-{directory.name}-{directory.parent.name}"
-    shared.mkdir()
+    shared = Path(tempfile.mkdtemp(prefix="test-of-kvstrata-", dir="/dev/shm"))
     (directory / "shm").symlink_to(shared)
     yield directory
     left = sorted(path.name for path in shared.iterdir())
