@@ -13,7 +13,7 @@ __all__ = ["kept_model"]
 
 
 def kept_model(config: pytest.Config, save: Callable[[str], object]) -> Path:
-    """Return SmolLM2-135M-Instruct in fp32 as a directory, which `save` writes if nobody has; others may do the same."""
+    """Return SmolLM2-135M-Instruct in fp32 as a directory, which `save` writes if nobody has; others may do so, too."""
     assert config.cache is not None
     place = Path(config.cache.mkdir("models"))
     kept = place / "smollm2-fp32"
