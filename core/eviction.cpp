@@ -91,7 +91,7 @@ bool Store::evict_keys() {
 // Empties the place of `victim` for a block of `units`, together with as much of its neighbourhood as that takes, so
 // that a large block doesn't wait until by chance neighbours have left. Of the windows that are long enough and hold
 // the victim, the one with the least in it that was used lately. False when there is none.
-bool Store::clear_window(u32 victim, u32 units, bool guaranteed_too, Leaving* leaving) {
+bool Store::clear_window(u32 victim, u32 units, bool guaranteed_too, Plan* plan) {
     u32 block, block_units, now = header_.tick.load(), oldest;
     {
         const RobustLock held = index_.lock(index_.shard_holding(victim));
@@ -127,7 +127,7 @@ bool Store::clear_window(u32 victim, u32 units, bool guaranteed_too, Leaving* le
             const Entry entry = index_.glimpse(resident.entry);
             if (entry.state == EntryState::free) {
                 cost += share;
-            } else if (entry.state == EntryState::zombie || !may_leave(entry) ||
+            } else if (entry.state == EntryState::zombie || !may_leave(entry) || (plan && !suits(*plan, resident.entry, units)) ||
                        (entry.memory != resident.block && may_be_on_disk(entry))) {
                 ++staying;
             } else if (current(entry, space(entry.ns))) {
@@ -154,17 +154,19 @@ bool Store::clear_window(u32 victim, u32 units, bool guaranteed_too, Leaving* le
     if (!best_to) return false;
     for (size_t i = best_from; i < best_to; ++i)
         for (u32 n = runs[i].from; n < runs[i].to; ++n) {
-            if (leaving)
-                leaving->push_back(around.residents[n]);
+            if (plan)
+                plan->leaving.push_back(around.residents[n]);
             else
                 vacate(around.residents[n]);
         }
     return true;
 }
 
+bool Store::suits(const Plan& plan, u32 at, u32 units) const { return at != plan.spared && index_.glimpse(at).units <= 2 * units; }
+
 // Lets the policy's next victims leave until one has made room for a block of `units`, or at least gone; false when
 // nothing of the namespace may leave.
-bool Store::evict_from(u32 id, u32 units, bool guaranteed_too, Leaving* leaving) {
+bool Store::evict_from(u32 id, u32 units, bool guaranteed_too, Plan* plan) {
     Namespace& ns = space(id);
     u32 looked_at = 0, count = 1, written = 0;
     u32 victim = kNone;
@@ -191,7 +193,8 @@ bool Store::evict_from(u32 id, u32 units, bool guaranteed_too, Leaving* leaving)
         }
     }
     if (!victim) return false;
-    return clear_window(victim, units, guaranteed_too, leaving) || (!leaving && evict_from(id, 0, guaranteed_too));
+    if (plan && !suits(*plan, victim, units)) return false;
+    return clear_window(victim, units, guaranteed_too, plan) || evict_from(id, 0, guaranteed_too);
 }
 
 // Makes room for namespace `wanted`: first in namespaces that have more than they have been guaranteed. What others have been
@@ -202,7 +205,7 @@ bool Store::evict_one(u32 units, u32 wanted) {
 }
 
 // Makes room in the namespace whose victim was used longest ago.
-bool Store::evict_oldest(u32 units, bool guaranteed_too, Leaving* leaving) {
+bool Store::evict_oldest(u32 units, bool guaranteed_too, Plan* plan) {
     const u32 namespaces = header_.namespaces.load();
     std::vector<bool> refused(namespaces);
     for (;;) {
@@ -221,16 +224,16 @@ bool Store::evict_oldest(u32 units, bool guaranteed_too, Leaving* leaving) {
             }
         }
         if (!oldest) return false;
-        if (evict_from(oldest, units, guaranteed_too, leaving)) return true;
+        if (evict_from(oldest, units, guaranteed_too, plan)) return true;
         refused[oldest] = true;
     }
 }
 
-// After a put of `units`: lets as much leave as it took, so that the next large block finds its place empty instead of
+// After a put of `units`, whose entry is `stored`: lets as much leave as it took, so that the next large block finds its place empty instead of
 // waiting for many records to leave. What is kept free is one piece as long as the largest block taken lately, and no more
 // than a small part of the memory. It is made once for each such block that is taken: where small ones take it, the next
 // large one waits, or else more and more would be kept free.
-void Store::make_room_ahead(u32 units) {
+void Store::make_room_ahead(u32 stored, u32 units) {
     if (!ahead_.due.load(std::memory_order_relaxed)) return;
     const u32 wanted = std::min(ahead_.units.load(std::memory_order_relaxed), capacity_units_ / kAheadPart);
     if (Allocator::is_small(wanted)) return;
@@ -240,14 +243,15 @@ void Store::make_room_ahead(u32 units) {
         --ahead_.pause;
         return;
     }
-    Leaving& leaving = ahead_.leaving;
+    auto& leaving = ahead_.plan.leaving;
     if (leaving.empty()) {
         if (allocator_.has_room(wanted)) {
             ahead_.due.store(false, std::memory_order_relaxed);
             return;
         }
         give_back_spares();
-        if (!evict_oldest(wanted, false, &leaving)) {
+        ahead_.plan.spared = stored;
+        if (!evict_oldest(wanted, false, &ahead_.plan)) {
             ahead_.pause = kAheadPause;
             return;
         }
@@ -256,7 +260,7 @@ void Store::make_room_ahead(u32 units) {
     for (u32 count = 0; !leaving.empty() && count < kMostAhead && (count < kFewestAhead || freed < units); ++count) {
         const Allocator::Resident next = leaving.back();
         leaving.pop_back();
-        if (!next.entry) continue;
+        if (!next.entry || next.entry == stored) continue;
         const u32 size = index_.glimpse(next.entry).units;
         if (vacate(next)) freed += size;
     }

@@ -340,7 +340,7 @@ Published Store::publish(Reservation& reservation, Pin* keep, const Promotion* p
         clients_.mine().dirty_bytes.fetch_add(length);
         enqueue_dirty({at, static_cast<u32>(length / kUnit), header.seq});
     }
-    make_room_ahead(static_cast<u32>(length / kUnit));
+    make_room_ahead(at, static_cast<u32>(length / kUnit));
     return result;
 }
 

@@ -493,13 +493,18 @@ private:
     bool may_leave(const Entry& entry) const;
     void leave_memory(u32 at);
     bool vacate(Allocator::Resident resident);
-    // Residents who have to leave for something; who is given one puts them there instead of asking them to leave.
-    using Leaving = std::vector<Allocator::Resident>;
-    bool clear_window(u32 victim, u32 units, bool guaranteed_too, Leaving* leaving = nullptr);
-    bool evict_from(u32 id, u32 units, bool guaranteed_too, Leaving* leaving = nullptr);
+    // Who is to leave before the place is needed, later: not `spared`, nor what is much larger than the place.
+    struct Plan {
+        std::vector<Allocator::Resident> leaving;
+        u32 spared = kNone;
+    };
+    // With a plan, others are put down there instead of being asked to leave at once.
+    bool clear_window(u32 victim, u32 units, bool guaranteed_too, Plan* plan = nullptr);
+    bool evict_from(u32 id, u32 units, bool guaranteed_too, Plan* plan = nullptr);
     bool evict_one(u32 units, u32 wanted);
-    bool evict_oldest(u32 units, bool guaranteed_too, Leaving* leaving = nullptr);
-    void make_room_ahead(u32 units);
+    bool evict_oldest(u32 units, bool guaranteed_too, Plan* plan = nullptr);
+    bool suits(const Plan& plan, u32 at, u32 units) const;
+    void make_room_ahead(u32 stored, u32 units);
     bool evict_entry_of(u32 shard);
     bool evict_keys();
     void leave_index(u32 at);
@@ -535,7 +540,7 @@ private:
         std::atomic<u32> units{0};  // of the largest block that was taken lately
         std::atomic<bool> due{false};  // such a one was taken since
         std::mutex mutex;           // of the following
-        Leaving leaving;
+        Plan plan;
         u32 pause = 0;  // puts to be left alone, since nothing could leave
     };
     Ahead ahead_;
