@@ -273,6 +273,7 @@ NB_MODULE(_core, m) {
     nb::register_exception_translator(translate);
     bind_record(m);
     bind_io(m);
+    bind_layers(m);
     bind_bloom(m);
     bind_codecs(m);
     bind_store(m);

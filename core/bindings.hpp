@@ -102,6 +102,7 @@ std::optional<Identity> identity_of(nb::handle pin);
 void bind_bloom(nb::module_& m);
 void bind_codecs(nb::module_& m);
 void bind_io(nb::module_& m);
+void bind_layers(nb::module_& m);
 void bind_objects(nb::module_& m);
 void bind_quick(nb::module_& m);
 void bind_store(nb::module_& m);

@@ -188,6 +188,19 @@ def test_a_strided_out_is_filled_and_nothing_beside_it(filled: Filled) -> None:
     assert (whole[:, :, :, 50 + len(TOKENS) :] == -1).all()
 
 
+@pytest.mark.parametrize("axes", [(0, 1, 2, 4, 3), (3, 1, 2, 0, 4), (4, 3, 2, 1, 0)])
+def test_an_out_of_another_order_in_memory_is_filled_too(filled: Filled, axes: tuple[int, ...]) -> None:
+    filled.cache.demote()
+    shape = (8, 2, 4, len(TOKENS), 64)
+    made = np.zeros([shape[axis] for axis in axes], "f4")
+    out = made.transpose(np.argsort(axes))
+
+    for layer, words in filled.prefixes.match(TOKENS).load_layers(out):
+        assert np.array_equal(words, KV[layer])
+
+    assert np.array_equal(out, KV)
+
+
 def test_an_out_that_does_not_fit_is_refused_and_nothing_is_held(filled: Filled) -> None:
     with pytest.raises(InvalidValue, match="out"):
         filled.prefixes.match(TOKENS).load_layers(np.empty((8, 2, 4, 10, 64), "f4"))
@@ -493,5 +506,5 @@ def test_the_default_block_is_read_in_pieces_that_are_worth_it() -> None:
     layout = KVLayout(model="m", dtype="bfloat16", layers=30, kv_heads=3, head_dim=64)
 
     assert layout.block_tokens == DEFAULT_BLOCK_TOKENS
-    assert layer_groups(layout.layers, layout.layer_bytes) == [3, 7, 11, 15, 19, 23, 27, 30]
+    assert layer_groups(layout.layers, layout.layer_bytes) == [3, 7, 11, 15, 19, 23, 27, 29, 30]
     assert LAYOUT.block_tokens == BLOCK

@@ -56,12 +56,12 @@ def trailer_of(kv: memoryview, key: bytes, layout: KVLayout) -> bytes:
     return sums.tobytes()
 
 
-def layer_sums(trailer: Any, key: bytes) -> list[int]:
-    """Return the checksum of each layer; raises CorruptRecord unless this is the trailer of that block."""
+def layer_sums(trailer: Any, key: bytes) -> npt.NDArray[np.uint32]:
+    """Return the checksums of the layers; raises CorruptRecord unless this is the trailer of that block."""
     sums = np.frombuffer(trailer, "<u4")
     if int(sums[-1]) != _sum_of_sums(sums, key):
         raise CorruptRecord("the checksums of its layers are damaged, or another block's")
-    return [int(each) for each in sums[:-1]]
+    return sums[:-1].copy()
 
 
 def _sum_of_sums(sums: npt.NDArray[np.uint32], key: bytes) -> int:

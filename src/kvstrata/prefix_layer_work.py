@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from kvstrata import _core
 from kvstrata.errors import CacheClosed, CorruptRecord, TierError
@@ -34,13 +35,16 @@ def layer_groups(layers: int, layer_bytes: int) -> list[int]:
     """Return how many layers are there after each group of reads; `layer_bytes` are those of one layer in a block.
 
     Few at first, so that computing starts early; then more, so that a read is worth its overhead; never so many that
-    the wait for a group is much of the whole.
+    the wait for a group is much of the whole; at the end one, since what is computed with the last group overlaps with
+    nothing.
     """
     first = min(-(-_FIRST_READ // layer_bytes), -(-layers // _FIRST_PART))
     later = max(first, min(-(-2 * _FIRST_READ // layer_bytes), -(-layers // _LATER_PART)))
     ends = [min(first, layers)]
     while ends[-1] < layers:
         ends.append(min(layers, ends[-1] + later))
+    while len(ends) > 1 and (last := ends[-1] - ends[-2]) > 1:
+        ends.insert(-1, ends[-1] - last // 2)
     return ends
 
 
@@ -66,7 +70,7 @@ class LayerWork:
         self._ends = layer_groups(loader.layout.layers, loader.layout.layer_bytes)
         self._pins: list[Pin | None] = []
         self._parts: dict[int, Part] = {}
-        self._sums: dict[int, list[int]] = {}
+        self._sums: dict[int, npt.NDArray[np.uint32]] = {}
         self._faults: dict[int, int | CorruptRecord] = {}
         self._thread = threading.Thread(target=self._run, name="kvstrata-layers", daemon=True)
         self.below: set[int] = set()
@@ -238,9 +242,7 @@ class LayerWork:
         with run.lock:
             run.arrived.add(group)
             while run.checked in run.arrived:  # an earlier group may come later
-                for index in run.members:
-                    if index < self.good:
-                        self._check(index, run.checked, source)
+                self._check(run.members, run.checked, source)
                 self._done(run.checked)
                 run.checked += 1
 
@@ -250,29 +252,33 @@ class LayerWork:
             return 0
         return min(-(-(PAGE + self._ends[group] * self._layout.layer_bytes) // PAGE) * PAGE, tail)
 
-    def _check(self, index: int, group: int, source: PartLoader) -> None:
-        """Copy layers of a block if they are what was stored, and lose it otherwise."""
-        try:
-            self._verify(index, group, source)
-        except CorruptRecord as corrupt:
-            self._faults.setdefault(index, corrupt.with_traceback(None))  # its frames hold views of the block
-            self._lose(index)
-        else:
-            self._place(index, kv_of(self._parts[index].buffer[PAGE:], self._layout), self._layers_of(group))
+    def _check(self, members: list[int], group: int, source: PartLoader) -> None:
+        """Copy layers of blocks that are what was stored, and lose the others."""
+        for index in members:
+            if not group and index < self.good:
+                try:
+                    self._sums[index] = self._sums_of(index, source)
+                except CorruptRecord as corrupt:
+                    self._damaged(index, corrupt.with_traceback(None))  # its frames hold views of the block
+        layers, tokens = self._layers_of(group), self._layout.block_tokens
+        good = [index for index in members if index < self.good]
+        blocks = [(self._parts[index].buffer[PAGE:], self._sums[index], index * tokens) for index in good]
+        found = _core.place_layers(self._out, blocks, tokens, layers.start, layers.stop)
+        for index, layer in zip(good, found, strict=True):
+            if layer >= 0:
+                self._damaged(index, CorruptRecord(f"layer {layer} of a block is damaged"))
 
-    def _verify(self, index: int, group: int, source: PartLoader) -> None:
-        """Raise CorruptRecord unless layers of a block, all read, are what was stored."""
+    def _damaged(self, index: int, corrupt: CorruptRecord) -> None:
+        self._faults.setdefault(index, corrupt)
+        self._lose(index)
+
+    def _sums_of(self, index: int, source: PartLoader) -> npt.NDArray[np.uint32]:
+        """Return the checksums of a block's layers; raises CorruptRecord unless it is the right block's record."""
         layout, part = self._layout, self._parts[index]
-        if not group:
-            record = source.header(part)
-            if record.codec or record.stored_len != layout.value_bytes or record.payload_offset != PAGE:
-                raise CorruptRecord("a block of another form lies in its place")
-            trailer = part.buffer[PAGE + layout.block_bytes : PAGE + layout.value_bytes]
-            self._sums[index] = layer_sums(trailer, part.load.key)
-        for layer in self._layers_of(group):
-            start = PAGE + layer * layout.layer_bytes
-            if _core.crc32c(part.buffer[start : start + layout.layer_bytes]) != self._sums[index][layer]:
-                raise CorruptRecord(f"layer {layer} of a block is damaged")
+        record = source.header(part)
+        if record.codec or record.stored_len != layout.value_bytes or record.payload_offset != PAGE:
+            raise CorruptRecord("a block of another form lies in its place")
+        return layer_sums(part.buffer[PAGE + layout.block_bytes : PAGE + layout.value_bytes], part.load.key)
 
     def _load_rest(self, indices: list[int]) -> None:
         """Load blocks that can't come piece by piece, since others are bringing them up, or they lie elsewhere."""
