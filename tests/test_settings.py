@@ -27,6 +27,9 @@ def test_without_anything_the_defaults_hold() -> None:
     assert settings.path is None
     assert (settings.options.memory, settings.options.disk) == (1 << 30, 0)
     assert (settings.shared, settings.huge_pages, settings.remotes) == (True, False, [])
+    assert settings.near == 64 << 20
+    assert Settings.gather({"memory": "64MiB"}, config=None, environment={}).near == 4 << 20
+    assert Settings.gather({"near": 0}, config=None, environment={}).near == 0
 
 
 def test_an_argument_goes_before_the_environment_and_that_before_the_file(file: Path) -> None:
