@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from kvstrata.errors import CorruptRecord, MissingExtra, TierUnavailable
+from kvstrata.errors import ConfigMismatch, CorruptRecord, MissingExtra, TierUnavailable
 from kvstrata.tiers.base import NamedRecord, Stats, StoreFault
 from kvstrata.tiers.engines.directory import FileLock, set_aside
 
@@ -92,6 +92,8 @@ class BtreeStore:
             with self._setup.held(_SETUP_S):
                 if self._users.take():
                     self._make_sound()
+                else:
+                    self._check_size()
                 self._env: Any = self._open()
                 self._users.take(shared=True)  # which nobody is in the way of: others do this in the setup lock too
         except BaseException:
@@ -103,6 +105,10 @@ class BtreeStore:
     @property
     def _map(self) -> Path:
         return self._directory / "data.mdb"
+
+    def _check_size(self) -> None:
+        if self._map.stat().st_size != self._size:
+            raise ConfigMismatch(f"{self._directory} is open elsewhere with another disk=; use the same")
 
     def _make_sound(self) -> None:
         """With nobody else in it: see that it can be opened, else begin anew."""
