@@ -560,8 +560,12 @@ class Namespace(_core.QuickVerbs):
 def _parted(items: Mapping[Key, Value], most: int, nbytes: int) -> Iterator[dict[Key, Value]]:
     """Part items into some of `most` at most, and about `nbytes` bytes where their values say how long they are."""
     for key in items:
-        if not 1 <= len(_prefix_bytes(_checked(key))) <= _LONGEST_KEY:
-            raise InvalidKey(f"a key has 1 to {_LONGEST_KEY:,} bytes")
+        try:
+            length = len(_prefix_bytes(key))
+        except UnicodeEncodeError:
+            length = 0
+        if not 1 <= length <= _LONGEST_KEY:
+            raise InvalidKey(f"a key is str with an UTF-8 form, or bytes, of 1 to {_LONGEST_KEY:,} bytes")
     some: dict[Key, Value] = {}
     size = 0
     for key, value in items.items():

@@ -218,6 +218,10 @@ class EngineSpace(RemoteSpace):
 
     # ---- Lookups
 
+    def fetch(self, keys: Sequence[Key]) -> list[Pin | None]:
+        """See RemoteSpace; who misses the same key at once asks at once, as waiting for another takes longer."""
+        return self._fetch(*self._bind(), keys)
+
     def _once_more(
         self, remotes: Remotes, targets: list[Target], keys: Sequence[Key], pins: list[Pin | None], refused: list[int]
     ) -> None:
