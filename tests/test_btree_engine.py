@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from record_store_contract import PATIENCE_S, RecordStoreContract, pattern
+from record_store_contract import PATIENCE_S, NativeExpiryContract, RecordStoreContract, pattern
 
 from kvstrata.tiers.base import NamedRecord
 from kvstrata.tiers.engines.btree import BtreeStore
@@ -23,7 +23,7 @@ def store(tmp_path: Path) -> Iterator[BtreeStore]:
     opened.close()
 
 
-class TestBtree(RecordStoreContract):
+class TestBtree(RecordStoreContract, NativeExpiryContract):
     pass
 
 

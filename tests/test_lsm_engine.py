@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from record_store_contract import PATIENCE_S, RecordStoreContract, pattern
+from record_store_contract import PATIENCE_S, NativeExpiryContract, RecordStoreContract, pattern
 
 from kvstrata.errors import TierUnavailable
 from kvstrata.tiers.base import NamedRecord
@@ -27,7 +27,7 @@ def store(tmp_path: Path) -> Iterator[LsmStore]:
     opened.close()
 
 
-class TestLsm(RecordStoreContract):
+class TestLsm(RecordStoreContract, NativeExpiryContract):
     pass
 
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvstrata.errors import TierUnavailable
+from kvstrata.errors import CacheClosed, TierUnavailable
 from kvstrata.movement.cost import CostModel
 from kvstrata.movement.remote_writer import Change, Target, Unsent
 from kvstrata.movement.remotes import Remotes, RemoteSpace
@@ -52,11 +52,14 @@ class Order:
 
     def __init__(self, file: Path | None) -> None:
         self._lock = threading.Lock()
+        self._closed = False
         self._file = None if file is None else FileLock(file)
 
     def take(self, timeout_s: float) -> None:
         """Take it; raises TierUnavailable when it can't be had in that time, in s, and then nothing is taken."""
         until = time.monotonic() + timeout_s
+        if self._closed:
+            raise CacheClosed("this cache is closed")
         if self._lock.acquire(timeout=timeout_s):
             try:
                 if self._file is None or self._file.take(timeout_s=max(0.0, until - time.monotonic())):
@@ -85,7 +88,17 @@ class Order:
             self.release()
 
     def close(self) -> None:
-        """Close the file."""
+        """Let nobody take it any more, and close the file; who has it gets a while to be done."""
+        self._closed = True
+        done = self._lock.acquire(timeout=_CHANGE_S)
+        if self._file is not None:
+            self._file.close()
+        if done:
+            self._lock.release()
+
+    def leave_to_parent(self) -> None:
+        """In a forked child: close the file, whichever of the parent's threads has the lock."""
+        self._closed = True
         if self._file is not None:
             self._file.close()
 
@@ -127,13 +140,13 @@ class Engine(Remotes):
 
     def close(self) -> None:
         """Let go of the engine."""
-        self.tier.close()
         self.order.close()
+        self.tier.close()
 
     def leave_to_parent(self) -> None:
         """In a forked child: let go of the files."""
         self.engine.leave_to_parent()
-        self.order.close()
+        self.order.leave_to_parent()
 
 
 class EngineSpace(RemoteSpace):

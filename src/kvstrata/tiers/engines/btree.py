@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["BtreeStore", "check_map"]
 
 _NUMBER = struct.Struct(">Q")
+_HEAD = struct.Struct(">QQ")  # before each record: its number, and when its time is over (ms, Unix epoch, 0 = never)
 _PAGE = 4096
 _META = struct.Struct("<16xII")  # after a page's header: magic, version
 _META_SIZE = struct.Struct("<Q")
@@ -166,16 +167,18 @@ class BtreeStore:
         def read() -> list[Buffer | None]:
             with self._env.begin(db=self._records) as txn:
                 found = [txn.get(name) for name in names]
-            return [None if data is None else memoryview(data)[_NUMBER.size :] for data in found]
+            now = time.time() * 1000
+            return [None if _over(data, now) else memoryview(data)[_HEAD.size :] for data in found]
 
         return self._ask(read)
 
     def contains(self, names: Sequence[bytes], timeout_s: float) -> list[bool]:  # noqa: ARG002
         """See RecordStore."""
+        now = time.time() * 1000
 
         def contains() -> list[bool]:
             with self._env.begin(db=self._records, buffers=True) as txn:
-                return [txn.get(name) is not None for name in names]
+                return [not _over(txn.get(name), now) for name in names]
 
         return self._ask(contains)
 
@@ -183,8 +186,8 @@ class BtreeStore:
         self, records: Sequence[NamedRecord], timeout_s: float, *, then_read: bytes | None = None
     ) -> Buffer | None:
         """See RecordStore."""
-        items = [(record.name, b"".join(map(_bytes, record.parts))) for record in records]
-        need = sum(len(data) + 2 * _PAGE for _, data in items)
+        items = [(record.name, record.expires, b"".join(map(_bytes, record.parts))) for record in records]
+        need = sum(len(data) + 2 * _PAGE for _, _, data in items)
         if need > self._size * (1 - _USED) / 2:
             if len(items) == 1:
                 raise StoreFault("too large", "btree: a record is larger than 15 % of the disk's bytes", sent=False)
@@ -224,14 +227,14 @@ class BtreeStore:
                 return
         raise StoreFault("full", "btree: there is no room, though much was removed", sent=False)
 
-    def _put(self, items: Sequence[tuple[bytes, bytes]]) -> None:
+    def _put(self, items: Sequence[tuple[bytes, int, bytes]]) -> None:
         def put(txn: Any) -> None:
             cursor = txn.cursor(db=self._order)
             number = _NUMBER.unpack(cursor.key())[0] if cursor.last() else 0
-            for name, data in items:
+            for name, expires, data in items:
                 number += 1
                 self._remove(txn, name)
-                txn.put(name, _NUMBER.pack(number) + data, db=self._records)
+                txn.put(name, _HEAD.pack(number, expires) + data, db=self._records)
                 txn.put(_NUMBER.pack(number), name, db=self._order, append=True)
 
         self._transact(put)
@@ -309,6 +312,11 @@ class BtreeStore:
     def _close_locks(self) -> None:
         self._users.close()
         self._setup.close()
+
+
+def _over(data: Buffer | None, now: float) -> bool:
+    """Whether there is no record, or none any more."""
+    return data is None or 0 < _HEAD.unpack_from(data)[1] <= now
 
 
 def _bytes(part: Buffer) -> bytes:

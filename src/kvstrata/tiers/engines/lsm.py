@@ -7,7 +7,9 @@ what goes with it is never younger than what stays.
 
 from __future__ import annotations
 
+import struct
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,6 +26,7 @@ __all__ = ["LsmStore"]
 
 _SLICES = 8  # parts of the directory's bytes
 _MIB = 1 << 20
+_EXPIRES = struct.Struct("<Q")  # before each record: when its time is over, ms since the Unix epoch, 0 = never
 _abandoned: list[Any] = []  # handles of a parent: their threads aren't in this process, so they are never closed
 
 T = TypeVar("T")
@@ -148,11 +151,12 @@ class LsmStore:
             for position, data in zip(left, handle.get([names[i] for i in left]), strict=True):
                 found[position] = data
             left = [i for i in left if found[i] is None]
-        return [data or None for data in found]
+        now = time.time() * 1000
+        return [data if data and not _over(data, now) else None for data in found]
 
     def read(self, names: Sequence[bytes], timeout_s: float) -> list[Buffer | None]:  # noqa: ARG002
         """See RecordStore."""
-        return self._ask(lambda: list(self._find(names)))
+        return self._ask(lambda: _records(self._find(names)))
 
     def contains(self, names: Sequence[bytes], timeout_s: float) -> list[bool]:  # noqa: ARG002
         """See RecordStore."""
@@ -162,7 +166,9 @@ class LsmStore:
         self, records: Sequence[NamedRecord], timeout_s: float, *, then_read: bytes | None = None
     ) -> Buffer | None:
         """See RecordStore."""
-        items = [(record.name, b"".join(map(_bytes, record.parts))) for record in records]
+        items = [
+            (record.name, b"".join((_EXPIRES.pack(record.expires), *map(_bytes, record.parts)))) for record in records
+        ]
         if any(len(data) > self._slice_bytes // 2 for _, data in items):
             raise StoreFault("too large", "lsm: a record is larger than 1/16 of the disk's bytes", sent=False)
         self._put(items, timeout_s)
@@ -240,6 +246,14 @@ class LsmStore:
         """In a forked child: let go of the lock's file; RocksDB's handles are the parent's."""
         _abandoned.append((self._db, self._slices))
         self._alone.close()
+
+
+def _over(data: bytes, now: float) -> bool:
+    return bool(0 < _EXPIRES.unpack_from(data)[0] <= now)
+
+
+def _records(found: list[bytes | None]) -> list[Buffer | None]:
+    return [None if data is None else memoryview(data)[_EXPIRES.size :] for data in found]
 
 
 def _bytes(part: Buffer) -> bytes:
