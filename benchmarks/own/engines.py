@@ -33,7 +33,7 @@ def _value(i: int) -> bytes:
 def measure(engine: str, records: int, directory: Path, memory: str = "256MiB") -> dict[str, Any]:
     """Put, get and miss that many records; times in us per record, sizes in bytes. In a process of its own."""
     chosen: Any = engine
-    disk = max(64 << 20, records * VALUE_BYTES * 4)
+    disk = max(64 << 20, records * VALUE_BYTES * 6)
     with kvstrata.open(directory, memory=memory, disk=disk, disk_engine=chosen) as cache:
         started = time.perf_counter()
         for start in range(0, records, AT_ONCE):
