@@ -10,8 +10,13 @@ namespace {
 constexpr u64 kUsualValue = 512;  // bytes; a table has a place for each as many
 constexpr u64 kFewestSets = 16;
 
+// About the bytes that an object of type bytes or str takes. Of a str that isn't ASCII Python keeps the UTF-8 beside it, once
+// it was asked for: up to four bytes for each character.
 u64 size_of(PyObject* object) {
-    return static_cast<u64>(PyBytes_CheckExact(object) ? PyBytes_GET_SIZE(object) : PyUnicode_GET_LENGTH(object)) + 48;
+    constexpr Py_ssize_t kHead = 48, kUtf8 = 4;
+    if (PyBytes_CheckExact(object)) return static_cast<u64>(kHead + PyBytes_GET_SIZE(object));
+    const Py_ssize_t each = PyUnicode_IS_ASCII(object) ? 1 : static_cast<Py_ssize_t>(PyUnicode_KIND(object)) + kUtf8;
+    return static_cast<u64>(kHead + PyUnicode_GET_LENGTH(object) * each);
 }
 
 }  // namespace

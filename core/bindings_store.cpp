@@ -213,6 +213,7 @@ public:
     size_t size() const { return keys_.size(); }
     Key operator[](size_t i) const { return keys_[i]; }
     const Key* data() const { return keys_.data(); }
+    PyObject* object(size_t i) const { return PyTuple_GET_ITEM(objects_.ptr(), static_cast<Py_ssize_t>(i)); }
 
 private:
     nb::tuple objects_;
@@ -474,7 +475,7 @@ std::pair<nb::list, nb::list> read_many(const SpaceHandle& self, nb::handle keys
                 const nb::object bytes = nb::steal(PyBytes_FromStringAndSize(reinterpret_cast<const char*>(from), static_cast<Py_ssize_t>(size)));
                 values.append(bytes);
                 if (kept && identities[i].seq && self.owner->near)
-                    self.owner->near->offer(self.space, nb::object(keys_object[start + i]).ptr(), bytes.ptr(), identities[i]);
+                    self.owner->near->offer(self.space, keys.object(start + i), bytes.ptr(), identities[i]);
                 continue;
             } else {
                 nb::object bytes = new_bytes(size);

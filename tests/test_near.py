@@ -135,6 +135,27 @@ def test_it_takes_no_more_memory_than_it_may(open_cache: OpenCache) -> None:
     assert 0 < stats["near_values"] < 4000
 
 
+def test_a_key_of_str_counts_with_all_that_it_takes(open_cache: OpenCache) -> None:
+    cache = open_cache()
+    keys = {"a" * 300: 300, "\N{GRINNING FACE}" * 200: 200 * (4 + 4)}
+    for key, nbytes in keys.items():
+        before = cache.stats()["memory"]["near_bytes"]
+        cache.put(key, b"v")
+        cache.get(key)
+        if before:  # else the table, too
+            assert cache.stats()["memory"]["near_bytes"] - before >= nbytes
+
+
+def test_whatever_gives_keys_can_be_asked_for_many(open_cache: OpenCache) -> None:
+    cache = open_cache()
+    values = {"a": b"1", "b": b"2"}
+    cache.put_many(values)
+
+    for _ in range(2):
+        assert cache.get_many(values.keys()) == [b"1", b"2"]  # type: ignore[arg-type]
+        assert cache.get_many(key for key in values) == [b"1", b"2"]  # type: ignore[arg-type]
+
+
 def test_values_larger_than_4_kib_are_not_kept(open_cache: OpenCache) -> None:
     cache = open_cache()
     cache.put("large", bytes(4097))

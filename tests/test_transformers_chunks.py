@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -93,6 +94,20 @@ def test_what_is_stored_are_prefixes_that_anybody_may_use(model: Any, cache: kvs
     assert output[0].tolist() == own(model, ONE, QUESTION)
     assert prefixes.last is not None
     assert prefixes.last.reused_tokens == len(ONE)
+
+
+def test_after_a_change_of_the_weights_nothing_of_before_is_used(model: Any, cache: kvstrata.Cache) -> None:
+    model = copy.deepcopy(model)
+    chunks = ChunkReuse(model, cache, recompute=0, block_tokens=16)
+    chunks.generate([ONE, QUESTION], **ANSWER)
+    with torch.no_grad():
+        for weights in model.parameters():
+            weights.mul_(-1.5)
+
+    output = chunks.generate([ONE, QUESTION], **ANSWER)
+
+    assert output[0].tolist() == own(model, ONE, QUESTION)
+    assert chunks.last == ChunkStats(len(ONE) + len(QUESTION), len(ONE) + len(QUESTION))
 
 
 def test_chunks_of_no_full_block_are_computed(model: Any, cache: kvstrata.Cache) -> None:

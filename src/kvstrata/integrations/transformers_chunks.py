@@ -87,6 +87,7 @@ class ChunkReuse:
         if not parts or any(not len(part) for part in parts):
             raise InvalidValue("every chunk must have a token at least")
         ids = torch.cat(parts)
+        self._reuse._refresh()
         buffer = KVBuffer(self._reuse.layout, len(ids) + 512, self._model.device)
         wanted, spent, start = torch.ones(len(ids) - 1, dtype=torch.bool), 0, 0
         with torch.inference_mode():
