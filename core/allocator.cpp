@@ -285,7 +285,7 @@ bool Allocator::is_allocated(u32 block, u32 asked) const {
 void Allocator::free_block(u32 block, u32 units) {
     const u32 number = block / kUnitsPerPage;
     if constexpr (kDebug) take_back(block, units);
-    if (extent(units) > kSmallUnits) return free_pages(number);
+    if (!is_small(units)) return free_pages(number);
     const u32 slab = slab_of(block), index = index_in(slab, block);
     if (page(slab).used == blocks_of(page(slab).size_class)) link_slab(slab);
     bitmap(slab)[index / 64] &= ~(u64{1} << (index % 64));
@@ -315,7 +315,7 @@ void Allocator::release(u32 client, u32 slot) {
 
 void Allocator::set_owner(u32 block, u32 units, u32 entry) {
     u32* at = &page(block / kUnitsPerPage).next;
-    if (extent(units) <= kSmallUnits) {
+    if (is_small(units)) {
         const u32 slab = slab_of(block);
         at = &owners(slab)[index_in(slab, block)];
     }
@@ -339,14 +339,14 @@ void Allocator::describe(u32 first, Neighbourhood& found) const {
 }
 
 u32 Allocator::pages_wanted(u32 units) {
-    return extent(units) <= kSmallUnits ? kSlabPages : pages_for(extent(units));
+    return is_small(units) ? kSlabPages : pages_for(extent(units));
 }
 
 bool Allocator::is_small(u32 units) { return extent(units) <= kSmallUnits; }
 
 bool Allocator::has_room(u32 units) {
     const RobustLock held = lock();
-    return find_run(pages_for(extent(units))) != kNone;
+    return find_run(pages_wanted(units)) != kNone;
 }
 
 void Allocator::find_neighbours(u32 block, u32 block_units, u32 units, Neighbourhood& found) {
@@ -454,7 +454,7 @@ void Allocator::repair() {
         InFlight& flight = in_flight(state_.client, state_.slot);
         // A page table entry inside a free run may still look like the run that it once headed.
         const bool allocated = flight.block && is_allocated(flight.block, flight.units) &&
-                               (extent(flight.units) <= kSmallUnits || pending_run_seen);
+                               (is_small(flight.units) || pending_run_seen);
         if (kDebug && state_.operation == kAllocating && allocated) hand_out(flight.block, flight.units, false);
         if (state_.operation == kFreeing && allocated) free_block(flight.block, flight.units);
         if (state_.operation == kFreeing || !allocated) flight.block = kNone;

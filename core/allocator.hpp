@@ -49,8 +49,8 @@ public:
     // None when the block is in a slab that takes blocks of this size: its own place will do.
     void find_neighbours(u32 block, u32 block_units, u32 units, Neighbourhood& found);
 
-    static bool is_small(u32 units);
-    // Whether a block of `units`, which isn't small, would fit now.
+    static bool is_small(u32 units);  // whether blocks of `units` come from slabs
+    // Whether pages for a block of `units` are free in one piece.
     bool has_room(u32 units);
 
     // Takes the next chunk of entries for `shard`; kNone when all are taken or memory is short.

@@ -21,9 +21,18 @@ u64 size_of(PyObject* object) {
 
 }  // namespace
 
-u64 NearCache::hash_of(Space space, PyObject* key) {
-    const auto hash = static_cast<u64>(PyObject_Hash(key));  // Python keeps it in the object
-    return (hash ^ u64{space.id} << 17) * 0x9E3779B97F4A7C15u;
+NearCache::Place NearCache::place_of(Space space, PyObject* key) const {
+    const auto kept = static_cast<u64>(PyObject_Hash(key));  // by Python, in the object
+    const u64 hash = (kept ^ u64{space.id} << 17) * 0x9E3779B97F4A7C15u;
+    return {(hash >> 32) & mask_, static_cast<u32>(hash) | 1, space.id};
+}
+
+u32 NearCache::way_of(const Place& place, PyObject* key) const {
+    const Set& set = sets_[place.set];
+    u32 way = 0;
+    while (way < kWays && !(set.tags[way] == place.tag && set.spaces[way] == place.space && same(ways_[place.set * kWays + way].key, key)))
+        ++way;
+    return way;
 }
 
 bool NearCache::same(PyObject* one, PyObject* other) {
@@ -37,30 +46,26 @@ bool NearCache::same(PyObject* one, PyObject* other) {
 
 void NearCache::prefetch(Space space, PyObject* key) const {
     if (!sets_ || !may_be_key(key)) return;
-    const u64 set = set_of(hash_of(space, key));
+    const u64 set = place_of(space, key).set;
     __builtin_prefetch(&sets_[set]);
     for (u32 way = 0; way < kWays; ++way) __builtin_prefetch(&ways_[set * kWays + way]);
 }
 
 PyObject* NearCache::find(const Store& store, Space space, PyObject* key, const Identity*& identity) {
     if (!sets_ || !may_be_key(key)) return nullptr;
-    const u64 hash = hash_of(space, key), number = set_of(hash);
-    Set& set = sets_[number];
-    const u32 tag = static_cast<u32>(hash) | 1;
-    for (u32 i = 0; i < kWays; ++i) {
-        if (set.tags[i] != tag || set.spaces[i] != space.id) continue;
-        const Way& way = ways_[number * kWays + i];
-        if (!same(way.key, key)) continue;
-        if (!store.holds(space, way.identity)) {
-            drop(number, i);
-            return nullptr;
-        }
-        if (!(set.used & 1u << i)) set.used |= 1u << i;
-        identity = &way.identity;
-        ++hits_;
-        return way.value;
+    const Place place = place_of(space, key);
+    const u32 i = way_of(place, key);
+    if (i == kWays) return nullptr;
+    const Way& way = ways_[place.set * kWays + i];
+    if (!store.holds(space, way.identity)) {
+        drop(place.set, i);
+        return nullptr;
     }
-    return nullptr;
+    Set& set = sets_[place.set];
+    if (!(set.used & 1u << i)) set.used |= 1u << i;
+    identity = &way.identity;
+    ++hits_;
+    return way.value;
 }
 
 bool NearCache::make_table() {
@@ -83,37 +88,34 @@ bool NearCache::make_table() {
 void NearCache::offer(Space space, PyObject* key, PyObject* value, const Identity& identity) {
     if (!limit_ || !may_be_key(key) || PyBytes_GET_SIZE(value) > static_cast<Py_ssize_t>(kLargest)) return;
     if (!sets_ && !make_table()) return;
-    const u64 hash = hash_of(space, key), number = set_of(hash);
-    Set& set = sets_[number];
-    const u32 tag = static_cast<u32>(hash) | 1;
+    const Place place = place_of(space, key);
+    Set& set = sets_[place.set];
     const u64 size = size_of(key) + size_of(value);
-    u32 place = kWays;
-    bool known = false;
-    for (u32 i = 0; i < kWays && !known; ++i) {
-        known = set.tags[i] == tag && set.spaces[i] == space.id && same(ways_[number * kWays + i].key, key);
-        if (known || !set.tags[i]) place = i;
+    u32 i = way_of(place, key);
+    if (i == kWays) {
+        i = static_cast<u32>(std::find(set.tags, set.tags + kWays, 0u) - set.tags);
+        if ((i == kWays || bytes_ + size > limit_) && set.candidate != place.tag) {
+            set.candidate = place.tag;
+            return;
+        }
     }
-    if (!known && (place == kWays || bytes_ + size > limit_) && set.candidate != tag) {
-        set.candidate = tag;
-        return;
+    if (i == kWays) {
+        for (i = set.next; set.used & 1u << i; i = (i + 1) % kWays) set.used &= ~(1u << i);
+        set.next = (i + 1) % kWays;
     }
-    if (place == kWays) {
-        for (place = set.next; set.used & 1u << place; place = (place + 1) % kWays) set.used &= ~(1u << place);
-        set.next = (place + 1) % kWays;
-    }
-    if (set.tags[place]) drop(number, place);
+    if (set.tags[i]) drop(place.set, i);
     for (u64 looked_at = 0; bytes_ + size > limit_ && looked_at <= 2 * mask_; ++looked_at, hand_ = (hand_ + 1) & mask_) {
-        for (u32 i = 0; i < kWays; ++i)
-            if (sets_[hand_].tags[i] && !(sets_[hand_].used & 1u << i)) drop(hand_, i);
+        for (u32 way = 0; way < kWays; ++way)
+            if (sets_[hand_].tags[way] && !(sets_[hand_].used & 1u << way)) drop(hand_, way);
         sets_[hand_].used = 0;
     }
     if (bytes_ + size > limit_) return;
-    Way& way = ways_[number * kWays + place];
+    Way& way = ways_[place.set * kWays + i];
     way.key = Py_NewRef(key);
     way.value = Py_NewRef(value);
     way.identity = identity;
-    set.tags[place] = tag;
-    set.spaces[place] = space.id;
+    set.tags[i] = place.tag;
+    set.spaces[i] = space.id;
     bytes_ += size;
     ++values_;
 }

@@ -50,10 +50,14 @@ private:
         u32 spaces[kWays] = {};
         u32 used = 0;       // a bit for each way that was found since its turn
     };
+    struct Place {
+        u64 set;
+        u32 tag, space;
+    };
+    Place place_of(Space space, PyObject* key) const;
+    u32 way_of(const Place& place, PyObject* key) const;  // kWays where it isn't there
     static bool may_be_key(PyObject* key) { return PyBytes_CheckExact(key) || PyUnicode_CheckExact(key); }
-    static u64 hash_of(Space space, PyObject* key);
     static bool same(PyObject* one, PyObject* other);
-    u64 set_of(u64 hash) const { return (hash >> 32) & mask_; }
     bool make_table();
     void drop(u64 set, u32 way);
 

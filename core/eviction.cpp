@@ -127,7 +127,7 @@ bool Store::clear_window(u32 victim, u32 units, bool guaranteed_too, Plan* plan)
             const Entry entry = index_.glimpse(resident.entry);
             if (entry.state == EntryState::free) {
                 cost += share;
-            } else if (entry.state == EntryState::zombie || !may_leave(entry) || (plan && !suits(*plan, resident.entry, units)) ||
+            } else if (entry.state == EntryState::zombie || !may_leave(entry) || (plan && !plan->suits(resident.entry, entry.units, units)) ||
                        (entry.memory != resident.block && may_be_on_disk(entry))) {
                 ++staying;
             } else if (current(entry, space(entry.ns))) {
@@ -162,8 +162,6 @@ bool Store::clear_window(u32 victim, u32 units, bool guaranteed_too, Plan* plan)
     return true;
 }
 
-bool Store::suits(const Plan& plan, u32 at, u32 units) const { return at != plan.spared && index_.glimpse(at).units <= 2 * units; }
-
 // Lets the policy's next victims leave until one has made room for a block of `units`, or at least gone; false when
 // nothing of the namespace may leave.
 bool Store::evict_from(u32 id, u32 units, bool guaranteed_too, Plan* plan) {
@@ -193,7 +191,7 @@ bool Store::evict_from(u32 id, u32 units, bool guaranteed_too, Plan* plan) {
         }
     }
     if (!victim) return false;
-    if (plan && !suits(*plan, victim, units)) return false;
+    if (plan && !plan->suits(victim, index_.glimpse(victim).units, units)) return false;
     return clear_window(victim, units, guaranteed_too, plan) || evict_from(id, 0, guaranteed_too);
 }
 
@@ -229,10 +227,10 @@ bool Store::evict_oldest(u32 units, bool guaranteed_too, Plan* plan) {
     }
 }
 
-// After a put of `units`, whose entry is `stored`: lets as much leave as it took, so that the next large block finds its place empty instead of
-// waiting for many records to leave. What is kept free is one piece as long as the largest block taken lately, and no more
-// than a small part of the memory. It is made once for each such block that is taken: where small ones take it, the next
-// large one waits, or else more and more would be kept free.
+// After a put of `units`, whose entry is `stored`: lets as much leave as it took, so that the next large block finds its place
+// empty instead of waiting for many records to leave. What is kept free is one piece as long as the largest block taken lately,
+// and no more than a small part of the memory. It is made once for each such block that is taken: where small ones take it,
+// the next large one waits, or else more and more would be kept free.
 void Store::make_room_ahead(u32 stored, u32 units) {
     if (!ahead_.due.load(std::memory_order_relaxed)) return;
     const u32 wanted = std::min(ahead_.units.load(std::memory_order_relaxed), capacity_units_ / kAheadPart);

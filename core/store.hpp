@@ -497,13 +497,13 @@ private:
     struct Plan {
         std::vector<Allocator::Resident> leaving;
         u32 spared = kNone;
+        bool suits(u32 at, u32 its_units, u32 units) const { return at != spared && its_units <= 2 * units; }
     };
     // With a plan, others are put down there instead of being asked to leave at once.
     bool clear_window(u32 victim, u32 units, bool guaranteed_too, Plan* plan = nullptr);
     bool evict_from(u32 id, u32 units, bool guaranteed_too, Plan* plan = nullptr);
     bool evict_one(u32 units, u32 wanted);
     bool evict_oldest(u32 units, bool guaranteed_too, Plan* plan = nullptr);
-    bool suits(const Plan& plan, u32 at, u32 units) const;
     void make_room_ahead(u32 stored, u32 units);
     bool evict_entry_of(u32 shard);
     bool evict_keys();
@@ -537,9 +537,9 @@ private:
     std::atomic<u32> next_shard_{0};  // of which evict_keys forgets some
 
     struct Ahead {  // of what will be wanted: see make_room_ahead
-        std::atomic<u32> units{0};  // of the largest block that was taken lately
+        std::atomic<u32> units{0};     // of the largest block that was taken lately
         std::atomic<bool> due{false};  // such a one was taken since
-        std::mutex mutex;           // of the following
+        std::mutex mutex;              // of the following
         Plan plan;
         u32 pause = 0;  // puts to be left alone, since nothing could leave
     };
