@@ -44,8 +44,7 @@ def _measured(most: int) -> tuple[list[tuple[str, ...]], int]:
     import torch
 
     from kvstrata.demo import model as demo_model
-    from kvstrata.integrations._transformers_cache import cache_over
-    from kvstrata.integrations.transformers import _CACHE_ARGUMENT
+    from kvstrata.integrations._transformers_cache import CACHE_ARGUMENT, cache_over
     from kvstrata.integrations.transformers_chunks import ChunkReuse
 
     model, tokenizer = demo_model.load("float32")
@@ -67,16 +66,13 @@ def _measured(most: int) -> tuple[list[tuple[str, ...]], int]:
             for part in sorted(PARTS, reverse=True):
                 chunks.recompute = part
                 buffer, spent, _ = chunks.prepare(parts)
-                held = {_CACHE_ARGUMENT: cache_over(buffer, CHUNKS * CHUNK)}
+                held = {CACHE_ARGUMENT: cache_over(buffer, CHUNKS * CHUNK)}
                 with torch.inference_mode():
                     logits = model(ids[None, CHUNKS * CHUNK :], **held).logits[0, :-1]
                 logs = logits.double().log_softmax(-1)
                 exact = logs if exact is None else exact  # with everything computed again it is
-                result = results[part]
                 computed[part] += spent
-                result.nats.append(-float(logs.gather(1, truth[:, None]).mean()))
-                result.agreed.append(float((logs.argmax(-1) == exact.argmax(-1)).double().mean()))
-                result.divergence.append(float((exact.exp() * (exact - logs)).sum(-1).mean()))
+                results[part].note(logs, exact, truth)
     lines = []
     for part, result in results.items():
         change, error = result.change(results[1.0])

@@ -60,6 +60,12 @@ class Result:
     keys_rms: float = 0.0
     values_rms: float = 0.0
 
+    def note(self, logs: Any, exact: Any, truth: Any) -> None:
+        """Take note of a window: log-probabilities [tokens, vocabulary], those without loss, and what stands there."""
+        self.nats.append(-float(logs.gather(1, truth[:, None]).mean()))
+        self.agreed.append(float((logs.argmax(-1) == exact.argmax(-1)).double().mean()))
+        self.divergence.append(float((exact.exp() * (exact - logs)).sum(-1).mean()))
+
     @property
     def perplexity(self) -> float:
         """Of all windows, which are equally long."""
@@ -145,9 +151,7 @@ def evaluate(reader: Reader, specs: tuple[str, ...], console: Console) -> dict[s
                 made.decode_into(payload, out)
             logs = reader.read_on(window, found)
             exact = logs if exact is None else exact
-            result.nats.append(-float(logs.gather(1, truth[:, None]).mean()))
-            result.agreed.append(float((logs.argmax(-1) == exact.argmax(-1)).double().mean()))
-            result.divergence.append(float((exact.exp() * (exact - logs)).sum(-1).mean()))
+            result.note(logs, exact, truth)
             result.ratio += blocks.nbytes / stored / len(reader.windows)
             if made.lossy:
                 stats = made.error(blocks[len(blocks) // 2], tensor)  # type: ignore[attr-defined]

@@ -15,6 +15,7 @@ import transformers
 
 import kvstrata
 from kvstrata.errors import ConfigError, InvalidValue, UnsupportedModel
+from kvstrata.integrations._transformers_cache import cache_of_output
 from kvstrata.integrations.transformers import PrefixReuse
 from kvstrata.integrations.transformers_chunks import ChunkReuse, ChunkStats
 
@@ -79,7 +80,7 @@ def test_keys_are_turned_to_where_the_chunk_stands(model: Any, cache: kvstrata.C
     buffer, _, ids = chunks.prepare([INTRO, ONE, TWO, QUESTION])
 
     cold = model(ids[:, :-1], use_cache=True)
-    (keys, values) = ((layer := (getattr(cold, "cache", None) or cold.past_key_values).layers[0]).keys, layer.values)
+    (keys, values) = ((layer := cache_of_output(cold).layers[0]).keys, layer.values)
     held = ids.shape[1] - 1
     torch.testing.assert_close(buffer.tensor[0, 0, :, :, :held], keys, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(buffer.tensor[0, 1, :, :, :held], values, rtol=1e-4, atol=1e-5)

@@ -21,13 +21,15 @@ class Child:
             model_path=model, n_ctx=8192, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False, seed=1
         )
         self._states: Any = None
+        self._cache: Any = None
         if cache == "ram":
             self._llm.set_cache(llama_cpp.LlamaRAMCache(8 << 30))
         elif cache:
             import kvstrata
             from kvstrata.integrations.llama_cpp import KVStrataCache
 
-            self._states = KVStrataCache(self._llm, kvstrata.open(cache, memory=memory, disk=disk))
+            self._cache = kvstrata.open(cache, memory=memory, disk=disk)
+            self._states = KVStrataCache(self._llm, self._cache)
             self._llm.set_cache(self._states)
 
     def first_token(self, prefix: int, length: int, tail: int, *, forget: bool = True) -> dict[str, Any]:
@@ -52,7 +54,7 @@ class Child:
 
     def flush(self) -> None:
         """Wait until everything is on disk."""
-        self._states._blocks.cache.flush()
+        self._cache.flush()
 
 
 if __name__ == "__main__":

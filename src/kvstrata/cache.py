@@ -73,16 +73,20 @@ class Cache(Namespace):
             self._close_below()
             raise
         try:
-            if settings.huge_pages:
-                self._memory.use_huge_pages()
-            self._memory.store.keep_near(self._near)
-            self._open_below()
-            self._open_remotes()
+            self._set_up()
             super().__init__(self, SpaceOptions("default"), 0, 0.0)
         except BaseException:
             self._shut()
             raise
         _open_caches.add(self)
+
+    def _set_up(self) -> None:
+        """Make what this process has of its own, and open the other tiers, once the memory is there."""
+        if self._huge_pages:
+            self._memory.use_huge_pages()
+        self._memory.store.keep_near(self._near)
+        self._open_below()
+        self._open_remotes()
 
     def _restore(self, store: _core.Store) -> None:
         """Tell a new memory tier what lies on disk, and what elsewhere counts."""
@@ -530,11 +534,7 @@ class Cache(Namespace):
             self._below = None
             self._start_moving()
             self._memory.attach_again(self._restore)
-            if self._huge_pages:
-                self._memory.use_huge_pages()
-            self._memory.store.keep_near(self._near)
-            self._open_below()
-            self._open_remotes()
+            self._set_up()
             self._pid = os.getpid()
 
 

@@ -81,3 +81,21 @@ def starting_vllm(place: Path, model: Path) -> Iterator[Start]:
             return Engine(process)
 
         yield start
+
+
+# ---- Of the three engines that a module starts, in its fixture `engines`
+
+
+@pytest.fixture(scope="module")
+def plain(engines: dict[str, Engine]) -> Engine:
+    return engines["plain"]
+
+
+@pytest.fixture(scope="module")
+def first(engines: dict[str, Engine]) -> Engine:
+    return engines["first"]
+
+
+@pytest.fixture(scope="module")
+def second(engines: dict[str, Engine]) -> Engine:
+    return engines["second"]

@@ -34,21 +34,6 @@ def engines(starting_vllm: Start) -> dict[str, Engine]:
     return found
 
 
-@pytest.fixture(scope="module")
-def plain(engines: dict[str, Engine]) -> Engine:
-    return engines["plain"]
-
-
-@pytest.fixture(scope="module")
-def first(engines: dict[str, Engine]) -> Engine:
-    return engines["first"]
-
-
-@pytest.fixture(scope="module")
-def second(engines: dict[str, Engine]) -> Engine:
-    return engines["second"]
-
-
 def test_two_processes_share_what_either_has_computed_and_say_the_same_as_one_without(
     plain: Engine, first: Engine, second: Engine
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.processes import Process, RemoteError
@@ -48,21 +49,6 @@ def engines(starting_vllm: Start, tiny: str) -> dict[str, Engine]:
     return found
 
 
-@pytest.fixture(scope="module")
-def plain(engines: dict[str, Engine]) -> Engine:
-    return engines["plain"]
-
-
-@pytest.fixture(scope="module")
-def first(engines: dict[str, Engine]) -> Engine:
-    return engines["first"]
-
-
-@pytest.fixture(scope="module")
-def second(engines: dict[str, Engine]) -> Engine:
-    return engines["second"]
-
-
 def make_model(path: Path, layers: list[str]) -> str:
     """A model of random weights, large enough for what is said to depend on all of a prompt."""
     with Process(patience=PATIENCE_S) as other:
@@ -79,6 +65,13 @@ def make_model(path: Path, layers: list[str]) -> str:
 
 def prompt(seed: int, length: int = LENGTH) -> list[int]:
     return random.Random(seed).choices(range(10, 500), k=length)
+
+
+def twice(engine: Engine, tokens: list[int]) -> tuple[list[list[int]], dict[str, int], tuple[Any, dict[str, int]]]:
+    """An answer and what was counted for it, and both once more when the engine has forgotten the prompt again."""
+    again, counted = engine.counted(tokens, count=COUNT)
+    engine.forget()
+    return again, counted, engine.counted(tokens, count=COUNT)
 
 
 def group_of(engine: Engine, *, window: bool) -> int:
@@ -154,9 +147,7 @@ def test_without_a_record_of_the_window_a_shorter_prefix_is_used(plain: Engine, 
     first.remove(first.keys(tokens)[BLOCKS - 2], group_of(first, window=True))
     first.forget()
 
-    again, counted = first.counted(tokens, count=COUNT)
-    first.forget()
-    healed = first.counted(tokens, count=COUNT)
+    again, counted, healed = twice(first, tokens)
 
     assert again == expected
     assert (counted["loaded_blocks"], counted["stored_blocks"]) == (LOADED - 2, 1)
@@ -190,9 +181,7 @@ def test_a_request_with_a_damaged_record_is_computed_again_and_the_record_is_hea
     first.damage(first.keys(tokens)[BLOCKS - 1], group_of(first, window=window))
     first.forget()
 
-    again, counted = first.counted(tokens, count=COUNT)
-    first.forget()
-    healed = first.counted(tokens, count=COUNT)
+    again, counted, healed = twice(first, tokens)
 
     assert again == expected
     assert (counted["missed_blocks"], counted["stored_blocks"]) == (1, 1)

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
 
 from kvstrata.keys import KVLayout
 
-__all__ = ["BufferPool", "HeadroomLayer", "KVBuffer", "cache_of_row", "cache_over", "static_copy"]
+__all__ = [
+    "CACHE_ARGUMENT", "BufferPool", "HeadroomLayer", "KVBuffer", "cache_of_output", "cache_of_row", "cache_over",
+    "static_copy",
+]  # fmt: skip
+
+CACHE_ARGUMENT = (
+    "cache"
+    if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    else "past_key_values"
+)
+"""What models call the cache that they are given."""
 
 _GRAIN = 64
 
@@ -144,6 +156,11 @@ def cache_of_row(buffer: KVBuffer, row: int, start: int, tokens: int) -> Dynamic
     part = buffer.tensor[:, :, row : row + 1, :, start:]
     cache.layers = [HeadroomLayer(layer[0], layer[1], tokens) for layer in part]
     return cache
+
+
+def cache_of_output(output: Any) -> Any:
+    """Return the cache that a forward pass has filled; None where it kept none."""
+    return getattr(output, "cache", None) or getattr(output, "past_key_values", None)
 
 
 def static_copy(cache: DynamicCache, capacity: int) -> StaticCache:

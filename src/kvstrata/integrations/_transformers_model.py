@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from kvstrata.errors import UnsupportedModel
+from kvstrata.integrations._transformers_cache import cache_of_output
 from kvstrata.keys import DEFAULT_BLOCK_TOKENS, KVLayout
 
 __all__ = ["adapter_state", "layout_of", "weights_changed", "weights_identity"]
@@ -160,7 +161,7 @@ def _probe(model: Any, tokens: Sequence[int]) -> list[tuple[torch.Tensor, torch.
     """Run `tokens` and return each layer's keys and values, [1, kv_heads, len(tokens), head_dim]."""
     with torch.no_grad():
         output = model(input_ids=torch.tensor([tokens], device=_base(model).device), use_cache=True)
-    cache = getattr(output, "cache", None) or getattr(output, "past_key_values", None)
+    cache = cache_of_output(output)
     if not isinstance(cache, DynamicCache):
         raise UnsupportedModel(f"the model keeps a {type(cache).__name__}, not one row of KV for each token")
     layers: list[Any] = cache.layers

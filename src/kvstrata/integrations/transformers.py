@@ -14,7 +14,6 @@ prefixes end in different columns, the shorter ones are first computed up to the
 
 from __future__ import annotations
 
-import inspect
 import os
 import threading
 import time
@@ -32,21 +31,22 @@ from kvstrata.prefix import LoadedKV, PrefixCache
 
 try:
     import torch
-    from transformers import GenerationMixin
+    import transformers  # noqa: F401
 except ImportError as error:
     raise MissingExtra("transformers", error.name or "transformers") from error
 
-from kvstrata.integrations._transformers_cache import BufferPool, KVBuffer, cache_of_row, cache_over, static_copy
+from kvstrata.integrations._transformers_cache import (
+    CACHE_ARGUMENT,
+    BufferPool,
+    KVBuffer,
+    cache_of_row,
+    cache_over,
+    static_copy,
+)
 from kvstrata.integrations._transformers_model import adapter_state, layout_of, weights_changed
 from kvstrata.integrations._transformers_request import Request, read_request
 
 __all__ = ["FirstTokenTimer", "PrefixReuse", "ReuseStats", "layout_of"]
-
-_CACHE_ARGUMENT = (
-    "cache"
-    if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
-    else "past_key_values"
-)
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class PrefixReuse:
                 cache = static_copy(cache, request.columns)
             if not request.beams or timer.inner is not None:  # beam search takes no streamer, and says so
                 kwargs["streamer"] = timer
-            output = self.model.generate(request.ids, **{_CACHE_ARGUMENT: cache}, **kwargs)
+            output = self.model.generate(request.ids, **{CACHE_ARGUMENT: cache}, **kwargs)
             stored = 0
             errors = [error for _, error in loads]
             if self.store:
@@ -257,7 +257,7 @@ class PrefixReuse:
                 part = cache_of_row(buffer, row, request.pads[row], reused[row])
                 with torch.no_grad():
                     ids = request.ids[row : row + 1, end:column].to(self.model.device)
-                    self.model(input_ids=ids, **{_CACHE_ARGUMENT: part}, **options)
+                    self.model(input_ids=ids, **{CACHE_ARGUMENT: part}, **options)
         return column
 
     def _store(

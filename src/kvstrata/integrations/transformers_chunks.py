@@ -25,8 +25,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from kvstrata.cache import Cache
 from kvstrata.errors import ConfigError, InvalidValue, UnsupportedModel
-from kvstrata.integrations._transformers_cache import KVBuffer, cache_over
-from kvstrata.integrations.transformers import _CACHE_ARGUMENT, PrefixReuse
+from kvstrata.integrations._transformers_cache import CACHE_ARGUMENT, KVBuffer, cache_of_output, cache_over
+from kvstrata.integrations.transformers import PrefixReuse
 
 __all__ = ["ChunkReuse", "ChunkStats"]
 
@@ -76,7 +76,7 @@ class ChunkReuse:
         buffer, computed, ids = self.prepare(chunks)
         held = cache_over(buffer, ids.shape[1] - 1)
         self.last = ChunkStats(ids.shape[1], computed + 1)
-        return self._model.generate(ids, **{_CACHE_ARGUMENT: held}, **options)
+        return self._model.generate(ids, **{CACHE_ARGUMENT: held}, **options)
 
     def prepare(self, chunks: Sequence[Any]) -> tuple[KVBuffer, int, torch.Tensor]:
         """Fill a buffer with the KV of all tokens but the last.
@@ -110,8 +110,8 @@ class ChunkReuse:
         known = match.load(buffer.host[:, :, 0, :, start:]).tokens if match.tokens else 0
         buffer.loaded(0, start, start + known)
         if known < full:
-            output = self._model(part[None, :full].to(self._model.device), **{_CACHE_ARGUMENT: DynamicCache()})
-            layers = (getattr(output, "cache", None) or output.past_key_values).layers
+            output = self._model(part[None, :full].to(self._model.device), **{CACHE_ARGUMENT: DynamicCache()})
+            layers = cache_of_output(output).layers
             prefixes.store(tokens, [(layer.keys[0], layer.values[0]) for layer in layers])
             for own, layer in zip(buffer.tensor, layers, strict=True):
                 own[0, 0, :, start : start + full] = layer.keys[0]
@@ -134,7 +134,7 @@ class ChunkReuse:
         options = {"logits_to_keep": 1} if self._model._supports_logits_to_keep() else {}
         self._model(
             ids[places.cpu()][None].to(places.device), attention_mask=mask[None, None], position_ids=places[None],
-            **{_CACHE_ARGUMENT: cache}, **options,
+            **{CACHE_ARGUMENT: cache}, **options,
         )  # fmt: skip
 
     def _turned(self, keys: torch.Tensor, by: int) -> torch.Tensor:
@@ -167,9 +167,9 @@ class ChunkReuse:
         with torch.inference_mode():
             output = self._model(
                 torch.tensor([[1]], device=device), position_ids=torch.tensor([[place]], device=device),
-                **{_CACHE_ARGUMENT: DynamicCache()},
+                **{CACHE_ARGUMENT: DynamicCache()},
             )  # fmt: skip
-        keys: torch.Tensor = (getattr(output, "cache", None) or output.past_key_values).layers[0].keys
+        keys: torch.Tensor = cache_of_output(output).layers[0].keys
         return keys
 
 
