@@ -57,6 +57,8 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "shared with disk": {"disk": "64MiB"},
     "exclusive with disk": {"disk": "64MiB", "shared": False},
     "from disk": {"disk": "64MiB"},
+    "lsm": {"disk": "64MiB", "disk_engine": "lsm"},
+    "btree": {"disk": "64MiB", "disk_engine": "btree"},
     "with a remote tier": {"remote": "redis://in.memory"},
     "with disk and a remote tier": {"disk": "64MiB", "remote": "redis://in.memory"},
 }

@@ -30,10 +30,10 @@ def test_the_codecs_are_made_and_described_by_these_names() -> None:
 def test_open_takes_its_options_by_keyword_only() -> None:
     parameters = inspect.signature(kvstrata.open).parameters
     assert list(parameters) == [
-        "path", "memory", "disk", "disk_policy", "disk_write_limit", "shared", "huge_pages", "prefetch", "near",
-        "encryption", "remote", "config",
+        "path", "memory", "disk", "disk_policy", "disk_write_limit", "disk_engine", "shared", "huge_pages",
+        "prefetch", "near", "encryption", "remote", "config",
     ]  # fmt: skip
-    assert [p.default for p in parameters.values()] == [None] * 12
+    assert [p.default for p in parameters.values()] == [None] * 13
     assert all(p.kind is p.KEYWORD_ONLY for name, p in parameters.items() if name != "path")
 
 

@@ -21,6 +21,7 @@ from kvstrata.config import check_name, parse_duration, parse_jitter, parse_size
 from kvstrata.errors import CacheClosed, ConfigError, TierUnavailable, UnknownOption
 from kvstrata.holder import Holder
 from kvstrata.movement.cost import CostModel
+from kvstrata.movement.engine import Engine, EngineSpace, open_engine
 from kvstrata.movement.prefetch import Prefetcher
 from kvstrata.movement.remotes import Remotes, RemoteSpace
 from kvstrata.movement.running import Running
@@ -28,7 +29,7 @@ from kvstrata.movement.warm import HotSet, Progress, Warmed, warm
 from kvstrata.movement.write_behind import WriteBehind
 from kvstrata.namespace import Namespace, SpaceOptions
 from kvstrata.settings import Settings
-from kvstrata.tiers.base import Arrived, Key, Tier
+from kvstrata.tiers.base import Arrived, Key, Stats, Tier
 from kvstrata.tiers.disk import DiskTier
 from kvstrata.tiers.encodings import KEYS_FILE, Encoding, Tail, check_keys, keys_in_use
 from kvstrata.tiers.memory import MemoryTier
@@ -65,7 +66,7 @@ class Cache(Namespace):
         self._in_flight = settings.prefetch
         self.cost = CostModel()
         self._start_moving()
-        if path is not None and options.disk:
+        if path is not None and options.log:
             check_keys(path, keys)
         try:
             self._memory = MemoryTier.open(path, options, shared=settings.shared, restore=self._restore)
@@ -92,7 +93,7 @@ class Cache(Namespace):
         """Tell a new memory tier what lies on disk, and what elsewhere counts."""
         if self._remote_urls and self.path is not None:
             Remotes.restore_trust(store, self.path)
-        if self.options.disk:
+        if self.options.log:
             assert self.path is not None
             self._below = self._disk_tier(store)
             self._below.recover()
@@ -110,7 +111,7 @@ class Cache(Namespace):
         )
 
     def _open_below(self) -> None:
-        if not self.options.disk:
+        if not self.options.log:
             return
         assert self.path is not None
         if self._below is None:
@@ -126,22 +127,36 @@ class Cache(Namespace):
         self.running.add(self.prefetcher)
 
     def _open_remotes(self) -> None:
+        if self._has_engine:
+            assert self.path is not None
+            engine = open_engine(self.options.disk_engine, self.path, self.options.disk)
+            self._remotes = Engine(self._memory.store, engine, self.path, self.cost)
         if self._remote_urls:
             self._remotes = Remotes(self._memory.store, [url.open() for url in self._remote_urls], self.cost)
 
     def _remote_space(self, namespace: Namespace) -> RemoteSpace | None:
-        if not self._remote_urls:
+        if not self._remote_urls and not self._has_engine:
             return None
         options = namespace._options
-        return RemoteSpace(
+        kind, tier = (EngineSpace, "disk") if self._has_engine else (RemoteSpace, "remote")
+        return kind(
             options.name,
             options.version,
             immutable=options.immutable,
             space=namespace._native,
             remotes=self._live_remotes,
-            encoding=self._encodings.get(options.name, {}).get("remote", Encoding(sealer=self._sealer)),
+            encoding=self._encodings.get(options.name, {}).get(tier, Encoding(sealer=self._sealer)),
             replaced=lambda space, key, seq: self.forget_older(space.id, [(key, seq)]),
         )
+
+    @property
+    def written_at_once(self) -> tuple[int, int] | None:
+        """How many records, and bytes, one step of a put may have where each is written before it returns."""
+        return (512, self.options.memory // 16) if self._has_engine else None
+
+    @property
+    def _has_engine(self) -> bool:
+        return self.options.disk_engine != "log"
 
     def _live_remotes(self) -> Remotes:
         self._check_open()
@@ -221,6 +236,11 @@ class Cache(Namespace):
             raise ConfigError(f"guarantee={guarantee!r} is more than 3/4 of the memory, {self.options.memory:,} bytes")
         if quota_bytes and guaranteed > quota_bytes:
             raise ConfigError(f"guarantee={guarantee!r} is more than the quota, {quota!r}")
+        if self._has_engine and (admission != "all" or write == "back" or disk_quota is not None or not remote):
+            raise ConfigError(
+                f"with disk_engine={self.options.disk_engine!r} every put is written: a namespace can't have "
+                "admission, write='back', a disk_quota or remote=False; leave these out, or use disk_engine='log'"
+            )
         options = SpaceOptions(
             name,
             version,
@@ -237,7 +257,7 @@ class Cache(Namespace):
         encodings = self._parse_codec(codec, tensor)
         with self._lock:
             self._encodings[name] = encodings
-            return Namespace(self, options, ttl_ms, jitter, through=write == "through")
+            return Namespace(self, options, ttl_ms, jitter, through=write == "through" and not self._has_engine)
 
     def set_tail(self, name: str, tail: Tail) -> None:
         """Say what stands behind the tensors of a namespace, whose values are longer, when a codec has changed them."""
@@ -451,7 +471,7 @@ class Cache(Namespace):
             }  # fmt: skip
         return {
             "memory": self._memory.store.stats(),
-            "disk": self._below.stats() if self._below else None,
+            "disk": self._disk_stats(),
             "remote": self._remotes.stats() if self._remotes else [],
             "prefetch": self.prefetcher.stats(),
             "cost": self.cost.stats(),
@@ -460,6 +480,11 @@ class Cache(Namespace):
                 name: {"limit": limit, "held_bytes": held} for name, limit, held in self._memory.store.holders()
             },
         }
+
+    def _disk_stats(self) -> Stats | None:
+        if isinstance(self._remotes, Engine):
+            return self._remotes.figures()
+        return self._below.stats() if self._below else None
 
     def live_store(self) -> _core.Store:
         """Return the native store, attached to; raises CacheClosed."""
@@ -497,7 +522,7 @@ class Cache(Namespace):
 
     def _last_out(self) -> None:
         """The last process is about to leave the mapping."""
-        if self._remotes and self.path is not None:
+        if self._remotes and self.path is not None and not self._has_engine:
             self._remotes.keep_trust(self.path)
 
     def _close_below(self) -> None:
@@ -521,6 +546,8 @@ class Cache(Namespace):
             namespace._space = _Forked(namespace)  # type: ignore[assignment]
             if namespace._remote is not None:
                 namespace._remote.forget_parent()
+        if isinstance(self._remotes, Engine):
+            self._remotes.leave_to_parent()
         self._remotes = None
         self._memory.leave_to_parent()
 
@@ -531,6 +558,8 @@ class Cache(Namespace):
         with self._lock:
             if self._pid == os.getpid():
                 return
+            if self.options.disk_engine == "lsm":
+                raise TierUnavailable("disk_engine='lsm' is for one process: a forked child can't use its cache")
             self._below = None
             self._start_moving()
             self._memory.attach_again(self._restore)
@@ -576,6 +605,7 @@ def open(
     disk: int | str | None = None,
     disk_policy: Literal["fifo", "lru", "ttl"] | None = None,
     disk_write_limit: int | str | None = None,
+    disk_engine: Literal["log", "lsm", "btree"] | None = None,
     shared: bool | None = None,
     huge_pages: bool | None = None,
     prefetch: int | str | None = None,
@@ -594,6 +624,10 @@ def open(
     `disk_policy` says what leaves a full disk first: "fifo", the oldest; "lru", the oldest, but what was used meanwhile
     stays; "ttl", what expires first. It is recorded with the cache. `disk_write_limit`, such as "50MiB/s", bounds what
     this process writes there, for the life of the device: what is beyond it stays in memory only.
+
+    `disk_engine` says what keeps the records on disk: "log", segments under an index in shared memory; or for many
+    small values, without an entry there for each, "lsm" (RocksDB, one process) or "btree" (LMDB); docs/engines.md says
+    what differs. Raises MissingExtra without `kvstrata[lsm]` or `kvstrata[btree]`.
 
     `huge_pages=True` puts the memory tier into pages of 2 MiB, for this process and whoever attaches; it takes a
     while at opening, in which the memory is copied once. Raises ConfigError, saying what to do, when the kernel
@@ -621,7 +655,8 @@ def open(
     settings = Settings.gather(
         {
             "path": path, "memory": memory, "disk": disk, "disk_policy": disk_policy,
-            "disk_write_limit": disk_write_limit, "shared": shared, "huge_pages": huge_pages, "prefetch": prefetch,
+            "disk_write_limit": disk_write_limit, "disk_engine": disk_engine, "shared": shared,
+            "huge_pages": huge_pages, "prefetch": prefetch,
             "near": near, "encryption": encryption, "remote": remote,
         },
         config=config,

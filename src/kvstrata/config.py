@@ -23,6 +23,8 @@ MAX_MEMORY = (256 << 30) - (1 << 20)
 MAX_SIZE = 1 << 45
 DEFAULT_DISK = 8 << 30
 DISK_POLICIES = ("fifo", "lru", "ttl")
+DISK_ENGINES = ("log", "lsm", "btree")
+MIN_ENGINE = 64 << 20
 
 
 def parse_size(value: int | str, *, option: str = "size") -> int:
@@ -81,6 +83,7 @@ class CacheOptions(msgspec.Struct, frozen=True, kw_only=True):
     disk: int
     disk_policy: str = "fifo"
     disk_write_limit: int = 0  # bytes per second, 0 = none; each process's own
+    disk_engine: str = "log"
 
     @classmethod
     def parse(
@@ -91,6 +94,7 @@ class CacheOptions(msgspec.Struct, frozen=True, kw_only=True):
         has_path: bool,
         disk_policy: str = "fifo",
         disk_write_limit: int | str | None = None,
+        disk_engine: str = "log",
     ) -> CacheOptions:
         """Check the arguments of `kvstrata.open`; raises ConfigError."""
         memory_bytes = parse_size(memory, option="memory")
@@ -109,7 +113,30 @@ class CacheOptions(msgspec.Struct, frozen=True, kw_only=True):
         if disk_policy not in DISK_POLICIES:
             raise UnknownOption("disk_policy", disk_policy, DISK_POLICIES)
         limit = 0 if disk_write_limit is None else parse_rate(disk_write_limit, option="disk_write_limit")
-        return cls(memory=memory_bytes, disk=disk_bytes, disk_policy=disk_policy, disk_write_limit=limit)
+        if disk_engine not in DISK_ENGINES:
+            raise UnknownOption("disk_engine", disk_engine, DISK_ENGINES)
+        if disk_engine != "log":
+            if disk_bytes < MIN_ENGINE:
+                raise ConfigError(
+                    f"disk_engine={disk_engine!r} needs a path, and disk={MIN_ENGINE:,} bytes at least, not {disk!r}"
+                )
+            if disk_policy != "fifo" or limit:
+                raise ConfigError(
+                    f"disk_engine={disk_engine!r} can't have disk_policy={disk_policy!r} or a disk_write_limit: the "
+                    "oldest leave it, and every put is written; leave these options out, or use disk_engine='log'"
+                )
+        return cls(
+            memory=memory_bytes,
+            disk=disk_bytes,
+            disk_policy=disk_policy,
+            disk_write_limit=limit,
+            disk_engine=disk_engine,
+        )
+
+    @property
+    def log(self) -> int:
+        """The bytes of a log-structured disk tier, 0 where there is none or another engine."""
+        return self.disk if self.disk_engine == "log" else 0
 
     def differences(self, other: CacheOptions) -> dict[str, tuple[object, object]]:
         """Return {option: (other's, ours)} for each option that differs."""

@@ -28,6 +28,7 @@ __all__ = ["Namespace", "SpaceOptions"]
 
 _HIGHEST_COST = 3e38  # it is kept in single precision
 _WRITE_THROUGH_S = 30.0
+_LONGEST_KEY = 1024
 _LOADED_AT_ONCE = 256  # records that get_many keeps pinned until it has copied them
 _FETCHED_AT_ONCE = 64  # the same, of records from elsewhere
 _FETCHED_TO_WARM = 16  # fewer, as nobody knows how large they are
@@ -143,6 +144,16 @@ class Namespace(_core.QuickVerbs):
         tags: Sequence[Key] | None = None,
     ) -> None:
         """Store values in the order given. When one fails the ones before it are stored."""
+        limit = self._cache.written_at_once
+        if limit and len(items) > 1:  # each is to be in memory still when it is written
+            for some in _parted(items, *limit):
+                self._put_some(some, ttl=ttl, cost=cost, tags=tags)
+        else:
+            self._put_some(items, ttl=ttl, cost=cost, tags=tags)
+
+    def _put_some(
+        self, items: Mapping[Key, Value], *, ttl: float | None, cost: float | None, tags: Sequence[Key] | None
+    ) -> None:
         keys = list(items)
         replaced: list[tuple[int, int]] = []
         change = self._remote.begin() if self._remote else None
@@ -544,6 +555,27 @@ class Namespace(_core.QuickVerbs):
             raise
         self._stored(change, key, seq)
         return pin
+
+
+def _parted(items: Mapping[Key, Value], most: int, nbytes: int) -> Iterator[dict[Key, Value]]:
+    """Part items into some of `most` at most, and about `nbytes` bytes where their values say how long they are."""
+    for key in items:
+        try:
+            length = len(_prefix_bytes(key))
+        except UnicodeEncodeError:
+            length = 0
+        if not 1 <= length <= _LONGEST_KEY:
+            raise InvalidKey(f"a key is str with an UTF-8 form, or bytes, of 1 to {_LONGEST_KEY:,} bytes")
+    some: dict[Key, Value] = {}
+    size = 0
+    for key, value in items.items():
+        some[key] = value
+        size += getattr(value, "nbytes", None) or (len(value) if isinstance(value, (bytes, bytearray)) else 0)
+        if len(some) >= most or size >= nbytes:
+            yield some
+            some, size = {}, 0
+    if some:
+        yield some
 
 
 def _checked(key: Key) -> Key:

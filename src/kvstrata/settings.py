@@ -48,6 +48,7 @@ _OPTIONS = {
     "disk": _Option(None, _size, (int, str), _SIZE),
     "disk_policy": _Option("fifo", str, (str,), '"fifo", "lru" or "ttl"'),
     "disk_write_limit": _Option(None, _size, (int, str), "a rate such as '50MiB/s'"),
+    "disk_engine": _Option("log", str, (str,), '"log", "lsm" or "btree"'),
     "shared": _Option(True, _flag, (bool,), "yes or no"),
     "huge_pages": _Option(False, _flag, (bool,), "yes or no"),
     "prefetch": _Option(DEFAULT_IN_FLIGHT, _size, (int, str), _SIZE),
@@ -56,7 +57,7 @@ _OPTIONS = {
     "remote": _Option((), str.split, (str, list), "a URL, or several"),
 }
 _NEAR_PART, _MOST_NEAR = 16, 64 << 20
-_SIZES = ("memory", "disk", "disk_policy", "disk_write_limit")
+_SIZES = ("memory", "disk", "disk_policy", "disk_write_limit", "disk_engine")
 
 
 class Settings(NamedTuple):
@@ -100,6 +101,8 @@ class Settings(NamedTuple):
                     raise ConfigError(f"{file}: {name} must be {option.what}, not {type(stored[name]).__name__}")
             else:
                 values[name], sources[name] = option.default, ""
+        if values["disk_engine"] != "log" and values["remote"]:
+            raise ConfigError("disk_engine='lsm' and 'btree' can't be combined with remote=; use disk_engine='log'")
         path = None if values["path"] is None else Path(values["path"]).absolute()
         options = _told(
             [sources[name] for name in _SIZES],

@@ -38,7 +38,8 @@ Take = Callable[[int, memoryview], bool]
 """Copies the block at that position out of the memory given; False if it isn't what was expected."""
 
 _CACHE_OPTIONS = (
-    "path", "memory", "disk", "disk_policy", "disk_write_limit", "shared", "huge_pages", "prefetch", "near",
+    "path", "memory", "disk", "disk_policy", "disk_write_limit", "disk_engine", "shared", "huge_pages", "prefetch",
+    "near",
     "encryption", "remote", "config",
 )  # fmt: skip
 _AT_ONCE = 256  # blocks that are pinned at once

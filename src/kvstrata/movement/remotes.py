@@ -203,6 +203,23 @@ class RemoteSpace:
         return pins
 
     def _fetch(self, remotes: Remotes, targets: list[Target], keys: Sequence[Key]) -> list[Pin | None]:
+        pins, refused = self._look_up(remotes, targets, keys)
+        if refused:
+            self._once_more(remotes, targets, keys, pins, refused)
+        return pins
+
+    def _once_more(
+        self, remotes: Remotes, targets: list[Target], keys: Sequence[Key], pins: list[Pin | None], refused: list[int]
+    ) -> None:
+        """Deal with records that may be older than a change that was made here."""
+        del targets, keys, pins
+        remotes.refused += len(refused)
+
+    def _look_up(
+        self, remotes: Remotes, targets: list[Target], keys: Sequence[Key]
+    ) -> tuple[list[Pin | None], list[int]]:
+        """Ask the tiers; returns the positions of what was refused, too."""
+        refused: list[int] = []
         space = self._space()
         state = space.epoch, space.last_change_of_all
         low = remotes.store.low()
@@ -232,14 +249,14 @@ class RemoteSpace:
                     there = space.pin(keys[i])
                     pin = None if there is _core.BELOW else there
                 elif became == _REFUSED:
-                    remotes.refused += 1
+                    refused.append(i)
                 else:
                     pin = _core.local_pin(record.value)
                 pins[i] = pin
             if nbytes:
                 remotes.cost.observe(tier.name, nbytes, remotes.cost.clock() - started)
             left = absent
-        return pins
+        return pins, refused
 
     def places(self, keys: Sequence[Key]) -> list[str | None]:
         """Return in which tier each key seems to be, by its name, None for nowhere; only `fetch` checks."""

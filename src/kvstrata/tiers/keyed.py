@@ -284,7 +284,7 @@ class KeyedTier:
             space.roll.enter(self.store, self._change_s)
 
         try:
-            self._change(publish)
+            self._change(publish, first=True)
         except StoreFault as fault:
             fault.sent = False  # of the records
             raise
@@ -296,10 +296,13 @@ class KeyedTier:
             names = space.names(keys, generation)
             self._change(lambda: self.store.delete(names, self._change_s))
             self._count(deleted_records=len(keys))
+        else:
+            self.breaker.success()  # there was nothing to change
 
     def probe(self, space: KeyedSpace) -> None:
         """See whether the store answers; raises StoreFault."""
         self._generation_to_change(space, make=False)
+        self.breaker.success()
 
     def clear(self, space: KeyedSpace) -> None:
         """Make all that is there unreachable, for everybody, before it returns; raises as `delete`.
@@ -315,13 +318,15 @@ class KeyedTier:
         self._make_generation(space)
         space.uncleared = False
 
-    def _change(self, call: Callable[[], T]) -> T:
+    def _change(self, call: Callable[[], T], *, first: bool = False) -> T:
+        """Call the store. That what comes `first` succeeds says nothing of the change itself to the breaker."""
         try:
             result = call()
         except StoreFault as fault:
             self._failed(fault)
             raise
-        self.breaker.success()
+        if not first:
+            self.breaker.success()
         return result
 
     def _generation_to_change(self, space: KeyedSpace, *, make: bool) -> int | None:
@@ -345,7 +350,7 @@ class KeyedTier:
             return space.generation
 
         try:
-            return self._change(find)
+            return self._change(find, first=True)
         except StoreFault as fault:
             fault.sent = False  # of what the caller wants
             raise

@@ -34,6 +34,7 @@ class _Identity(msgspec.Struct, frozen=True):
     format: int
     id: str
     disk_policy: str = "fifo"
+    disk_engine: str = "log"
 
 
 class _Format(msgspec.Struct):
@@ -77,7 +78,8 @@ class MemoryTier:
         with _setup_lock(directory):
             users = _claim_directory(directory, shared)
             try:
-                identity = _identity(directory)
+                identity = _identity(directory, options.disk_engine)
+                _check_engine(directory, identity, options)
                 file = _shared_file(directory, identity)
                 if shared:
                     store = _open_shared(file, directory, users, options, restore)
@@ -85,7 +87,7 @@ class MemoryTier:
                 with _explained(options):
                     # Left by processes that were killed. What is done here would make it untrue.
                     file.unlink(missing_ok=True)
-                    store = _core.Store.open_private(options.memory, options.disk, _seed(directory))
+                    store = _core.Store.open_private(options.memory, options.log, _seed(directory))
                 _record_policy(directory, options)
                 restore(store)
                 return cls(store, options, directory, None, users)
@@ -208,8 +210,8 @@ def _setup_lock(directory: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _identity(directory: Path) -> _Identity:
-    """Read which cache this directory holds; a new or unreadable one becomes a new cache."""
+def _identity(directory: Path, engine: str = "log") -> _Identity:
+    """Read which cache this directory holds; a new or unreadable one becomes a new cache, with that engine."""
     path = directory / "identity.json"
     with _usable(directory):
         try:
@@ -219,9 +221,17 @@ def _identity(directory: Path) -> _Identity:
                 raise FormatError(f"{path} has format {format}, this release reads format {_FORMAT}; upgrade kvstrata")
             return msgspec.json.decode(text, type=_Identity)
         except (FileNotFoundError, msgspec.DecodeError, UnicodeDecodeError):
-            new = _Identity(_FORMAT, secrets.token_hex(16))
+            new = _Identity(_FORMAT, secrets.token_hex(16), disk_engine=engine)
             _write_identity(directory, new)
             return new
+
+
+def _check_engine(directory: Path, identity: _Identity, options: CacheOptions) -> None:
+    if identity.disk_engine != options.disk_engine:
+        raise ConfigError(
+            f"the cache at {directory} has disk_engine={identity.disk_engine!r}, not {options.disk_engine!r}; "
+            "open it so, or use another directory"
+        )
 
 
 def _write_identity(directory: Path, identity: _Identity) -> None:
@@ -262,14 +272,17 @@ def _open_shared(
         if not in_use:
             _refuse_another_mapping(users, directory)
             _record_policy(directory, options)
-        if exists and not in_use and (not ready or (memory, disk) != (options.memory, options.disk)):
+        if exists and not in_use and (not ready or (memory, disk) != (options.memory, options.log)):
             file.unlink()  # left by processes that were killed, and of no use now
             exists = False
         if exists:
             if not ready:
                 raise FormatError(f"{file} is in use by a release with format {format}, which this one doesn't read")
             theirs = msgspec.structs.replace(
-                options, memory=memory, disk=disk, disk_policy=_identity(directory).disk_policy
+                options,
+                memory=memory,
+                disk=disk if options.disk_engine == "log" else options.disk,
+                disk_policy=_identity(directory).disk_policy,
             )
             differences = options.differences(theirs)
             if differences:
@@ -280,7 +293,7 @@ def _open_shared(
                 if in_use:
                     raise
                 file.unlink()  # every place in it is taken by a process that was killed
-        store = _core.Store.create_shared(str(file), options.memory, options.disk, _seed(directory))
+        store = _core.Store.create_shared(str(file), options.memory, options.log, _seed(directory))
     try:
         restore(store)
     except BaseException:

@@ -1,0 +1,323 @@
+"""Records in LMDB: a B+ tree in one file, for several processes of a host.
+
+Two trees: name -> number and record, and number -> name, by which the oldest leave. The file has its full size from
+the beginning, so a full disk is met when it is made and not by SIGBUS later.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from kvstrata.errors import ConfigMismatch, CorruptRecord, MissingExtra, TierUnavailable
+from kvstrata.tiers.base import NamedRecord, Stats, StoreFault
+from kvstrata.tiers.engines.directory import FileLock, set_aside
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+__all__ = ["BtreeStore", "check_map"]
+
+_NUMBER = struct.Struct(">Q")
+_HEAD = struct.Struct(">QQ")  # before each record: its number, and when its time is over (ms, Unix epoch, 0 = never)
+_PAGE = 4096
+_META = struct.Struct("<16xII")  # after a page's header: magic, version
+_META_SIZE = struct.Struct("<Q")
+_MAGIC, _VERSION = 0xBEEFC0DE, 1
+_USED = 0.7  # of the map: the rest is for copies of changed pages, and pages that readers still see
+_EVICTED_AT_ONCE = 256
+_SYNC_S = 5.0
+_SETUP_S = 10.0
+_MARK = "unsynced"
+
+T = TypeVar("T")
+
+
+def check_map(path: Path, size: int) -> None:
+    """Raise CorruptRecord unless the file has that length and two sound meta pages; OSError if unreadable."""
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size != size:
+            raise CorruptRecord(f"{path.name} has not its length")
+        if os.fstat(file.fileno()).st_blocks * 512 < size:
+            raise CorruptRecord(f"{path.name} has holes")
+        pages = [file.read(_PAGE), file.read(_PAGE)]
+    for number, page in enumerate(pages):
+        pgno, _, flags = struct.unpack_from("<QHH", page)
+        if pgno != number or flags != 0x08 or _META.unpack_from(page) != (_MAGIC, _VERSION):
+            raise CorruptRecord(f"meta page {number} of {path.name} is damaged")
+        # address, map size, 2 x (pad, flags, depth, branch, leaf, overflow, entries, root), last page, transaction
+        _, mapped = struct.unpack_from("<QQ", page, 24)
+        last, _ = struct.unpack_from("<QQ", page, 136)
+        roots = [struct.unpack_from("<IHHQQQQQ", page, 40 + 48 * n) for n in range(2)]
+        if mapped > size or not 1 <= last < size // _PAGE or roots[0][0] != _PAGE:
+            raise CorruptRecord(f"meta page {number} of {path.name} is damaged")
+        for _, _, depth, *counts, _, root in roots:
+            if root != 2**64 - 1 and (not 2 <= root <= last or not 1 <= depth <= 32 or max(counts) > last):
+                raise CorruptRecord(f"meta page {number} of {path.name} is damaged")
+
+
+def _check_mark(mark: Path) -> None:
+    if mark.exists() and mark.read_text() != _boot():
+        raise CorruptRecord("the machine went down while it was written")
+
+
+def _boot() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+class BtreeStore:
+    """A RecordStore in a directory that takes `cap` bytes of disk, from the beginning."""
+
+    name = "btree"
+
+    def __init__(self, directory: Path, cap: int) -> None:
+        try:
+            import lmdb
+        except ImportError as error:
+            raise MissingExtra("btree", "lmdb") from error
+        self._lmdb = lmdb
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        self._directory = directory
+        self._size = (cap - (1 << 20)) // _PAGE * _PAGE  # the rest is for the lock's table
+        self._numbers = {"damaged_directories": 0, "evicted_records": 0}
+        self._lock = threading.Lock()
+        self._synced = time.monotonic()
+        self._setup = FileLock(directory.with_name(f"{directory.name}.setup"))  # held where users come and go
+        self._users = FileLock(directory.with_name(f"{directory.name}.users"))
+        try:
+            with self._setup.held(_SETUP_S):
+                if self._users.take():
+                    self._make_sound()
+                else:
+                    self._check_size()
+                self._env: Any = self._open()
+                self._users.take(shared=True)  # which nobody is in the way of: others do this in the setup lock too
+        except BaseException:
+            self._close_locks()
+            raise
+
+    # ---- Opening
+
+    @property
+    def _map(self) -> Path:
+        return self._directory / "data.mdb"
+
+    def _check_size(self) -> None:
+        if self._map.stat().st_size != self._size:
+            raise ConfigMismatch(f"{self._directory} is open elsewhere with another disk=; use the same")
+
+    def _make_sound(self) -> None:
+        """With nobody else in it: see that it can be opened, else begin anew."""
+        mark = self._directory / _MARK
+        if self._directory.exists():
+            try:
+                _check_mark(mark)
+                check_map(self._map, self._size)
+            except (CorruptRecord, OSError, struct.error, ValueError) as why:
+                set_aside(self._directory, why)
+                self._numbers["damaged_directories"] += 1
+        if not self._directory.exists():
+            self._make()
+        (self._directory / "lock.mdb").unlink(missing_ok=True)  # of readers that are gone
+        mark.write_text(_boot())
+
+    def _make(self) -> None:
+        draft = self._directory.with_name(f"{self._directory.name}.new")
+        draft.mkdir(exist_ok=True)
+        file = draft / "data.mdb"
+        file.unlink(missing_ok=True)
+        env = self._lmdb.open(str(draft), map_size=self._size, max_dbs=2, sync=False)
+        for tree in (b"records", b"order"):
+            env.open_db(tree)
+        env.sync(True)
+        env.close()
+        with file.open("r+b") as opened:
+            os.posix_fallocate(opened.fileno(), 0, self._size)
+        draft.rename(self._directory)
+
+    def _open(self) -> Any:
+        env = self._lmdb.open(
+            str(self._directory), map_size=self._size, max_dbs=2, sync=False, max_readers=1024, create=False
+        )
+        try:
+            env.reader_check()
+            self._records = env.open_db(b"records", create=False)
+            self._order = env.open_db(b"order", create=False)
+        except self._lmdb.Error as error:
+            env.close()
+            raise TierUnavailable(f"{self._directory} can't be opened: {error}") from error
+        return env
+
+    # ---- Records
+
+    def _ask(self, call: Callable[[], T]) -> T:
+        try:
+            return call()
+        except self._lmdb.Error as error:
+            raise StoreFault(type(error).__name__, f"btree: {error}", sent=False) from error
+
+    def read(self, names: Sequence[bytes], timeout_s: float) -> list[Buffer | None]:  # noqa: ARG002
+        """See RecordStore."""
+
+        def read() -> list[Buffer | None]:
+            with self._env.begin(db=self._records) as txn:
+                found = [txn.get(name) for name in names]
+            now = time.time() * 1000
+            return [None if _over(data, now) else memoryview(data)[_HEAD.size :] for data in found]
+
+        return self._ask(read)
+
+    def contains(self, names: Sequence[bytes], timeout_s: float) -> list[bool]:  # noqa: ARG002
+        """See RecordStore."""
+        now = time.time() * 1000
+
+        def contains() -> list[bool]:
+            with self._env.begin(db=self._records, buffers=True) as txn:
+                return [not _over(txn.get(name), now) for name in names]
+
+        return self._ask(contains)
+
+    def write(
+        self, records: Sequence[NamedRecord], timeout_s: float, *, then_read: bytes | None = None
+    ) -> Buffer | None:
+        """See RecordStore."""
+        items = [(record.name, record.expires, b"".join(map(_bytes, record.parts))) for record in records]
+        need = sum(len(data) + 2 * _PAGE for _, _, data in items)
+        if need > self._size * (1 - _USED) / 2:
+            if len(items) == 1:
+                raise StoreFault("too large", "btree: a record is larger than 15 % of the disk's bytes", sent=False)
+            half = len(records) // 2
+            self.write(records[:half], timeout_s)
+            return self.write(records[half:], timeout_s, then_read=then_read)
+        if items:
+            self._changing(timeout_s, lambda: self._put(items))
+        return None if then_read is None else self.read([then_read], timeout_s)[0]
+
+    def delete(self, names: Sequence[bytes], timeout_s: float) -> None:
+        """See RecordStore."""
+        if names:
+            self._changing(timeout_s, lambda: self._transact(lambda txn: self._remove_all(txn, names)))
+
+    def _changing(self, timeout_s: float, change: Callable[[], object]) -> None:
+        if not self._lock.acquire(timeout=timeout_s):
+            raise StoreFault("timeout", "btree: other threads are writing", sent=False)
+        try:
+            self._make_room()
+            self._ask(change)
+            if time.monotonic() - self._synced > _SYNC_S:
+                self._ask(lambda: self._env.sync(True))
+                self._synced = time.monotonic()
+        finally:
+            self._lock.release()
+
+    def _transact(self, change: Callable[[Any], object]) -> None:
+        """Make a change as one transaction; where the map is full, the oldest leave first."""
+        for _ in range(64):
+            try:
+                with self._env.begin(write=True) as txn:
+                    change(txn)
+            except self._lmdb.MapFullError:
+                self._evict()
+            else:
+                return
+        raise StoreFault("full", "btree: there is no room, though much was removed", sent=False)
+
+    def _put(self, items: Sequence[tuple[bytes, int, bytes]]) -> None:
+        def put(txn: Any) -> None:
+            cursor = txn.cursor(db=self._order)
+            number = _NUMBER.unpack(cursor.key())[0] if cursor.last() else 0
+            for name, expires, data in items:
+                number += 1
+                self._remove(txn, name)
+                txn.put(name, _HEAD.pack(number, expires) + data, db=self._records)
+                txn.put(_NUMBER.pack(number), name, db=self._order, append=True)
+
+        self._transact(put)
+
+    def _remove_all(self, txn: Any, names: Sequence[bytes]) -> None:
+        for name in names:
+            self._remove(txn, name)
+
+    def _remove(self, txn: Any, name: bytes) -> None:
+        old = txn.pop(name, db=self._records)
+        if old is not None:
+            txn.delete(bytes(old[: _NUMBER.size]), db=self._order)
+
+    # ---- The oldest leave
+
+    def _used(self) -> float:
+        with self._env.begin() as txn:
+            trees = [txn.stat(self._records), txn.stat(self._order)]
+        pages = sum(tree["branch_pages"] + tree["leaf_pages"] + tree["overflow_pages"] for tree in trees)
+        return float(pages * _PAGE / self._size)
+
+    def _make_room(self) -> None:
+        while self._ask(self._used) > _USED:
+            if not self._evict():
+                return
+
+    def _evict(self) -> int:
+        """Remove the oldest records; returns how many."""
+        evicted = 0
+
+        def evict() -> None:
+            nonlocal evicted
+            with self._env.begin(write=True) as txn:
+                cursor = txn.cursor(db=self._order)
+                while evicted < _EVICTED_AT_ONCE and cursor.first():
+                    txn.delete(cursor.value(), db=self._records)
+                    cursor.delete()
+                    evicted += 1
+
+        self._ask(evict)
+        self._numbers["evicted_records"] += evicted
+        return evicted
+
+    # ---- Figures and life
+
+    def stats(self) -> Stats:
+        """See RecordStore."""
+        try:
+            with self._env.begin() as txn:
+                records = txn.stat(self._records)["entries"]
+            used = int(self._used() * self._size)
+        except self._lmdb.Error:
+            records = used = 0
+        return {"records": records, "used_bytes": used, "disk_bytes": self._size, **self._numbers}
+
+    def close(self) -> None:
+        """See RecordStore."""
+        with self._lock:
+            try:
+                self._env.sync(True)
+                with self._setup.held(_SETUP_S):
+                    self._env.close()
+                    if self._users.take():  # the last one out
+                        (self._directory / _MARK).unlink(missing_ok=True)
+            except (self._lmdb.Error, TierUnavailable, OSError):
+                pass  # the mark stays: only a machine that goes down makes something of it
+            finally:
+                self._env.close()
+                self._close_locks()
+
+    def leave_to_parent(self) -> None:
+        """In a forked child: let go of the files; LMDB's own handle is the parent's and never used here again."""
+        self._close_locks()
+
+    def _close_locks(self) -> None:
+        self._users.close()
+        self._setup.close()
+
+
+def _over(data: Buffer | None, now: float) -> bool:
+    """Whether there is no record, or none any more."""
+    return data is None or 0 < _HEAD.unpack_from(data)[1] <= now
+
+
+def _bytes(part: Buffer) -> bytes:
+    return memoryview(part).tobytes()
