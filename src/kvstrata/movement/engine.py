@@ -8,7 +8,6 @@ disagree on which came last. Reads take no lock; what they may bring up is decid
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from kvstrata.movement.remotes import Remotes, RemoteSpace
 from kvstrata.record import TAGGED
 from kvstrata.tiers.base import Key, Stats, StoreFault
 from kvstrata.tiers.engines.directory import FileLock
+from kvstrata.tiers.engines.turns import Turns
 from kvstrata.tiers.keyed import KeyedTier
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Order:
     """The lock under which all changes are made: of this process's threads, and with a file, of all processes."""
 
     def __init__(self, file: Path | None) -> None:
-        self._lock = threading.Lock()
+        self._turns = Turns()
         self._closed = False
         self._file = None if file is None else FileLock(file)
 
@@ -60,14 +60,14 @@ class Order:
         until = time.monotonic() + timeout_s
         if self._closed:
             raise CacheClosed("this cache is closed")
-        if self._lock.acquire(timeout=timeout_s):
+        if self._turns.take(timeout_s):
             try:
                 if self._file is None or self._file.take(timeout_s=max(0.0, until - time.monotonic())):
                     return
             except BaseException:
-                self._lock.release()
+                self._turns.release()
                 raise
-            self._lock.release()
+            self._turns.release()
         raise TierUnavailable(f"nothing was changed: others have been changing the cache for {timeout_s:g} s")
 
     def release(self) -> None:
@@ -76,7 +76,7 @@ class Order:
             if self._file is not None:
                 self._file.release()
         finally:
-            self._lock.release()
+            self._turns.release()
 
     @contextmanager
     def held(self, timeout_s: float) -> Iterator[None]:
@@ -90,11 +90,11 @@ class Order:
     def close(self) -> None:
         """Let nobody take it any more, and close the file; who has it gets a while to be done."""
         self._closed = True
-        done = self._lock.acquire(timeout=_CHANGE_S)
+        done = self._turns.take(_CHANGE_S)
         if self._file is not None:
             self._file.close()
         if done:
-            self._lock.release()
+            self._turns.release()
 
     def leave_to_parent(self) -> None:
         """In a forked child: close the file, whichever of the parent's threads has the lock."""

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import os
 import struct
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvstrata.errors import ConfigMismatch, CorruptRecord, MissingExtra, TierUnavailable
 from kvstrata.tiers.base import NamedRecord, Stats, StoreFault
 from kvstrata.tiers.engines.directory import FileLock, set_aside
+from kvstrata.tiers.engines.turns import Turns
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -85,7 +86,7 @@ class BtreeStore:
         self._directory = directory
         self._size = (cap - (1 << 20)) // _PAGE * _PAGE  # the rest is for the lock's table
         self._numbers = {"damaged_directories": 0, "evicted_records": 0}
-        self._lock = threading.Lock()
+        self._turns = Turns()  # one thread at a time: each call of lmdb lets the GIL go
         self._synced = time.monotonic()
         self._setup = FileLock(directory.with_name(f"{directory.name}.setup"))  # held where users come and go
         self._users = FileLock(directory.with_name(f"{directory.name}.users"))
@@ -155,13 +156,22 @@ class BtreeStore:
 
     # ---- Records
 
+    @contextmanager
+    def _turn(self, timeout_s: float) -> Iterator[None]:
+        if not self._turns.take(timeout_s):
+            raise StoreFault("timeout", f"btree: other threads have had it for {timeout_s:g} s", sent=False)
+        try:
+            yield
+        finally:
+            self._turns.release()
+
     def _ask(self, call: Callable[[], T]) -> T:
         try:
             return call()
         except self._lmdb.Error as error:
             raise StoreFault(type(error).__name__, f"btree: {error}", sent=False) from error
 
-    def read(self, names: Sequence[bytes], timeout_s: float) -> list[Buffer | None]:  # noqa: ARG002
+    def read(self, names: Sequence[bytes], timeout_s: float) -> list[Buffer | None]:
         """See RecordStore."""
 
         def read() -> list[Buffer | None]:
@@ -170,9 +180,10 @@ class BtreeStore:
             now = time.time() * 1000
             return [None if _over(data, now) else memoryview(data)[_HEAD.size :] for data in found]
 
-        return self._ask(read)
+        with self._turn(timeout_s):
+            return self._ask(read)
 
-    def contains(self, names: Sequence[bytes], timeout_s: float) -> list[bool]:  # noqa: ARG002
+    def contains(self, names: Sequence[bytes], timeout_s: float) -> list[bool]:
         """See RecordStore."""
         now = time.time() * 1000
 
@@ -180,7 +191,8 @@ class BtreeStore:
             with self._env.begin(db=self._records, buffers=True) as txn:
                 return [not _over(txn.get(name), now) for name in names]
 
-        return self._ask(contains)
+        with self._turn(timeout_s):
+            return self._ask(contains)
 
     def write(
         self, records: Sequence[NamedRecord], timeout_s: float, *, then_read: bytes | None = None
@@ -204,16 +216,14 @@ class BtreeStore:
             self._changing(timeout_s, lambda: self._transact(lambda txn: self._remove_all(txn, names)))
 
     def _changing(self, timeout_s: float, change: Callable[[], object]) -> None:
-        if not self._lock.acquire(timeout=timeout_s):
-            raise StoreFault("timeout", "btree: other threads are writing", sent=False)
-        try:
+        with self._turn(timeout_s):
             self._make_room()
             self._ask(change)
-            if time.monotonic() - self._synced > _SYNC_S:
-                self._ask(lambda: self._env.sync(True))
+            late = time.monotonic() - self._synced > _SYNC_S
+            if late:
                 self._synced = time.monotonic()
-        finally:
-            self._lock.release()
+        if late:  # while others read on
+            self._ask(lambda: self._env.sync(True))
 
     def _transact(self, change: Callable[[Any], object]) -> None:
         """Make a change as one transaction; where the map is full, the oldest leave first."""
@@ -292,7 +302,7 @@ class BtreeStore:
 
     def close(self) -> None:
         """See RecordStore."""
-        with self._lock:
+        with self._turn(_SETUP_S):
             try:
                 self._env.sync(True)
                 with self._setup.held(_SETUP_S):
