@@ -57,6 +57,19 @@ def test_many_more_records_than_memory_holds_are_all_there(tmp_path: Path, engin
         assert cache.get_many(list(items)[:1000]) == [None] * 1000
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_only_the_engine_has_can_be_brought_up_ahead(tmp_path: Path, engine: str) -> None:
+    items = {f"key{i}": value(f"key{i}", i) for i in range(500)}
+    with open_at(tmp_path, engine) as cache:
+        cache.put_many(items)
+    with open_at(tmp_path, engine) as cache:
+        assert cache.warm(["key0", "absent"]).loaded == 1
+        ahead = cache.prefetch(list(items))
+        assert ahead.wait(60)
+        assert ahead.loaded == 499
+        assert cache.get_many(list(items)) == list(items.values())
+
+
 def hammer(cache: kvstrata.Namespace, me: int, turns: int, failures: list[str]) -> None:
     """Change keys of one's own, and see at each step that the last change counts."""
     chance = random.Random(me)

@@ -21,6 +21,7 @@ from kvstrata import KVLayout, PrefixCache
 from kvstrata.cli import app
 from kvstrata.movement import single_flight
 from kvstrata.remote_url import RemoteURL
+from kvstrata.tiers.base import StoreFault
 from kvstrata.tiers.keyed import KeyedTier
 
 PATIENCE_S = 30.0
@@ -231,6 +232,87 @@ def test_the_command_warms_from_elsewhere(
     assert result.exit_code == 0, result.output
     assert "2 of 3 records loaded (6 bytes" in result.stdout
     assert [pin is not None for pin in b._space.pin_many(["1", "2"])[0]] == [True, True]
+
+
+# ---- Ahead of who will ask
+
+
+def test_a_prefetch_brings_what_is_on_disk_and_what_is_elsewhere(
+    open_cache: OpenCache, store: Store, tmp_path: Path
+) -> None:
+    keys = [f"{i}" for i in range(100)]
+    values = {key: key.encode() * 100 for key in keys}
+    a = open_cache(tmp_path / "a", remote=URL)
+    a.put_many(values)
+    a.flush()
+    b = open_cache(tmp_path / "b", remote=URL, disk="64MiB")
+    b.put_many({key: values[key] for key in keys[:30]})
+    b.flush()
+    b.demote()  # these lie on its disk
+    assert b.get_many(keys[:10]) == list(values.values())[:10]  # and these in memory, too
+    before = sum(store.reads.values())
+
+    ahead = b.prefetch([*keys, "absent"])
+
+    assert ahead.wait(PATIENCE_S)
+    assert ahead.loaded == 90
+    assert [pin is not None for pin in b._space.pin_many(keys)[0]] == [True] * 100
+    assert sum(store.reads.values()) - before <= 71
+    assert b.get_many(keys) == list(values.values())
+
+
+def test_no_more_bytes_are_fetched_ahead_at_a_time_than_was_said(
+    open_cache: OpenCache, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [f"{i}" for i in range(20)]
+    a = open_cache(tmp_path / "a", remote=URL)
+    a.put_many(dict.fromkeys(keys, bytes(100_000)))
+    a.flush()
+    b = open_cache(tmp_path / "b", remote=URL, prefetch="256KiB")
+    asked: list[int] = []
+    read = store.read
+
+    def counted(names: Sequence[bytes], timeout_s: float) -> list[bytes | None]:
+        asked.append(sum(name[25:26] == b"r" for name in names))
+        return read(names, timeout_s)
+
+    monkeypatch.setattr(store, "read", counted)
+
+    assert b.prefetch(keys).wait(PATIENCE_S)
+
+    assert sum(asked) == 20
+    assert max(asked) == 2
+    assert b.get_many(keys) == [bytes(100_000)] * 20
+
+
+def test_a_cancelled_prefetch_fetches_nothing_more(open_cache: OpenCache, store: Store, tmp_path: Path) -> None:
+    keys = [f"{i}" for i in range(40)]
+    a = open_cache(tmp_path / "a", remote=URL)
+    a.put_many(dict.fromkeys(keys, b"x"))
+    a.flush()
+    b = open_cache(tmp_path / "b", remote=URL)
+    store.gate.clear()
+    store.reading.clear()
+    ahead = b.prefetch(keys)
+    assert store.reading.wait(PATIENCE_S)
+    ahead.cancel()
+    store.gate.set()
+    assert ahead.wait(PATIENCE_S)
+    assert ahead.loaded == 1
+    assert b.stats()["prefetch"]["cancelled_requests"] == 1
+
+
+def test_faults_elsewhere_end_a_prefetch_and_are_not_raised(
+    open_cache: OpenCache, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def down(names: Sequence[bytes], timeout_s: float) -> list[bytes | None]:
+        raise StoreFault("connection", "the server is gone", sent=False)
+
+    b = open_cache(tmp_path / "b", remote=URL)
+    monkeypatch.setattr(store, "read", down)
+    ahead = b.prefetch(["a", "b"])
+    assert ahead.wait(PATIENCE_S)
+    assert ahead.loaded == 0
 
 
 # ---- Load or compute

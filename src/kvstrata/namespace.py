@@ -279,7 +279,7 @@ class Namespace(_core.QuickVerbs):
         return pins
 
     def prefetch(self, keys: Sequence[Key]) -> Prefetch:
-        """Begin to bring records from the tier below into memory, in the order of the keys, and return at once.
+        """Begin to bring records from below and elsewhere into memory, in the order of the keys, and return at once.
 
         The handle has `cancel()`, `wait(timeout)` and `done`. A record that is on its way is not read once more by
         whoever asks for it meanwhile. Of many requests the newest count, and none brings more than half of what the
@@ -289,7 +289,22 @@ class Namespace(_core.QuickVerbs):
         wanted = [_checked(key) for key in keys]
         self._cache.live_store()
         room = self._cache.room_to_warm(self._options.quota) // 2
-        return self._cache.prefetcher.request(self._space.id, wanted, room)
+        fetch = None if self._remote is None else self._fetch_ahead
+        return self._cache.prefetcher.request(self._space.id, wanted, room, fetch)
+
+    def _fetch_ahead(self, keys: list[Key]) -> list[_core.Pin | memoryview | None]:
+        """Bring from elsewhere what isn't on this host; what memory has no room for is a view of nothing."""
+        absent = [key for key in keys if not self._space.contains(key)]
+        if self._remote is None or not absent:
+            return []
+        brought: list[_core.Pin | memoryview | None] = []
+        for key, pin in zip(absent, self._remote.fetch(absent), strict=True):
+            if pin is not None and not self._space.contains(key):
+                pin.release()
+                brought.append(memoryview(b""))
+            else:
+                brought.append(pin)
+        return brought
 
     def _ttl(self, ttl: float | None) -> int:
         return self._ttl_ms if ttl is None else parse_duration(ttl)

@@ -5,6 +5,7 @@ A hint, not a promise: what can't be brought, for whatever reason, is counted, a
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
@@ -28,15 +29,18 @@ _AT_ONCE = 256  # keys that are looked up at once
 Sizes = Callable[[int, list[Key]], list[int]]
 """Of keys of a namespace, the bytes of each record that lies below memory only; 0 for others."""
 Load = Callable[[int, list[Key]], "Sequence[Pin | memoryview | None]"]
+Fetch = Callable[[list[Key]], "Sequence[Pin | memoryview | None]"]
+"""Brings up, of keys of one namespace, what lies on this host nowhere but elsewhere; a view is what had no room."""
 
 
 class Prefetch:
     """A request that is carried out in the background. Threads may share it; in a forked child nothing goes on."""
 
-    def __init__(self, ns: int, keys: list[Key], room: int) -> None:
+    def __init__(self, ns: int, keys: list[Key], room: int, fetch: Fetch | None = None) -> None:
         self.ns = ns
         self.keys = keys
         self.room = room
+        self.fetch = fetch
         self.loaded = 0
         """Records that were brought into memory so far."""
         self.cancelled = False
@@ -63,6 +67,27 @@ class Prefetch:
         self._ended.set()
 
 
+class _Elsewhere:
+    """How many records are asked for at once where nobody knows their sizes: as those are that came before."""
+
+    def __init__(self, in_flight: int) -> None:
+        self._in_flight = in_flight
+        self._records = self._nbytes = 0
+        self.at_once = 1
+
+    @property
+    def mean(self) -> int:
+        """Bytes of a record that came."""
+        return self._nbytes // self._records if self._records else 0
+
+    def seen(self, records: int, nbytes: int) -> None:
+        """Note what a portion brought."""
+        self._records += records
+        self._nbytes += nbytes
+        fitting = self._in_flight // max(1, self.mean) if self._records else 2 * self.at_once
+        self.at_once = max(1, min(fitting, _AT_ONCE))
+
+
 class Prefetcher:
     """Carries out prefetches for one cache, one after the other, with at most `in_flight` bytes being read at a time.
 
@@ -84,9 +109,12 @@ class Prefetcher:
              "cut_requests", "loaded_records", "loaded_bytes"), 0
         )  # fmt: skip
 
-    def request(self, ns: int, keys: list[Key], room: int) -> Prefetch:
-        """Queue keys of a namespace, to be brought in that order as long as they fit into `room` bytes."""
-        wanted = Prefetch(ns, keys, room)
+    def request(self, ns: int, keys: list[Key], room: int, fetch: Fetch | None = None) -> Prefetch:
+        """Queue keys of a namespace, to be brought in that order as long as they fit into `room` bytes.
+
+        What isn't on this host is brought by `fetch`, if there is one.
+        """
+        wanted = Prefetch(ns, keys, room, fetch)
         with self._lock:
             self._numbers["requests"] += 1
             if self._stopped or not self._in_flight:
@@ -144,19 +172,23 @@ class Prefetcher:
 
     def _carry_out(self, request: Prefetch) -> str:
         left = request.room
-        for keys, size in self._portions(request):
+        elsewhere = _Elsewhere(self._in_flight)
+        for bring, keys, size in self._portions(request, elsewhere):
             if request.cancelled:
                 return "cancelled_requests"
             if size > left:
                 return "cut_requests"
-            left -= size
             with self._lock:
                 self._bytes_now = size
-            values = self._load(request.ns, keys)
+            values = bring(keys)
             brought = [value for value in values if value is not None and not isinstance(value, memoryview)]
             nbytes = sum(map(len, brought))
             for pin in brought:
                 pin.release()
+            if bring is request.fetch:
+                elsewhere.seen(len(brought), nbytes)
+                size = nbytes
+            left -= size
             request.loaded += len(brought)
             with self._lock:
                 self._numbers["loaded_records"] += len(brought)
@@ -165,21 +197,33 @@ class Prefetcher:
                 return "cut_requests"  # memory is full of what may not leave
         return "cancelled_requests" if request.cancelled else "done_requests"
 
-    def _portions(self, request: Prefetch) -> Iterator[tuple[list[Key], int]]:
-        """Yield keys that lie below memory, with the bytes of their records, as many as may be in flight."""
+    def _portions(self, request: Prefetch, elsewhere: _Elsewhere) -> Iterator[tuple[Fetch, list[Key], int]]:
+        """Yield keys that aren't in memory, what brings them, and about how many bytes: as many as may be in flight."""
+        load = functools.partial(self._load, request.ns)
         portion: list[Key] = []
         size = 0
         for start in range(0, len(request.keys), _AT_ONCE):
             keys = request.keys[start : start + _AT_ONCE]
+            rest: list[Key] = []
             for key, nbytes in zip(keys, self._sizes(request.ns, keys), strict=True):
-                if nbytes and portion and size + nbytes > self._in_flight:
-                    yield portion, size
+                if not nbytes:
+                    rest.append(key)
+                    continue
+                if portion and size + nbytes > self._in_flight:
+                    yield load, portion, size
                     portion, size = [], 0
-                if nbytes:
-                    portion.append(key)
-                    size += nbytes
+                portion.append(key)
+                size += nbytes
+            if request.fetch is None:
+                continue
+            if portion:
+                yield load, portion, size
+                portion, size = [], 0
+            while rest:
+                some, rest = rest[: elsewhere.at_once], rest[elsewhere.at_once :]
+                yield request.fetch, some, len(some) * elsewhere.mean
         if portion:
-            yield portion, size
+            yield load, portion, size
 
     def _finish(self, request: Prefetch, how: str) -> None:
         self._numbers[how] += 1
