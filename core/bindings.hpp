@@ -1,4 +1,4 @@
-// Shared by the files that know Python: bindings.cpp (records, errors, the module) and bindings_store.cpp.
+// Shared by the files that know Python, bindings*.cpp: bindings.cpp has records, errors and the module.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -15,6 +15,7 @@ namespace kvstrata {
 
 namespace nb = nanobind;
 
+inline constexpr size_t kAhead = 16;            // records whose memory is fetched ahead
 inline constexpr size_t kWorthASwitch = 65536;  // bytes worked on, from which letting other threads run pays
 
 // The bytes of any object with a contiguous buffer. Released with the GIL held.
@@ -105,6 +106,8 @@ void bind_io(nb::module_& m);
 void bind_layers(nb::module_& m);
 void bind_objects(nb::module_& m);
 void bind_quick(nb::module_& m);
+void bind_reading(nb::module_& m, nb::class_<SpaceHandle>& space);
+void bind_space(nb::module_& m);
 void bind_store(nb::module_& m);
 void bind_simulator(nb::module_& m);
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import random
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +206,55 @@ def test_closing_lets_go_of_keys_and_values(open_cache: OpenCache) -> None:
 
     assert sys.getrefcount(key) == references
     assert sys.getrefcount(value) == held - 1
+
+
+def test_threads_that_change_and_read_see_no_value_older_than_one_they_saw(open_cache: OpenCache) -> None:
+    cache = open_cache(near="64KiB")  # less than all values take, so that they come and go
+    keys = [f"{i}" for i in range(200)]
+    failures: list[str] = []
+    started = threading.Barrier(4)
+    changing = threading.Event()
+    changing.set()
+
+    def change(mine: list[str]) -> None:
+        started.wait()
+        for turn in range(1, 60):
+            for key in mine:
+                cache.put(key, b"%d " % turn + VALUE)
+                found = cache.get(key)
+                if found is None or int(found.split()[0]) != turn:
+                    failures.append(f"{key} after {turn}: {found!r:.20}")
+
+    def look(seed: int) -> None:
+        chance = random.Random(seed)
+        newest = dict.fromkeys(keys, 0)
+        started.wait()
+        while changing.is_set():
+            chosen = chance.choices(keys, k=16)
+            for key, found in zip(chosen, cache.get_many(chosen), strict=True):
+                turn = int(found.split()[0]) if found else 0
+                if turn < newest[key]:
+                    failures.append(f"{key}: {turn} after {newest[key]}")
+                newest[key] = turn
+
+    def run(work: Callable[[Any], None], argument: Any) -> None:
+        try:
+            work(argument)
+        except BaseException as error:  # noqa: BLE001
+            failures.append(repr(error))
+
+    writers = [threading.Thread(target=run, args=(change, keys[n::2])) for n in range(2)]
+    readers = [threading.Thread(target=run, args=(look, n)) for n in range(2)]
+    for thread in writers + readers:
+        thread.start()
+    for thread in writers:
+        thread.join()
+    changing.clear()
+    for thread in readers:
+        thread.join()
+
+    assert not failures
+    assert near_hits(cache) > 0
 
 
 def test_a_forked_child_and_its_parent_see_each_others_changes(open_cache: OpenCache) -> None:
