@@ -22,7 +22,8 @@ __all__ = ["command"]
 def command(parts: Mapping[str, str], what: str, *, title: str, target: str) -> None:
     """Run the command line for `parts`, modules by name, in the order of the table.
 
-    Each has `rows(Settings)` and may have REMARKS; it is imported when asked for.
+    Each has `rows(Settings)` and may have REMARKS; it is imported when asked for. One that fails is told of in the
+    table, and makes the command fail once the others are measured.
     """
 
     def main(
@@ -43,12 +44,18 @@ def command(parts: Mapping[str, str], what: str, *, title: str, target: str) -> 
             console.print(f"the load is {busy:.1f}, so figures are less certain", style="yellow")
         rows: list[Row] = []
         remarks: list[str] = []
+        failed: list[str] = []
         for name in names or parts:
             console.print(f"measuring {name} ...", style="dim")
             place = Path(tempfile.mkdtemp(prefix="bench-", dir=directory))
             try:
                 part = importlib.import_module(parts[name])
                 found = part.rows(Settings(place, quick))
+            except Exception as error:  # noqa: BLE001 - whatever it is, the others' figures count
+                console.print_exception()
+                failed.append(name)
+                remarks.append(f"The part `{name}` failed: {type(error).__name__}.")
+                continue
             finally:
                 shutil.rmtree(place, ignore_errors=True)
             rows += found
@@ -59,6 +66,9 @@ def command(parts: Mapping[str, str], what: str, *, title: str, target: str) -> 
                 remarks.append("Taken with `--quick`: less data and fewer repeats.")
             write_markdown(markdown, rows, facts, remarks, title=title, target=target)
             console.print(f"written to {markdown}")
+        if failed:
+            console.print(f"failed: {', '.join(failed)}", style="red")
+            raise typer.Exit(1)
 
     main.__doc__ = f"{what} Parts: {', '.join(parts)}."
     typer.run(main)

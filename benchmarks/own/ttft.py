@@ -171,9 +171,10 @@ def _memory(bench: _Bench) -> None:
     from transformers.cache_utils import DynamicCache
 
     import kvstrata
+    from kvstrata.integrations._transformers_cache import CACHE_ARGUMENT
 
     first = DynamicCache()
-    bench.ttft(bench.model.generate, cache=first)
+    bench.ttft(bench.model.generate, **{CACHE_ARGUMENT: first})
     held = [(layer.keys[:, :, : bench.prefix].clone(), layer.values[:, :, : bench.prefix].clone())
             for layer in first.layers]  # fmt: skip
     file = bench.scratch / "by_hand.safetensors"
@@ -184,7 +185,7 @@ def _memory(bench: _Bench) -> None:
         loaded = load_file(file)
         pairs = [(loaded[f"{i}.0"], loaded[f"{i}.1"]) for i in range(len(held))]
         ready = time.perf_counter() - start
-        return ready + bench.ttft(bench.model.generate, cache=DynamicCache(pairs))
+        return ready + bench.ttft(bench.model.generate, **{CACHE_ARGUMENT: DynamicCache(pairs)})
 
     times: dict[str, list[float]] = {"cold": [], "own": [], "shared": [], "by_hand": []}
     with kvstrata.open(bench.scratch / "cache", memory=MEMORY, disk=DISK) as cache:
@@ -193,7 +194,7 @@ def _memory(bench: _Bench) -> None:
         for turn in range(bench.repeats):
             if turn % 5 == 0:
                 times["cold"].append(bench.ttft(bench.model.generate))
-            times["own"].append(bench.ttft(bench.model.generate, cache=DynamicCache(held)))
+            times["own"].append(bench.ttft(bench.model.generate, **{CACHE_ARGUMENT: DynamicCache(held)}))
             times["shared"].append(bench.checked(reuse, "memory"))
             times["by_hand"].append(by_hand())
     _reply(times)
