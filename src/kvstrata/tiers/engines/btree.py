@@ -6,17 +6,20 @@ the beginning, so a full disk is met when it is made and not by SIGBUS later.
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvstrata.errors import ConfigMismatch, CorruptRecord, MissingExtra, TierUnavailable
 from kvstrata.tiers.base import NamedRecord, Stats, StoreFault
-from kvstrata.tiers.engines.directory import FileLock, set_aside
+from kvstrata.tiers.engines.directory import FileLock, boot_id, set_aside
+from kvstrata.tiers.engines.filter_file import FilterFile
 from kvstrata.tiers.engines.turns import Turns
 
 if TYPE_CHECKING:
@@ -34,6 +37,8 @@ _USED = 0.7  # of the map: the rest is for copies of changed pages, and pages th
 _EVICTED_AT_ONCE = 256
 _SYNC_S = 5.0
 _SETUP_S = 10.0
+_SCAN_S = 2.0
+_NAMES_AT_ONCE = 1000
 _MARK = "unsynced"
 
 T = TypeVar("T")
@@ -63,12 +68,8 @@ def check_map(path: Path, size: int) -> None:
 
 
 def _check_mark(mark: Path) -> None:
-    if mark.exists() and mark.read_text() != _boot():
+    if mark.exists() and mark.read_text() != boot_id():
         raise CorruptRecord("the machine went down while it was written")
-
-
-def _boot() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 class BtreeStore:
@@ -84,18 +85,21 @@ class BtreeStore:
         self._lmdb = lmdb
         directory.parent.mkdir(parents=True, exist_ok=True)
         self._directory = directory
-        self._size = (cap - (1 << 20)) // _PAGE * _PAGE  # the rest is for the lock's table
+        self._size = (cap - (1 << 20) - FilterFile.size(cap)) // _PAGE * _PAGE  # the rest: the lock's table
+        self.filter = FilterFile(directory, cap)
         self._numbers = {"damaged_directories": 0, "evicted_records": 0}
         self._turns = Turns()  # one thread at a time: each call of lmdb lets the GIL go
         self._synced = time.monotonic()
         self._setup = FileLock(directory.with_name(f"{directory.name}.setup"))  # held where users come and go
         self._users = FileLock(directory.with_name(f"{directory.name}.users"))
+        self.scanning = FileLock(directory.with_name(f"{directory.name}.scan"))
         try:
             with self._setup.held(_SETUP_S):
                 if self._users.take():
                     self._make_sound()
                 else:
                     self._check_size()
+                    self.filter.join()
                 self._env: Any = self._open()
                 self._users.take(shared=True)  # which nobody is in the way of: others do this in the setup lock too
         except BaseException:
@@ -122,10 +126,12 @@ class BtreeStore:
             except (CorruptRecord, OSError, struct.error, ValueError) as why:
                 set_aside(self._directory, why)
                 self._numbers["damaged_directories"] += 1
-        if not self._directory.exists():
+        empty = not self._directory.exists()
+        if empty:
             self._make()
+        self.filter.open(empty=empty)
         (self._directory / "lock.mdb").unlink(missing_ok=True)  # of readers that are gone
-        mark.write_text(_boot())
+        mark.write_text(boot_id())
 
     def _make(self) -> None:
         draft = self._directory.with_name(f"{self._directory.name}.new")
@@ -258,6 +264,35 @@ class BtreeStore:
         if old is not None:
             txn.delete(bytes(old[: _NUMBER.size]), db=self._order)
 
+    # ---- Names
+
+    def count(self) -> int:
+        """See NamedStore."""
+
+        def count() -> int:
+            with self._env.begin() as txn:
+                entries: int = txn.stat(self._records)["entries"]
+                return entries
+
+        with self._turn(_SCAN_S):
+            return self._ask(count)
+
+    def scan(self) -> Iterator[list[bytes]]:
+        """See NamedStore."""
+        last: bytes | None = b""
+        while last is not None:
+            with self._turn(_SCAN_S):
+                names = self._ask(partial(self._names_after, last))
+            yield names
+            last = names[-1] if names else None
+
+    def _names_after(self, last: bytes) -> list[bytes]:
+        with self._env.begin(db=self._records) as txn:
+            cursor = txn.cursor()
+            if not cursor.set_range(last + b"\0"):
+                return []
+            return list(itertools.islice(cursor.iternext(keys=True, values=False), _NAMES_AT_ONCE))
+
     # ---- The oldest leave
 
     def _used(self) -> float:
@@ -308,6 +343,7 @@ class BtreeStore:
                 with self._setup.held(_SETUP_S):
                     self._env.close()
                     if self._users.take():  # the last one out
+                        self.filter.close()
                         (self._directory / _MARK).unlink(missing_ok=True)
             except (self._lmdb.Error, TierUnavailable, OSError):
                 pass  # the mark stays: only a machine that goes down makes something of it
@@ -322,6 +358,7 @@ class BtreeStore:
     def _close_locks(self) -> None:
         self._users.close()
         self._setup.close()
+        self.scanning.close()
 
 
 def _over(data: Buffer | None, now: float) -> bool:
