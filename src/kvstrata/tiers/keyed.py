@@ -382,12 +382,15 @@ class KeyedTier:
             GENERATION, GENERATION_NUMBER.pack(number), seed=space.seed, ns=0, version=space.version, flags=NAMESPACE,
             seq=time.time_ns(),
         )  # fmt: skip
-        # The list of writers first: whoever sees the generation has to see that it is complete.
-        roll = Roll(Names(space, number), me=b"").first(*([] if space.filter is not None else [b""]))
-        self.store.write([roll, NamedRecord(space.generation_name, (record,), 0)], self._change_s)
+        first = self._before_generation(space, number)
+        self.store.write([*first, NamedRecord(space.generation_name, (record,), 0, lasting=True)], self._change_s)
         self._count(generations_made=1)
         with self._lock:
             space.generation, space.known_at = number, time.monotonic()
+
+    def _before_generation(self, space: KeyedSpace, number: int) -> list[NamedRecord]:
+        """Return what is written before a generation: who sees that has to see that the list of writers is complete."""
+        return [Roll(Names(space, number), me=b"").first(*([] if space.filter is not None else [b""]))]
 
     # ---- Figures
 

@@ -6,7 +6,6 @@ the beginning, so a full disk is met when it is made and not by SIGBUS later.
 
 from __future__ import annotations
 
-import itertools
 import os
 import struct
 import time
@@ -29,6 +28,7 @@ __all__ = ["BtreeStore", "check_map"]
 
 _NUMBER = struct.Struct(">Q")
 _HEAD = struct.Struct(">QQ")  # before each record: its number, and when its time is over (ms, Unix epoch, 0 = never)
+_LASTING = 0  # the number of records that have no place in the order, so they never leave to make room
 _PAGE = 4096
 _META = struct.Struct("<16xII")  # after a page's header: magic, version
 _META_SIZE = struct.Struct("<Q")
@@ -37,7 +37,7 @@ _USED = 0.7  # of the map: the rest is for copies of changed pages, and pages th
 _EVICTED_AT_ONCE = 256
 _SYNC_S = 5.0
 _SETUP_S = 10.0
-_SCAN_S = 2.0
+_SCAN_S, _SCAN_TURN_S = 2.0, 0.005
 _NAMES_AT_ONCE = 1000
 _MARK = "unsynced"
 
@@ -204,8 +204,8 @@ class BtreeStore:
         self, records: Sequence[NamedRecord], timeout_s: float, *, then_read: bytes | None = None
     ) -> Buffer | None:
         """See RecordStore."""
-        items = [(record.name, record.expires, b"".join(map(_bytes, record.parts))) for record in records]
-        need = sum(len(data) + 2 * _PAGE for _, _, data in items)
+        items = [(record, b"".join(map(_bytes, record.parts))) for record in records]
+        need = sum(len(data) + 2 * _PAGE for _, data in items)
         if need > self._size * (1 - _USED) / 2:
             if len(items) == 1:
                 raise StoreFault("too large", "btree: a record is larger than 15 % of the disk's bytes", sent=False)
@@ -243,13 +243,16 @@ class BtreeStore:
                 return
         raise StoreFault("full", "btree: there is no room, though much was removed", sent=False)
 
-    def _put(self, items: Sequence[tuple[bytes, int, bytes]]) -> None:
+    def _put(self, items: Sequence[tuple[NamedRecord, bytes]]) -> None:
         def put(txn: Any) -> None:
             cursor = txn.cursor(db=self._order)
             number = _NUMBER.unpack(cursor.key())[0] if cursor.last() else 0
-            for name, expires, data in items:
-                number += 1
+            for (name, _, expires, lasting), data in items:
                 self._remove(txn, name)
+                if lasting:
+                    txn.put(name, _HEAD.pack(_LASTING, expires) + data, db=self._records)
+                    continue
+                number += 1
                 txn.put(name, _HEAD.pack(number, expires) + data, db=self._records)
                 txn.put(_NUMBER.pack(number), name, db=self._order, append=True)
 
@@ -291,7 +294,13 @@ class BtreeStore:
             cursor = txn.cursor()
             if not cursor.set_range(last + b"\0"):
                 return []
-            return list(itertools.islice(cursor.iternext(keys=True, values=False), _NAMES_AT_ONCE))
+            names = []
+            until = time.monotonic() + _SCAN_TURN_S  # each step lets the GIL go, and may wait long to have it back
+            for name in cursor.iternext(keys=True, values=False):
+                names.append(name)
+                if len(names) == _NAMES_AT_ONCE or time.monotonic() > until:
+                    break
+            return names
 
     # ---- The oldest leave
 
@@ -328,10 +337,10 @@ class BtreeStore:
     def stats(self) -> Stats:
         """See RecordStore."""
         try:
-            with self._env.begin() as txn:
-                records = txn.stat(self._records)["entries"]
-            used = int(self._used() * self._size)
-        except self._lmdb.Error:
+            records = self.count()
+            with self._turn(_SCAN_S):
+                used = int(self._ask(self._used) * self._size)
+        except StoreFault:
             records = used = 0
         return {"records": records, "used_bytes": used, "disk_bytes": self._size, **self._numbers}
 

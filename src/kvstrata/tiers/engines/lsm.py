@@ -2,7 +2,7 @@
 
 Records lie in slices, column families that are filled one after the other; a name counts in the newest that has it,
 and a record that was deleted is an empty one there. So the oldest leave as a whole slice, whose files go at once, and
-what goes with it is never younger than what stays.
+what goes with it is never younger than what stays. Records that are lasting lie in the default column family.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class LsmStore:
     def _find_in(self, slices: Sequence[tuple[int, Any]], names: Sequence[bytes]) -> list[bytes | None]:
         found: list[bytes | None] = [None] * len(names)
         left = list(range(len(names)))
-        for _, handle in slices:
+        for _, handle in [(0, self._db), *slices]:
             if not left:
                 break
             for position, data in zip(left, handle.get([names[i] for i in left]), strict=True):
@@ -174,18 +174,19 @@ class LsmStore:
     ) -> Buffer | None:
         """See RecordStore."""
         items = [
-            (record.name, b"".join((_EXPIRES.pack(record.expires), *map(_bytes, record.parts)))) for record in records
+            (record.name, b"".join((_EXPIRES.pack(record.expires), *map(_bytes, record.parts))), record.lasting)
+            for record in records
         ]
-        if any(len(data) > self._slice_bytes // 2 for _, data in items):
+        if any(len(data) > self._slice_bytes // 2 for _, data, _ in items):
             raise StoreFault("too large", "lsm: a record is larger than 1/16 of the disk's bytes", sent=False)
         self._put(items, timeout_s)
         return None if then_read is None else self.read([then_read], timeout_s)[0]
 
     def delete(self, names: Sequence[bytes], timeout_s: float) -> None:
         """See RecordStore."""
-        self._put([(name, b"") for name in names], timeout_s)
+        self._put([(name, b"", False) for name in names], timeout_s)
 
-    def _put(self, items: Sequence[tuple[bytes, bytes]], timeout_s: float) -> None:
+    def _put(self, items: Sequence[tuple[bytes, bytes, bool]], timeout_s: float) -> None:
         if not items:
             return
         if not self._lock.acquire(timeout=timeout_s):
@@ -195,12 +196,12 @@ class LsmStore:
         finally:
             self._lock.release()
 
-    def _put_locked(self, items: Sequence[tuple[bytes, bytes]]) -> None:
+    def _put_locked(self, items: Sequence[tuple[bytes, bytes, bool]]) -> None:
         batch = self._rocks.WriteBatch(raw_mode=True)
         family = self._db.get_column_family_handle(str(self._slices[0][0]))
         size = 0
-        for name, data in items:
-            batch.put(name, data, family)
+        for name, data, lasting in items:
+            batch.put(name, data, None if lasting else family)
             size += len(name) + len(data)
         self._db.write(batch)
         self._filled += size

@@ -56,6 +56,7 @@ class EngineFilter:
         self.bloom = store.filter.bloom
         self._told = _TOLD
         self._lock = threading.Lock()
+        self._filling = threading.Lock()
         self._wanted = threading.Event()
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
@@ -104,26 +105,35 @@ class EngineFilter:
             self._stopped.wait(pause)
 
     def fill(self) -> None:
-        """Begin it anew and fill it, unless it is complete and not full, or another process does so just now."""
+        """Begin it anew and fill it, unless it is complete and not full, or another thread or process does so."""
         scanning = self._store.scanning
-        if scanning is not None and not scanning.take():
+        if not self._filling.acquire(blocking=False):
             return
         try:
-            with self._order(_ORDER_S):  # whatever is written from now on is told to the new one
-                if self.bloom.is_complete and not self._full():
-                    return
-                phase = self._filter.begin(2 * self._store.count())
-            started = time.monotonic()
-            for names in self._store.scan():
-                self.bloom.add(names)
-                if self._stopped.wait(min(_PAUSE_S, time.monotonic() - started)):  # half of the time is others'
-                    return
-                started = time.monotonic()
-            if self.bloom.complete(phase):
-                self._scans += 1
+            if scanning is None:
+                self._fill()
+            elif scanning.take():
+                try:
+                    self._fill()
+                finally:
+                    scanning.release()
         finally:
-            if scanning is not None:
-                scanning.release()
+            self._filling.release()
+
+    def _fill(self) -> None:
+        if self.bloom.is_complete and not self._full():
+            return
+        room = 2 * self._store.count()
+        with self._order(_ORDER_S):  # whatever is written from now on is told to the new one
+            phase = self._filter.begin(room)
+        started = time.monotonic()
+        for names in self._store.scan():
+            self.bloom.add(names)
+            if self._stopped.wait(min(_PAUSE_S, time.monotonic() - started)):  # half of the time is others'
+                return
+            started = time.monotonic()
+        if self.bloom.complete(phase):
+            self._scans += 1
 
     def stats(self) -> Stats:
         """Return its figures; "filter_off" says why it isn't used, None if it is."""

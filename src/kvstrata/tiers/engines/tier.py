@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from kvstrata.tiers.base import Key, Stats
+from kvstrata.tiers.base import Key, NamedRecord, Stats
 from kvstrata.tiers.engines.name_filter import EngineFilter, NamedStore
 from kvstrata.tiers.keyed import KeyedTier
 
@@ -64,9 +64,10 @@ class EngineTier(KeyedTier):
             return range(len(keys))  # which costs little: either it is read anew, or nobody is asked
         return self.filter.positions(space.names(keys, generation), count=count)
 
-    def _make_generation(self, space: KeyedSpace) -> None:
+    def _before_generation(self, space: KeyedSpace, number: int) -> list[NamedRecord]:
+        del number
         self.filter.add([space.generation_name])
-        super()._make_generation(space)
+        return []
 
     def _publish(self, space: KeyedSpace, generation: int, names: list[bytes], records: Sequence[DirtyRecord]) -> None:
         del space, generation, records
