@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "bloom.hpp"
+#include "mapped_bloom.hpp"
 #include "siphash.hpp"
 
 namespace kvstrata {
@@ -120,6 +121,47 @@ nb::bytes absent(Filter& self, const nb::bytes& bytes) {
     return bytes_of(missing);
 }
 
+// A filter in a buffer, which it holds.
+class Mapped {
+public:
+    explicit Mapped(nb::handle memory) : buffer_(memory, true), bloom_(buffer_.data(), buffer_.size()) {}
+    MappedBloom& bloom() { return bloom_; }
+    u64 begin(u64 capacity, double fp_rate) {
+        std::random_device random;
+        const u64 secret[2] = {u64{random()} << 32 | random(), u64{random()} << 32 | random()};
+        const nb::gil_scoped_release free;
+        return bloom_.begin(capacity, fp_rate, secret);
+    }
+    void add(const nb::list& names) {
+        for (nb::handle name : names) bloom_.add(text_of(name));
+    }
+    bool lacks(const nb::bytes& name) {
+        const bool absent = bloom_.lacks(text_of(name));
+        spared_ += absent;
+        return absent;
+    }
+    nb::list positions(const nb::list& names, bool count) {
+        nb::list found;
+        size_t i = 0;
+        for (nb::handle name : names) {
+            if (!bloom_.lacks(text_of(name))) found.append(i);
+            ++i;
+        }
+        if (count) spared_ += names.size() - found.size();
+        return found;
+    }
+    u64 spared() const { return spared_; }
+
+private:
+    static std::string_view text_of(nb::handle name) {
+        if (!PyBytes_Check(name.ptr())) throw InvalidValue("names are bytes");
+        return {PyBytes_AS_STRING(name.ptr()), static_cast<size_t>(PyBytes_GET_SIZE(name.ptr()))};
+    }
+    Buffer buffer_;
+    MappedBloom bloom_;
+    u64 spared_ = 0;  // changed with the GIL held
+};
+
 }  // namespace
 
 void bind_bloom(nb::module_& m) {
@@ -150,6 +192,19 @@ void bind_bloom(nb::module_& m) {
         })
         .def_prop_ro("nbytes", [](Filter& self) { return self.bloom().shape().bytes(); })
         .def_prop_ro("hashes", [](Filter& self) { return self.bloom().shape().hashes; });
+    nb::class_<Mapped>(m, "MappedBloom")
+        .def(nb::init<nb::handle>(), nb::arg("memory"))
+        .def_static("bytes_for", &MappedBloom::bytes_for, nb::arg("capacity"), nb::arg("fp_rate"))
+        .def("begin", &Mapped::begin, nb::arg("capacity"), nb::arg("fp_rate"))
+        .def("complete", [](Mapped& self, u64 phase) { return self.bloom().complete(phase); }, nb::arg("phase"))
+        .def("add", &Mapped::add, nb::arg("names"))
+        .def("lacks", &Mapped::lacks, nb::arg("name"))
+        .def("positions", &Mapped::positions, nb::arg("names"), nb::arg("count"))
+        .def_prop_ro("is_complete", [](Mapped& self) { return self.bloom().is_complete(); })
+        .def_prop_ro("capacity", [](Mapped& self) { return self.bloom().capacity(); })
+        .def_prop_ro("count", [](Mapped& self) { return self.bloom().count(); })
+        .def_prop_ro("nbytes", [](Mapped& self) { return self.bloom().bytes(); })
+        .def_prop_ro("spared", &Mapped::spared);
 }
 
 }  // namespace kvstrata

@@ -47,6 +47,23 @@ struct BloomShape {
     }
 };
 
+// Where a hash of 64 good bits (see spread()) has its places in a filter. Not at equal steps from each other: in filters
+// of a few hundred keys those meet too often (measured: 1.3 times as many false positives).
+class BloomPositions {
+public:
+    BloomPositions(u64 hash, u64 places) : at_(hash), step_(spread(hash + 0x9e3779b97f4a7c15u) | 1), places_(places) {}
+    u64 next() {
+        __extension__ using Wide = unsigned __int128;
+        const u64 position = static_cast<u64>(Wide{at_} * places_ >> 64);
+        at_ += step_;
+        step_ *= 0xd1342543de82ef95u;
+        return position;
+    }
+
+private:
+    u64 at_, step_, places_;
+};
+
 class CountingBloom {
 public:
     static constexpr u8 kStuck = 15;
@@ -62,23 +79,23 @@ public:
     bool contains(u64 hash) const { return count(hash) != 0; }
     // How often it was added: never too few up to kStuck, and too many where all its counters are others', too.
     u32 count(u64 hash) const {
-        Positions at(hash, shape_);
+        BloomPositions at(hash, shape_.counters);
         u32 least = kStuck;
         for (u32 i = 0; i < shape_.hashes && least; ++i) least = std::min<u32>(least, counter(at.next()));
         return least;
     }
     void add(u64 hash) {
-        Positions at(hash, shape_);
+        BloomPositions at(hash, shape_.counters);
         for (u32 i = 0; i < shape_.hashes; ++i)
             change(at.next(), [](u8 count) { return static_cast<u8>(count + 1); });
     }
     // Only for what was added, and once for each time.
     void remove(u64 hash) {
-        Positions at(hash, shape_);
+        BloomPositions at(hash, shape_.counters);
         for (u32 i = 0; i < shape_.hashes; ++i)
             change(at.next(), [](u8 count) { return static_cast<u8>(count ? count - 1 : 0); });
     }
-    void prefetch(u64 hash) const { __builtin_prefetch(&bytes_[Positions(hash, shape_).next() / 2]); }
+    void prefetch(u64 hash) const { __builtin_prefetch(&bytes_[BloomPositions(hash, shape_.counters).next() / 2]); }
 
     void clear() {
         for (u64 i = 0; i < shape_.bytes(); ++i) bytes_[i].store(0, std::memory_order_relaxed);
@@ -107,23 +124,6 @@ public:
     }
 
 private:
-    // Not at equal steps from each other: in filters of a few hundred keys those meet too often (measured: 1.3 times as
-    // many false positives).
-    class Positions {
-    public:
-        Positions(u64 hash, const BloomShape& shape)
-            : at_(hash), step_(spread(hash + 0x9e3779b97f4a7c15u) | 1), counters_(shape.counters) {}
-        u64 next() {
-            __extension__ using Wide = unsigned __int128;
-            const u64 position = static_cast<u64>(Wide{at_} * counters_ >> 64);
-            at_ += step_;
-            step_ *= 0xd1342543de82ef95u;
-            return position;
-        }
-
-    private:
-        u64 at_, step_, counters_;
-    };
     u8 counter(u64 at) const { return bytes_[at / 2].load(std::memory_order_acquire) >> (at % 2 * 4) & 15; }
 
     template <class Next>

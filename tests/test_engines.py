@@ -70,6 +70,22 @@ def test_what_only_the_engine_has_can_be_brought_up_ahead(tmp_path: Path, engine
         assert cache.get_many(list(items)) == list(items.values())
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_when_the_oldest_leave_all_younger_ones_stay(tmp_path: Path, engine: str) -> None:
+    with open_at(tmp_path, engine) as cache:
+        for turn in range(80):  # 160 MB
+            cache.put_many({f"{turn}/{i}": bytes([turn]) * 2000 for i in range(1000)})
+            for back in range(min(turn + 1, 8)):
+                names = [f"{turn - back}/{i}" for i in range(1000)]
+                assert cache.get_many(names) == [bytes([turn - back]) * 2000] * 1000
+        disk = cache.stats()["disk"]
+        assert disk.get("evicted_slices", 0) > 8 or disk.get("evicted_records", 0) > 50_000
+        assert disk["generations_made"] == 1
+        assert cache.get("0/0") is None
+    with open_at(tmp_path, engine) as cache:
+        assert cache.get_many(names) == [bytes([turn - back]) * 2000] * 1000
+
+
 def hammer(cache: kvstrata.Namespace, me: int, turns: int, failures: list[str]) -> None:
     """Change keys of one's own, and see at each step that the last change counts."""
     chance = random.Random(me)

@@ -21,8 +21,8 @@ from kvstrata.movement.remotes import Remotes, RemoteSpace
 from kvstrata.record import TAGGED
 from kvstrata.tiers.base import Key, Stats, StoreFault
 from kvstrata.tiers.engines.directory import FileLock
+from kvstrata.tiers.engines.tier import EngineTier
 from kvstrata.tiers.engines.turns import Turns
-from kvstrata.tiers.keyed import KeyedTier
 
 if TYPE_CHECKING:
     from kvstrata._core import Pin, Store
@@ -109,18 +109,16 @@ class Engine(Remotes):
     def __init__(self, store: Store, engine: BtreeStore | LsmStore, directory: Path, cost: CostModel) -> None:
         store.watch()
         self.engine = engine
-        tier = KeyedTier(engine, lookup_s=_LOOKUP_S, change_s=_CHANGE_S, generation_s=_GENERATION_S)
-        self.store, self.cost, self.tiers, self.writers = store, cost, [tier], []
+        self.order = Order(directory / "engine.order" if engine.name == "btree" else None)
+        self.tier = EngineTier(
+            engine, self.order.held, lookup_s=_LOOKUP_S, change_s=_CHANGE_S, generation_s=_GENERATION_S
+        )
+        """The engine as a tier."""
+        self.store, self.cost, self.tiers, self.writers = store, cost, [self.tier], []
         self.lease_ms = round(2000 * _LOOKUP_S)
         self.unsent = Unsent(store)
-        self.order = Order(directory / "engine.order" if engine.name == "btree" else None)
         self.refused = self.shared = self.unwritten = 0
         self._reaped = 0.0
-
-    @property
-    def tier(self) -> KeyedTier:
-        """The engine as a tier."""
-        return self.tiers[0]
 
     def reap(self) -> None:
         """Settle what processes that have died left unsent; seldom."""
@@ -233,7 +231,12 @@ class EngineSpace(RemoteSpace):
 
     def fetch(self, keys: Sequence[Key]) -> list[Pin | None]:
         """See RemoteSpace; who misses the same key at once asks at once, as waiting for another takes longer."""
-        return self._fetch(*self._bind(), keys)
+        engine, target = self._engine()
+        if len(keys) == 1:  # the whole of most lookups of what isn't there, so it goes first
+            space = self._space()
+            if engine.tier.lacks(target.keyed, keys[0], (space.epoch, space.last_change_of_all)):
+                return [None]
+        return self._fetch(engine, [target], keys)
 
     def _once_more(
         self, remotes: Remotes, targets: list[Target], keys: Sequence[Key], pins: list[Pin | None], refused: list[int]

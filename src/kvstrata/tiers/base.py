@@ -102,6 +102,9 @@ class NamedRecord(NamedTuple):
     parts: Sequence[Buffer]
     expires: int
     """ms since the Unix epoch, 0 = never. The record's own header says the same."""
+    lasting: bool = False
+    """Whether others count for nothing without it: a store that removes records to make room keeps it. Such a name is
+    always written so, and never deleted."""
 
     @property
     def length(self) -> int:

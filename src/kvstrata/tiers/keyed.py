@@ -106,7 +106,7 @@ class KeyedTier:
 
         Whenever `state` is another one than the last time, the generation is read anew.
         """
-        asked = self._asked(space, keys, count=True)
+        asked = self._asked(space, keys, state, count=True)
         if len(asked) == len(keys):
             return self._load(space, keys, state)
         result: list[Found | None] = [None] * len(keys)
@@ -115,10 +115,11 @@ class KeyedTier:
                 result[position] = found
         return result
 
-    def _asked(self, space: KeyedSpace, keys: Sequence[Key], *, count: bool) -> list[int]:
+    def _asked(self, space: KeyedSpace, keys: Sequence[Key], state: object, *, count: bool) -> Sequence[int]:
         """Return the positions of keys that may be there."""
+        del state
         if self._filters is None or space.filter is None:
-            return list(range(len(keys)))
+            return range(len(keys))
         positions = space.filter.positions(keys, count=count)
         if space.filter.stale:
             self._filters.want()
@@ -172,7 +173,7 @@ class KeyedTier:
     def contains(self, space: KeyedSpace, keys: Sequence[Key], state: object) -> list[bool]:
         """Say which keys seem to be there; only a load checks."""
         there = [False] * len(keys)
-        asked = self._asked(space, keys, count=False)
+        asked = self._asked(space, keys, state, count=False)
         if asked:
             found = self._contains(space, [keys[i] for i in asked], state)
             for position, answer in zip(asked, found, strict=True):
@@ -262,7 +263,7 @@ class KeyedTier:
         names = space.names([record.key for record in records], generation)
         now = time.time_ns()
         items = [_addressed(name, record, space, generation, now) for name, record in zip(names, records, strict=True)]
-        self._publish(space, generation, records)
+        self._publish(space, generation, names, records)
         asked_at = time.monotonic()
         current = self._change(lambda: self.store.write(items, self._change_s, then_read=space.generation_name))
         # What was written under an earlier generation isn't there.
@@ -271,8 +272,9 @@ class KeyedTier:
             raise StoreFault("cleared", f"{self.name}: the namespace was cleared meanwhile", sent=False)
         self._count(written_records=len(items), written_bytes=sum(item.length for item in items))
 
-    def _publish(self, space: KeyedSpace, generation: int, records: Sequence[DirtyRecord]) -> None:
+    def _publish(self, space: KeyedSpace, generation: int, names: list[bytes], records: Sequence[DirtyRecord]) -> None:
         """Before records are written, tell the others' filters, or that they can't know."""
+        del names
 
         def publish() -> None:
             if space.filter is not None:
@@ -380,12 +382,15 @@ class KeyedTier:
             GENERATION, GENERATION_NUMBER.pack(number), seed=space.seed, ns=0, version=space.version, flags=NAMESPACE,
             seq=time.time_ns(),
         )  # fmt: skip
-        # The list of writers first: whoever sees the generation has to see that it is complete.
-        roll = Roll(Names(space, number), me=b"").first(*([] if space.filter is not None else [b""]))
-        self.store.write([roll, NamedRecord(space.generation_name, (record,), 0)], self._change_s)
+        first = self._before_generation(space, number)
+        self.store.write([*first, NamedRecord(space.generation_name, (record,), 0, lasting=True)], self._change_s)
         self._count(generations_made=1)
         with self._lock:
             space.generation, space.known_at = number, time.monotonic()
+
+    def _before_generation(self, space: KeyedSpace, number: int) -> list[NamedRecord]:
+        """Return what is written before a generation: who sees that has to see that the list of writers is complete."""
+        return [Roll(Names(space, number), me=b"").first(*([] if space.filter is not None else [b""]))]
 
     # ---- Figures
 

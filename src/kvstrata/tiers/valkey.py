@@ -84,7 +84,7 @@ class ValkeyStore:
         deadline = Deadline(timeout_s)
         names: list[bytes] = []
         commands: list[list[Buffer]] = []
-        for name, parts, expires in records:
+        for name, parts, expires, _ in records:
             length = sum([memoryview(part).nbytes for part in parts])
             if length > _CHUNK:
                 self._write_pieces(name, parts, length, expires, deadline)

@@ -11,12 +11,14 @@ import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvstrata.errors import ConfigMismatch, CorruptRecord, MissingExtra, TierUnavailable
 from kvstrata.tiers.base import NamedRecord, Stats, StoreFault
-from kvstrata.tiers.engines.directory import FileLock, set_aside
+from kvstrata.tiers.engines.directory import FileLock, boot_id, set_aside
+from kvstrata.tiers.engines.filter_file import FilterFile
 from kvstrata.tiers.engines.turns import Turns
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ __all__ = ["BtreeStore", "check_map"]
 
 _NUMBER = struct.Struct(">Q")
 _HEAD = struct.Struct(">QQ")  # before each record: its number, and when its time is over (ms, Unix epoch, 0 = never)
+_LASTING = 0  # the number of records that have no place in the order, so they never leave to make room
 _PAGE = 4096
 _META = struct.Struct("<16xII")  # after a page's header: magic, version
 _META_SIZE = struct.Struct("<Q")
@@ -34,6 +37,8 @@ _USED = 0.7  # of the map: the rest is for copies of changed pages, and pages th
 _EVICTED_AT_ONCE = 256
 _SYNC_S = 5.0
 _SETUP_S = 10.0
+_SCAN_S, _SCAN_TURN_S = 2.0, 0.005
+_NAMES_AT_ONCE = 1000
 _MARK = "unsynced"
 
 T = TypeVar("T")
@@ -63,12 +68,8 @@ def check_map(path: Path, size: int) -> None:
 
 
 def _check_mark(mark: Path) -> None:
-    if mark.exists() and mark.read_text() != _boot():
+    if mark.exists() and mark.read_text() != boot_id():
         raise CorruptRecord("the machine went down while it was written")
-
-
-def _boot() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 class BtreeStore:
@@ -84,18 +85,21 @@ class BtreeStore:
         self._lmdb = lmdb
         directory.parent.mkdir(parents=True, exist_ok=True)
         self._directory = directory
-        self._size = (cap - (1 << 20)) // _PAGE * _PAGE  # the rest is for the lock's table
+        self._size = (cap - (1 << 20) - FilterFile.size(cap)) // _PAGE * _PAGE  # the rest: the lock's table
+        self.filter = FilterFile(directory, cap)
         self._numbers = {"damaged_directories": 0, "evicted_records": 0}
         self._turns = Turns()  # one thread at a time: each call of lmdb lets the GIL go
         self._synced = time.monotonic()
         self._setup = FileLock(directory.with_name(f"{directory.name}.setup"))  # held where users come and go
         self._users = FileLock(directory.with_name(f"{directory.name}.users"))
+        self.scanning = FileLock(directory.with_name(f"{directory.name}.scan"))
         try:
             with self._setup.held(_SETUP_S):
                 if self._users.take():
                     self._make_sound()
                 else:
                     self._check_size()
+                    self.filter.join()
                 self._env: Any = self._open()
                 self._users.take(shared=True)  # which nobody is in the way of: others do this in the setup lock too
         except BaseException:
@@ -122,10 +126,12 @@ class BtreeStore:
             except (CorruptRecord, OSError, struct.error, ValueError) as why:
                 set_aside(self._directory, why)
                 self._numbers["damaged_directories"] += 1
-        if not self._directory.exists():
+        empty = not self._directory.exists()
+        if empty:
             self._make()
+        self.filter.open(empty=empty)
         (self._directory / "lock.mdb").unlink(missing_ok=True)  # of readers that are gone
-        mark.write_text(_boot())
+        mark.write_text(boot_id())
 
     def _make(self) -> None:
         draft = self._directory.with_name(f"{self._directory.name}.new")
@@ -198,8 +204,8 @@ class BtreeStore:
         self, records: Sequence[NamedRecord], timeout_s: float, *, then_read: bytes | None = None
     ) -> Buffer | None:
         """See RecordStore."""
-        items = [(record.name, record.expires, b"".join(map(_bytes, record.parts))) for record in records]
-        need = sum(len(data) + 2 * _PAGE for _, _, data in items)
+        items = [(record, b"".join(map(_bytes, record.parts))) for record in records]
+        need = sum(len(data) + 2 * _PAGE for _, data in items)
         if need > self._size * (1 - _USED) / 2:
             if len(items) == 1:
                 raise StoreFault("too large", "btree: a record is larger than 15 % of the disk's bytes", sent=False)
@@ -237,13 +243,16 @@ class BtreeStore:
                 return
         raise StoreFault("full", "btree: there is no room, though much was removed", sent=False)
 
-    def _put(self, items: Sequence[tuple[bytes, int, bytes]]) -> None:
+    def _put(self, items: Sequence[tuple[NamedRecord, bytes]]) -> None:
         def put(txn: Any) -> None:
             cursor = txn.cursor(db=self._order)
             number = _NUMBER.unpack(cursor.key())[0] if cursor.last() else 0
-            for name, expires, data in items:
-                number += 1
+            for (name, _, expires, lasting), data in items:
                 self._remove(txn, name)
+                if lasting:
+                    txn.put(name, _HEAD.pack(_LASTING, expires) + data, db=self._records)
+                    continue
+                number += 1
                 txn.put(name, _HEAD.pack(number, expires) + data, db=self._records)
                 txn.put(_NUMBER.pack(number), name, db=self._order, append=True)
 
@@ -257,6 +266,41 @@ class BtreeStore:
         old = txn.pop(name, db=self._records)
         if old is not None:
             txn.delete(bytes(old[: _NUMBER.size]), db=self._order)
+
+    # ---- Names
+
+    def count(self) -> int:
+        """See NamedStore."""
+
+        def count() -> int:
+            with self._env.begin() as txn:
+                entries: int = txn.stat(self._records)["entries"]
+                return entries
+
+        with self._turn(_SCAN_S):
+            return self._ask(count)
+
+    def scan(self) -> Iterator[list[bytes]]:
+        """See NamedStore."""
+        last: bytes | None = b""
+        while last is not None:
+            with self._turn(_SCAN_S):
+                names = self._ask(partial(self._names_after, last))
+            yield names
+            last = names[-1] if names else None
+
+    def _names_after(self, last: bytes) -> list[bytes]:
+        with self._env.begin(db=self._records) as txn:
+            cursor = txn.cursor()
+            if not cursor.set_range(last + b"\0"):
+                return []
+            names = []
+            until = time.monotonic() + _SCAN_TURN_S  # each step lets the GIL go, and may wait long to have it back
+            for name in cursor.iternext(keys=True, values=False):
+                names.append(name)
+                if len(names) == _NAMES_AT_ONCE or time.monotonic() > until:
+                    break
+            return names
 
     # ---- The oldest leave
 
@@ -293,10 +337,10 @@ class BtreeStore:
     def stats(self) -> Stats:
         """See RecordStore."""
         try:
-            with self._env.begin() as txn:
-                records = txn.stat(self._records)["entries"]
-            used = int(self._used() * self._size)
-        except self._lmdb.Error:
+            records = self.count()
+            with self._turn(_SCAN_S):
+                used = int(self._ask(self._used) * self._size)
+        except StoreFault:
             records = used = 0
         return {"records": records, "used_bytes": used, "disk_bytes": self._size, **self._numbers}
 
@@ -308,6 +352,7 @@ class BtreeStore:
                 with self._setup.held(_SETUP_S):
                     self._env.close()
                     if self._users.take():  # the last one out
+                        self.filter.close()
                         (self._directory / _MARK).unlink(missing_ok=True)
             except (self._lmdb.Error, TierUnavailable, OSError):
                 pass  # the mark stays: only a machine that goes down makes something of it
@@ -322,6 +367,7 @@ class BtreeStore:
     def _close_locks(self) -> None:
         self._users.close()
         self._setup.close()
+        self.scanning.close()
 
 
 def _over(data: Buffer | None, now: float) -> bool:

@@ -16,7 +16,7 @@ from kvstrata.errors import TierUnavailable
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["FileLock", "set_aside"]
+__all__ = ["FileLock", "boot_id", "set_aside"]
 
 _LONGEST_PAUSE_S = 0.01
 _log = logging.getLogger("kvstrata")
@@ -28,6 +28,11 @@ def set_aside(directory: Path, why: object) -> None:
     shutil.rmtree(other, ignore_errors=True)
     directory.rename(other)
     _log.warning("kvstrata: %s is damaged and begun anew; what was in it is in %s: %s", directory, other, why)
+
+
+def boot_id() -> str:
+    """Return what is another one each time that the machine is booted."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 class FileLock:

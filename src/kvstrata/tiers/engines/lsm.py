@@ -2,7 +2,7 @@
 
 Records lie in slices, column families that are filled one after the other; a name counts in the newest that has it,
 and a record that was deleted is an empty one there. So the oldest leave as a whole slice, whose files go at once, and
-what goes with it is never younger than what stays.
+what goes with it is never younger than what stays. Records that are lasting lie in the default column family.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ from __future__ import annotations
 import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvstrata.errors import CorruptRecord, MissingExtra, TierUnavailable
 from kvstrata.tiers.base import NamedRecord, Stats, StoreFault
 from kvstrata.tiers.engines.directory import FileLock, set_aside
+from kvstrata.tiers.engines.filter_file import FilterFile
 from kvstrata.tiers.engines.manifest import check_manifest
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ __all__ = ["LsmStore"]
 
 _SLICES = 8  # parts of the directory's bytes
 _MIB = 1 << 20
+_NAMES_AT_ONCE = 1000
 _EXPIRES = struct.Struct("<Q")  # before each record: when its time is over, ms since the Unix epoch, 0 = never
 _abandoned: list[Any] = []  # handles of a parent: their threads aren't in this process, so they are never closed
 
@@ -36,6 +39,7 @@ class LsmStore:
     """A RecordStore in a directory of at most `cap` bytes; raises TierUnavailable where another process has it."""
 
     name = "lsm"
+    scanning = None
 
     def __init__(self, directory: Path, cap: int) -> None:
         try:
@@ -48,11 +52,13 @@ class LsmStore:
         self._slice_bytes = cap // _SLICES
         self._numbers = {"damaged_directories": 0, "evicted_slices": 0}
         self._lock = threading.Lock()
+        self.filter = FilterFile(directory, cap)
         self._unseen = 0  # bytes written since the directory was looked at
         directory.parent.mkdir(parents=True, exist_ok=True)
         self._alone = FileLock(directory.with_name(f"{directory.name}.lock"))
         try:
             self._open_alone()
+            self.filter.open(empty=self._is_new)
         except BaseException:
             self._alone.close()
             raise
@@ -113,7 +119,8 @@ class LsmStore:
         self._db: Any = self._rocks.Rdict(str(self._directory), options, families)
         self._slices: list[tuple[int, Any]] = [(n, self._db.get_column_family(str(n))) for n in reversed(numbers)]
         self._filled = self._slice_bytes // 2 if numbers else 0  # nobody knows: at most half a slice is lost
-        if not numbers:
+        self._is_new = not numbers
+        if self._is_new:
             self._begin_slice()
 
     def _begin_slice(self) -> None:
@@ -145,7 +152,7 @@ class LsmStore:
     def _find_in(self, slices: Sequence[tuple[int, Any]], names: Sequence[bytes]) -> list[bytes | None]:
         found: list[bytes | None] = [None] * len(names)
         left = list(range(len(names)))
-        for _, handle in slices:
+        for _, handle in [(0, self._db), *slices]:
             if not left:
                 break
             for position, data in zip(left, handle.get([names[i] for i in left]), strict=True):
@@ -167,18 +174,19 @@ class LsmStore:
     ) -> Buffer | None:
         """See RecordStore."""
         items = [
-            (record.name, b"".join((_EXPIRES.pack(record.expires), *map(_bytes, record.parts)))) for record in records
+            (record.name, b"".join((_EXPIRES.pack(record.expires), *map(_bytes, record.parts))), record.lasting)
+            for record in records
         ]
-        if any(len(data) > self._slice_bytes // 2 for _, data in items):
+        if any(len(data) > self._slice_bytes // 2 for _, data, _ in items):
             raise StoreFault("too large", "lsm: a record is larger than 1/16 of the disk's bytes", sent=False)
         self._put(items, timeout_s)
         return None if then_read is None else self.read([then_read], timeout_s)[0]
 
     def delete(self, names: Sequence[bytes], timeout_s: float) -> None:
         """See RecordStore."""
-        self._put([(name, b"") for name in names], timeout_s)
+        self._put([(name, b"", False) for name in names], timeout_s)
 
-    def _put(self, items: Sequence[tuple[bytes, bytes]], timeout_s: float) -> None:
+    def _put(self, items: Sequence[tuple[bytes, bytes, bool]], timeout_s: float) -> None:
         if not items:
             return
         if not self._lock.acquire(timeout=timeout_s):
@@ -188,12 +196,12 @@ class LsmStore:
         finally:
             self._lock.release()
 
-    def _put_locked(self, items: Sequence[tuple[bytes, bytes]]) -> None:
+    def _put_locked(self, items: Sequence[tuple[bytes, bytes, bool]]) -> None:
         batch = self._rocks.WriteBatch(raw_mode=True)
         family = self._db.get_column_family_handle(str(self._slices[0][0]))
         size = 0
-        for name, data in items:
-            batch.put(name, data, family)
+        for name, data, lasting in items:
+            batch.put(name, data, None if lasting else family)
             size += len(name) + len(data)
         self._db.write(batch)
         self._filled += size
@@ -203,6 +211,45 @@ class LsmStore:
         if self._unseen >= self._cap // 64:
             self._unseen = 0
             self._keep_within()
+
+    # ---- Names
+
+    def count(self) -> int:
+        """See NamedStore: records that were deleted have names, too."""
+
+        def count() -> int:
+            return sum(handle.property_int_value("rocksdb.estimate-num-keys") or 0 for _, handle in self._slices)
+
+        return self._ask(count)
+
+    def scan(self) -> Iterator[list[bytes]]:
+        """See NamedStore."""
+        for number, handle in self._slices:
+            last: bytes | None = b""
+            while last is not None:
+                try:
+                    names, last = self._ask(partial(self._names_after, handle, last))
+                except StoreFault:
+                    if number in dict(self._slices):
+                        raise
+                    break  # dropped meanwhile
+                yield names
+
+    def _names_after(self, handle: Any, last: bytes) -> tuple[list[bytes], bytes | None]:
+        """Some of the names of a slice, and the last of them; None where there are no more.
+
+        By an iterator of its own, as one keeps all files that were there at its beginning.
+        """
+        options: Any = self._rocks.ReadOptions()
+        options.fill_cache(False)
+        iterator = handle.iter(options)
+        iterator.seek(last + b"\0")
+        names: list[bytes] = []
+        while len(names) < _NAMES_AT_ONCE and iterator.valid():
+            names.append(iterator.key())
+            iterator.next()
+        iterator.status()  # raises where it ended early
+        return names, names[-1] if len(names) == _NAMES_AT_ONCE else None
 
     # ---- The oldest leave
 
@@ -237,6 +284,7 @@ class LsmStore:
                     handle.close()
                 self._slices = []
                 self._db.close()
+                self.filter.close()
             except Exception:  # noqa: BLE001 - what was written is in its log
                 pass
             finally:
