@@ -54,6 +54,32 @@ def test_the_oldest_leave_and_the_directory_stays_within_its_bytes(tmp_path: Pat
         store.close()
 
 
+def test_who_reads_all_names_keeps_no_slice_on_disk(tmp_path: Path) -> None:
+    store = LsmStore(tmp_path / "lsm", 64 << 20)
+
+    def write(batch: int) -> set[bytes]:
+        records = [NamedRecord(b"%d/%d" % (batch, i), (pattern(2048, i),), 0) for i in range(512)]
+        store.write(records, PATIENCE_S)
+        return {record.name for record in records}
+
+    try:
+        for batch in range(45):
+            write(batch)
+        reading = store.scan()
+        found = set(next(reading))
+        young: set[bytes] = set()
+        for batch in range(45, 60):
+            young |= write(batch)
+            assert store.stats()["slices"] > 4  # type: ignore[operator]
+        assert store.contains(sorted(young), PATIENCE_S) == [True] * len(young)
+        for names in reading:
+            found |= set(names)
+        kept = {b"%d/%d" % (batch, i) for batch in range(40, 45) for i in range(512)}
+        assert kept <= found
+    finally:
+        store.close()
+
+
 def test_what_was_written_and_deleted_is_so_after_reopening(tmp_path: Path) -> None:
     for turn in range(4):
         store = LsmStore(tmp_path / "lsm", 64 << 20)

@@ -29,6 +29,7 @@ __all__ = ["LsmStore"]
 _SLICES = 8  # parts of the directory's bytes
 _MIB = 1 << 20
 _NAMES_AT_ONCE = 1000
+_SCAN_S, _SCAN_TURN_S = 2.0, 0.005
 _EXPIRES = struct.Struct("<Q")  # before each record: when its time is over, ms since the Unix epoch, 0 = never
 _abandoned: list[Any] = []  # handles of a parent: their threads aren't in this process, so they are never closed
 
@@ -224,32 +225,37 @@ class LsmStore:
 
     def scan(self) -> Iterator[list[bytes]]:
         """See NamedStore."""
-        for number, handle in self._slices:
+        for number in [number for number, _ in self._slices]:
             last: bytes | None = b""
             while last is not None:
+                # No slice is dropped meanwhile, and none is kept between: then its files would stay, and others would
+                # have to go in their place.
+                if not self._lock.acquire(timeout=_SCAN_S):
+                    raise StoreFault("timeout", "lsm: other threads are writing", sent=False)
                 try:
-                    names, last = self._ask(partial(self._names_after, handle, last))
-                except StoreFault:
-                    if number in dict(self._slices):
-                        raise
-                    break  # dropped meanwhile
+                    names, last = self._ask(partial(self._names_after, number, last))
+                finally:
+                    self._lock.release()
                 yield names
 
-    def _names_after(self, handle: Any, last: bytes) -> tuple[list[bytes], bytes | None]:
-        """Some of the names of a slice, and the last of them; None where there are no more.
-
-        By an iterator of its own, as one keeps all files that were there at its beginning.
-        """
+    def _names_after(self, number: int, last: bytes) -> tuple[list[bytes], bytes | None]:
+        """Some of the names of a slice, and the last of them; None where there are no more."""
+        handle = dict(self._slices).get(number)
+        if handle is None:
+            return [], None
         options: Any = self._rocks.ReadOptions()
         options.fill_cache(False)
         iterator = handle.iter(options)
         iterator.seek(last + b"\0")
         names: list[bytes] = []
-        while len(names) < _NAMES_AT_ONCE and iterator.valid():
+        until = time.monotonic() + _SCAN_TURN_S  # where values are large, each step reads much
+        while iterator.valid():
             names.append(iterator.key())
+            if len(names) == _NAMES_AT_ONCE or time.monotonic() > until:
+                return names, names[-1]
             iterator.next()
         iterator.status()  # raises where it ended early
-        return names, names[-1] if len(names) == _NAMES_AT_ONCE else None
+        return names, None
 
     # ---- The oldest leave
 
