@@ -23,7 +23,8 @@ def command(parts: Mapping[str, str], what: str, *, title: str, target: str) -> 
     """Run the command line for `parts`, modules by name, in the order of the table.
 
     Each has `rows(Settings)` and may have REMARKS; it is imported when asked for. One that fails is told of in the
-    table, and makes the command fail once the others are measured.
+    table, and makes the command fail once the others are measured. The file is written after each part, so that an
+    interruption costs what wasn't measured yet.
     """
 
     def main(
@@ -43,9 +44,11 @@ def command(parts: Mapping[str, str], what: str, *, title: str, target: str) -> 
         if busy > 0.5:
             console.print(f"the load is {busy:.1f}, so figures are less certain", style="yellow")
         rows: list[Row] = []
-        remarks: list[str] = []
+        remarks = ["Taken with `--quick`: less data and fewer repeats."] if quick else []
         failed: list[str] = []
-        for name in names or parts:
+        left = list(names or parts)
+        while left:
+            name = left.pop(0)
             console.print(f"measuring {name} ...", style="dim")
             place = Path(tempfile.mkdtemp(prefix="bench-", dir=directory))
             try:
@@ -61,10 +64,10 @@ def command(parts: Mapping[str, str], what: str, *, title: str, target: str) -> 
             rows += found
             remarks += getattr(part, "REMARKS", [])
             show(found, console)
+            if markdown is not None:
+                unmeasured = [f"Interrupted before: {', '.join(left)}."] if left else []
+                write_markdown(markdown, rows, facts, remarks + unmeasured, title=title, target=target)
         if markdown is not None:
-            if quick:
-                remarks.append("Taken with `--quick`: less data and fewer repeats.")
-            write_markdown(markdown, rows, facts, remarks, title=title, target=target)
             console.print(f"written to {markdown}")
         if failed:
             console.print(f"failed: {', '.join(failed)}", style="red")
