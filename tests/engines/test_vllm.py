@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from support.processes import Process, RemoteError
-from support.servers import free_ports
 
 from engines.conftest import PATIENCE_S, Start, need
 from engines.vllm_control import BLOCK, KV_BYTES_PER_TOKEN, Engine
@@ -19,10 +18,9 @@ pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
-def engines(starting_vllm: Start) -> dict[str, Engine]:
+def engines(starting_vllm: Start, place: Path) -> dict[str, Engine]:
     """An engine without kvstrata, and two that share a cache, in processes whose hashes differ."""
-    endpoint = f"tcp://127.0.0.1:{free_ports(1)[0]}"
-    events = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": endpoint}
+    events = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": f"ipc://{place}/events"}
     found = {
         "plain": starting_vllm(None),
         "first": starting_vllm("cache", environment={"PYTHONHASHSEED": "1"}, kv_events_config=events, enable_lora=True),

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from support.processes import Process, RemoteError
-from support.servers import free_ports
 
 from engines.conftest import PATIENCE_S, Start, need
 from engines.vllm_control import BLOCK, Engine
@@ -31,10 +30,9 @@ def tiny(place: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def engines(starting_vllm: Start, tiny: str) -> dict[str, Engine]:
+def engines(starting_vllm: Start, place: Path, tiny: str) -> dict[str, Engine]:
     """An engine without kvstrata, and two that share a cache; the second has little memory, and computes in chunks."""
-    endpoint = f"tcp://127.0.0.1:{free_ports(1)[0]}"
-    events = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": endpoint}
+    events = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": f"ipc://{place}/events"}
     options = {"model": tiny, "skip_tokenizer_init": True, "max_model_len": 1024}
     found = {
         "plain": starting_vllm(None, **options, kv_cache_memory_bytes=32 << 20),

@@ -243,7 +243,7 @@ class Engine:
         address = self.llm.llm_engine.vllm_config.kv_events_config.endpoint
         with zmq.Context() as context, context.socket(zmq.SUB) as socket:
             socket.subscribe("")
-            socket.bind(address)  # vLLM connects
+            socket.connect(address)
             decoder = msgspec.msgpack.Decoder(KVEventBatch)
             while not socket.poll(50):  # until it is connected
                 self.tokens(list(range(100, 100 + BLOCK + 1)))
