@@ -10,10 +10,12 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.threads import failures_of
 
 import kvstrata
 from kvstrata.errors import ConfigError, TierUnavailable, UnknownOption
@@ -131,25 +133,9 @@ def look(cache: kvstrata.Namespace, of: int, stop: threading.Event, failures: li
 
 def hammer_in_threads(opened: kvstrata.Cache, first: int, of: int) -> list[str]:
     cache = opened.namespace("hammered", quota="64KiB")  # less than one batch of filler
-    failures: list[str] = []
-    stop = threading.Event()
-
-    def run(work: Any, *arguments: Any) -> None:
-        try:
-            work(*arguments, failures)
-        except BaseException as error:  # noqa: BLE001
-            failures.append(repr(error))
-
-    readers = [threading.Thread(target=run, args=(look, cache, of, stop)) for _ in range(2)]
-    writers = [threading.Thread(target=run, args=(hammer, cache, first + n, 150)) for n in range(2)]
-    for thread in readers + writers:
-        thread.start()
-    for thread in writers:
-        thread.join()
-    stop.set()
-    for thread in readers:
-        thread.join()
-    return failures
+    return failures_of(
+        [partial(hammer, cache, first + n, 150) for n in range(2)], [partial(look, cache, of) for _ in range(2)]
+    )
 
 
 @pytest.mark.parametrize("engine", ENGINES)

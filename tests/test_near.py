@@ -7,13 +7,14 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import OpenCache
 from support.processes import Process
+from support.threads import failures_of
 
 import kvstrata
 from kvstrata.errors import ConfigError
@@ -211,12 +212,9 @@ def test_closing_lets_go_of_keys_and_values(open_cache: OpenCache) -> None:
 def test_threads_that_change_and_read_see_no_value_older_than_one_they_saw(open_cache: OpenCache) -> None:
     cache = open_cache(near="64KiB")  # less than all values take, so that they come and go
     keys = [f"{i}" for i in range(200)]
-    failures: list[str] = []
     started = threading.Barrier(4)
-    changing = threading.Event()
-    changing.set()
 
-    def change(mine: list[str]) -> None:
+    def change(mine: list[str], failures: list[str]) -> None:
         started.wait()
         for turn in range(1, 60):
             for key in mine:
@@ -225,11 +223,11 @@ def test_threads_that_change_and_read_see_no_value_older_than_one_they_saw(open_
                 if found is None or int(found.split()[0]) != turn:
                     failures.append(f"{key} after {turn}: {found!r:.20}")
 
-    def look(seed: int) -> None:
+    def look(seed: int, done: threading.Event, failures: list[str]) -> None:
         chance = random.Random(seed)
         newest = dict.fromkeys(keys, 0)
         started.wait()
-        while changing.is_set():
+        while not done.is_set():
             chosen = chance.choices(keys, k=16)
             for key, found in zip(chosen, cache.get_many(chosen), strict=True):
                 turn = int(found.split()[0]) if found else 0
@@ -237,23 +235,7 @@ def test_threads_that_change_and_read_see_no_value_older_than_one_they_saw(open_
                     failures.append(f"{key}: {turn} after {newest[key]}")
                 newest[key] = turn
 
-    def run(work: Callable[[Any], None], argument: Any) -> None:
-        try:
-            work(argument)
-        except BaseException as error:  # noqa: BLE001
-            failures.append(repr(error))
-
-    writers = [threading.Thread(target=run, args=(change, keys[n::2])) for n in range(2)]
-    readers = [threading.Thread(target=run, args=(look, n)) for n in range(2)]
-    for thread in writers + readers:
-        thread.start()
-    for thread in writers:
-        thread.join()
-    changing.clear()
-    for thread in readers:
-        thread.join()
-
-    assert not failures
+    assert failures_of([partial(change, keys[n::2]) for n in range(2)], [partial(look, n) for n in range(2)]) == []
     assert near_hits(cache) > 0
 
 

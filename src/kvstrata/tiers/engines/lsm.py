@@ -11,6 +11,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -190,10 +191,16 @@ class LsmStore:
     def _put(self, items: Sequence[tuple[bytes, bytes, bool]], timeout_s: float) -> None:
         if not items:
             return
+        with self._locked(timeout_s):
+            self._ask(lambda: self._put_locked(items))
+
+    @contextmanager
+    def _locked(self, timeout_s: float) -> Iterator[None]:
+        """Keep others from writing, and slices from being dropped; raises StoreFault if that takes longer, in s."""
         if not self._lock.acquire(timeout=timeout_s):
             raise StoreFault("timeout", "lsm: other threads are writing", sent=False)
         try:
-            self._ask(lambda: self._put_locked(items))
+            yield
         finally:
             self._lock.release()
 
@@ -230,12 +237,8 @@ class LsmStore:
             while last is not None:
                 # No slice is dropped meanwhile, and none is kept between: then its files would stay, and others would
                 # have to go in their place.
-                if not self._lock.acquire(timeout=_SCAN_S):
-                    raise StoreFault("timeout", "lsm: other threads are writing", sent=False)
-                try:
+                with self._locked(_SCAN_S):
                     names, last = self._ask(partial(self._names_after, number, last))
-                finally:
-                    self._lock.release()
                 yield names
 
     def _names_after(self, number: int, last: bytes) -> tuple[list[bytes], bytes | None]:
