@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Engine", "EngineSpace", "open_engine"]
 
-_LOOKUP_S, _CHANGE_S, _GENERATION_S = 1.0, 2.0, 60.0
+_LOOKUP_S, _CHANGE_S, _GENERATION_S = 1.0, 10.0, 60.0  # a change waits long where other threads want the GIL
 _TRIES = 3  # of a write, when the namespace had been cleared
 _REAP_S = 0.2
 
