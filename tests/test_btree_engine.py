@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,3 +95,29 @@ def test_a_machine_that_went_down_costs_what_was_there(tmp_path: Path) -> None:
         assert store.read([b"a"], PATIENCE_S) == [None]
     finally:
         store.close()
+
+
+def _batch(number: int) -> list[NamedRecord]:
+    return [NamedRecord(b"%d/%d" % (number, i), (bytes(2048),), 0) for i in range(256)]
+
+
+def test_a_record_that_was_written_again_leaves_by_its_last_writing(store: BtreeStore) -> None:
+    store.write([NamedRecord(b"often", (b"first",), 0), NamedRecord(b"once", (b"x",), 0)], PATIENCE_S)
+    for number in range(40 * CAP >> 24):
+        store.write([NamedRecord(b"often", (b"%d" % number,), 0), *_batch(number)], PATIENCE_S)
+        assert store.read([b"often"], PATIENCE_S) == [b"%d" % number]
+    assert store.contains([b"once", b"0/0", b"%d/0" % number], PATIENCE_S) == [False, False, True]
+
+
+def test_a_clock_that_is_set_back_changes_nothing_in_the_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time_ns()
+    for process in range(4):
+        store = BtreeStore(tmp_path / "btree", 16 << 20)
+        for number in range(process * 10, process * 10 + 10):
+            monkeypatch.setattr("time.time_ns", lambda number=number: now - number * 10**9)
+            store.write(_batch(number), PATIENCE_S)
+        there = store.contains([b"%d/0" % n for n in range(process * 10 + 10)], PATIENCE_S)
+        store.close()
+    assert not there[0]
+    assert there == sorted(there)
+    assert there[-1]

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -237,6 +238,80 @@ def test_what_was_acknowledged_before_a_kill_is_there_or_is_a_miss(
         assert hits >= 40
         cache.put("after", b"x")
         assert cache.get("after") == b"x"
+
+
+_RIVAL = """
+import random, sys, time
+sys.path.insert(0, sys.argv[3])
+from pathlib import Path
+from test_engines import RIVAL_KEYS, open_at, value
+me = int(sys.argv[2])
+chance = random.Random(me)
+with open_at(Path(sys.argv[1]), "btree") as opened:
+    cache = opened.namespace("rivals", quota="64KiB")
+    for turn in range(1, 10**9):
+        key = chance.choice(RIVAL_KEYS)
+        if chance.random() < 0.1:
+            cache.put_many({f"filler{me}/{turn}/{i}": bytes(4000) for i in range(20)})  # so that others leave memory
+        began = time.monotonic_ns()
+        if chance.random() < 0.25:
+            cache.delete(key)
+        else:
+            cache.put(key, value(key, me * 10**6 + turn))
+        print(key, me * 10**6 + turn, began, time.monotonic_ns(), flush=True)
+"""
+RIVAL_KEYS = [f"k{i}" for i in range(4)]
+
+
+def test_processes_that_change_the_same_keys_and_are_killed_leave_the_last_change(tmp_path: Path) -> None:
+    def start(me: int) -> subprocess.Popen[bytes]:
+        with (tmp_path / f"said-{me}").open("wb") as said:
+            command = [sys.executable, "-c", _RIVAL, str(tmp_path / "cache"), str(me), str(Path(__file__).parent)]
+            return subprocess.Popen(command, stdout=said)
+
+    def changes(me: int) -> list[tuple[str, int, int, int]]:
+        lines = (line.split() for line in (tmp_path / f"said-{me}").read_text().split("\n")[:-1])
+        return [(key, int(turn), int(began), int(ended)) for key, turn, began, ended in lines]
+
+    seen: list[tuple[str, int, int]] = []  # key, when it was asked for, and the turn of what was found
+    with open_at(tmp_path / "cache", "btree") as opened:
+        cache = opened.namespace("rivals", quota="64KiB")
+
+        def look() -> None:
+            for key in RIVAL_KEYS:
+                asked = time.monotonic_ns()
+                found = cache.get(key)
+                if found is not None:
+                    seen.append((key, asked, turn_of(key, found)))
+
+        rivals = {me: start(me) for me in (1, 2)}
+        for newcomer in range(3, 8):
+            until = time.monotonic() + 60
+            while min(len(changes(me)) for me in rivals) < 40:
+                look()
+                assert time.monotonic() < until, "the processes change nothing"
+                assert all(rival.poll() is None for rival in rivals.values())
+            oldest = min(rivals)
+            rivals[oldest].kill()
+            rivals.pop(oldest).wait()
+            for _ in range(20):
+                look()
+            rivals[newcomer] = start(newcomer)
+        for rival in rivals.values():
+            rival.kill()
+            rival.wait()
+        look()
+
+    made = {turn: change for me in range(1, 8) for change in changes(me) for turn in [change[1]]}
+    assert len(seen) > 500
+    assert len({turn for _, _, turn in seen}) > 100
+    for key, asked, turn in seen:
+        if turn not in made:
+            assert turn - 1 in made or turn % 10**6 == 1, "it was under way when its process was killed"
+            continue
+        assert made[turn][0] == key
+        later = [change for change in made.values() if change[0] == key and made[turn][3] < change[2]]
+        assert not [change for change in later if change[3] < asked], f"{key}: {turn} came back"
 
 
 def test_a_second_process_is_told_that_lsm_is_for_one(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Records in LMDB: a B+ tree in one file, for several processes of a host.
 
-Two trees: name -> number and record, and number -> name, by which the oldest leave. The file has its full size from
-the beginning, so a full disk is met when it is made and not by SIGBUS later.
+Two trees: name -> number and record, and number -> names written with it, by which the oldest leave. What was
+overwritten or deleted stays in the second until its number comes: LMDB's module lets the GIL go at each call, and where
+others compute, a thread waits long to have it back, so a record costs one call. The file has its full size from the
+beginning, so a full disk is met when it is made and not by SIGBUS later.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["BtreeStore", "check_map"]
 
 _NUMBER = struct.Struct(">Q")
+_LENGTH = struct.Struct(">H")  # before each name of a batch
 _HEAD = struct.Struct(">QQ")  # before each record: its number, and when its time is over (ms, Unix epoch, 0 = never)
 _LASTING = 0  # the number of records that have no place in the order, so they never leave to make room
 _PAGE = 4096
@@ -34,7 +37,9 @@ _META = struct.Struct("<16xII")  # after a page's header: magic, version
 _META_SIZE = struct.Struct("<Q")
 _MAGIC, _VERSION = 0xBEEFC0DE, 1
 _USED = 0.7  # of the map: the rest is for copies of changed pages, and pages that readers still see
-_EVICTED_AT_ONCE = 256
+_BATCH = 1800  # bytes of names under one number: more would take pages of their own
+_EVICTED_AT_ONCE = 32
+_CHECKED_EACH = 256  # part of the map that is written until its pages are counted again
 _SYNC_S = 5.0
 _SETUP_S = 10.0
 _SCAN_S, _SCAN_TURN_S = 2.0, 0.005
@@ -90,6 +95,8 @@ class BtreeStore:
         self._numbers = {"damaged_directories": 0, "evicted_records": 0}
         self._turns = Turns()  # one thread at a time: each call of lmdb lets the GIL go
         self._synced = time.monotonic()
+        self._last_number = 0
+        self._unchecked = self._size  # bytes written since its pages were counted
         self._setup = FileLock(directory.with_name(f"{directory.name}.setup"))  # held where users come and go
         self._users = FileLock(directory.with_name(f"{directory.name}.users"))
         self.scanning = FileLock(directory.with_name(f"{directory.name}.scan"))
@@ -139,7 +146,7 @@ class BtreeStore:
         file = draft / "data.mdb"
         file.unlink(missing_ok=True)
         env = self._lmdb.open(str(draft), map_size=self._size, max_dbs=2, sync=False)
-        for tree in (b"records", b"order"):
+        for tree in (b"records", b"batches"):
             env.open_db(tree)
         env.sync(True)
         env.close()
@@ -154,7 +161,7 @@ class BtreeStore:
         try:
             env.reader_check()
             self._records = env.open_db(b"records", create=False)
-            self._order = env.open_db(b"order", create=False)
+            self._batches = env.open_db(b"batches", create=False)
         except self._lmdb.Error as error:
             env.close()
             raise TierUnavailable(f"{self._directory} can't be opened: {error}") from error
@@ -213,17 +220,17 @@ class BtreeStore:
             self.write(records[:half], timeout_s)
             return self.write(records[half:], timeout_s, then_read=then_read)
         if items:
-            self._changing(timeout_s, lambda: self._put(items))
+            self._changing(timeout_s, lambda: self._put(items), need)
         return None if then_read is None else self.read([then_read], timeout_s)[0]
 
     def delete(self, names: Sequence[bytes], timeout_s: float) -> None:
         """See RecordStore."""
         if names:
-            self._changing(timeout_s, lambda: self._transact(lambda txn: self._remove_all(txn, names)))
+            self._changing(timeout_s, lambda: self._transact(lambda txn: self._remove(txn, names)), 0)
 
-    def _changing(self, timeout_s: float, change: Callable[[], object]) -> None:
+    def _changing(self, timeout_s: float, change: Callable[[], object], need: int) -> None:
         with self._turn(timeout_s):
-            self._make_room()
+            self._make_room(need)
             self._ask(change)
             late = time.monotonic() - self._synced > _SYNC_S
             if late:
@@ -245,27 +252,38 @@ class BtreeStore:
 
     def _put(self, items: Sequence[tuple[NamedRecord, bytes]]) -> None:
         def put(txn: Any) -> None:
-            cursor = txn.cursor(db=self._order)
-            number = _NUMBER.unpack(cursor.key())[0] if cursor.last() else 0
-            for (name, _, expires, lasting), data in items:
-                self._remove(txn, name)
-                if lasting:
-                    txn.put(name, _HEAD.pack(_LASTING, expires) + data, db=self._records)
-                    continue
-                number += 1
-                txn.put(name, _HEAD.pack(number, expires) + data, db=self._records)
-                txn.put(_NUMBER.pack(number), name, db=self._order, append=True)
+            aging = [(record, data) for record, data in items if not record.lasting]
+            numbers = self._number_batches(txn, [record.name for record, _ in aging])
+            for (record, data), number in zip(aging, numbers, strict=True):
+                txn.put(record.name, _HEAD.pack(number, record.expires) + data, db=self._records)
+            for record, data in items:
+                if record.lasting:
+                    txn.put(record.name, _HEAD.pack(_LASTING, record.expires) + data, db=self._records)
 
         self._transact(put)
 
-    def _remove_all(self, txn: Any, names: Sequence[bytes]) -> None:
-        for name in names:
-            self._remove(txn, name)
+    def _number_batches(self, txn: Any, names: Sequence[bytes]) -> list[int]:
+        """Enter names as the newest; returns a number for each."""
+        numbers: list[int] = []
+        batch = b""
+        for position, name in enumerate(names):
+            batch += _LENGTH.pack(len(name)) + name
+            if len(batch) < _BATCH and position + 1 < len(names):
+                continue
+            number = max(time.time_ns(), self._last_number + 1)
+            if not txn.put(_NUMBER.pack(number), batch, db=self._batches, append=True):
+                # the clock was set back, or another process has just been here
+                cursor = txn.cursor(db=self._batches)
+                number = _NUMBER.unpack(cursor.key())[0] + 1 if cursor.last() else number
+                txn.put(_NUMBER.pack(number), batch, db=self._batches, append=True)
+            self._last_number = number
+            numbers += [number] * (position + 1 - len(numbers))
+            batch = b""
+        return numbers
 
-    def _remove(self, txn: Any, name: bytes) -> None:
-        old = txn.pop(name, db=self._records)
-        if old is not None:
-            txn.delete(bytes(old[: _NUMBER.size]), db=self._order)
+    def _remove(self, txn: Any, names: Sequence[bytes]) -> None:
+        for name in names:
+            txn.delete(name, db=self._records)
 
     # ---- Names
 
@@ -306,31 +324,43 @@ class BtreeStore:
 
     def _used(self) -> float:
         with self._env.begin() as txn:
-            trees = [txn.stat(self._records), txn.stat(self._order)]
+            trees = [txn.stat(self._records), txn.stat(self._batches)]
         pages = sum(tree["branch_pages"] + tree["leaf_pages"] + tree["overflow_pages"] for tree in trees)
         return float(pages * _PAGE / self._size)
 
-    def _make_room(self) -> None:
+    def _make_room(self, need: int) -> None:
+        """Let the oldest leave for what needs so many bytes, and pages in which there may be room for it."""
+        self._unchecked += need
+        if self._unchecked * _CHECKED_EACH < self._size:
+            return
+        self._unchecked = 0
         while self._ask(self._used) > _USED:
             if not self._evict():
                 return
 
     def _evict(self) -> int:
-        """Remove the oldest records; returns how many."""
-        evicted = 0
+        """Remove the oldest batches; returns how many."""
+        batches = evicted = 0
 
         def evict() -> None:
-            nonlocal evicted
-            with self._env.begin(write=True) as txn:
-                cursor = txn.cursor(db=self._order)
-                while evicted < _EVICTED_AT_ONCE and cursor.first():
-                    txn.delete(cursor.value(), db=self._records)
+            nonlocal batches, evicted
+            with self._env.begin(write=True, buffers=True) as txn:
+                cursor = txn.cursor(db=self._batches)
+                looked = 0
+                while looked < _EVICTED_AT_ONCE and cursor.first():
+                    number, names = map(bytes, cursor.item())
+                    for name in _names_in(names):
+                        looked += 1
+                        data = txn.get(name, db=self._records)
+                        if data is not None and data[: _NUMBER.size] == number:
+                            txn.delete(name, db=self._records)
+                            evicted += 1
                     cursor.delete()
-                    evicted += 1
+                    batches += 1
 
         self._ask(evict)
         self._numbers["evicted_records"] += evicted
-        return evicted
+        return batches
 
     # ---- Figures and life
 
@@ -373,6 +403,14 @@ class BtreeStore:
 def _over(data: Buffer | None, now: float) -> bool:
     """Whether there is no record, or none any more."""
     return data is None or 0 < _HEAD.unpack_from(data)[1] <= now
+
+
+def _names_in(batch: bytes) -> Iterator[bytes]:
+    at = 0
+    while at < len(batch):
+        end = at + _LENGTH.size + _LENGTH.unpack_from(batch, at)[0]
+        yield batch[at + _LENGTH.size : end]
+        at = end
 
 
 def _bytes(part: Buffer) -> bytes:
