@@ -1,4 +1,5 @@
 // What passes between memory and the tier below: records to be written, and records to be loaded.
+#include <algorithm>
 #include <chrono>
 #include <cstring>
 
@@ -17,10 +18,10 @@ void Store::enqueue_dirty(const Waiting& waiting) {
     dirty_ready_.notify_one();
 }
 
-// Hands a lazy record to this process's writer. Its shard is locked.
+// Hands a lazy or postponed record to this process's writer. Its shard is locked.
 void Store::write_now(u32 at) {
     Entry& entry = index_.entry(at);
-    entry.flags &= static_cast<u8>(~kLazy);
+    entry.flags = static_cast<u8>((entry.flags & ~kLazy) | kDirty);
     entry.owner = static_cast<u8>(clients_.self());
     clients_.mine().dirty_bytes.fetch_add(u64{entry.units} * kUnit);
     enqueue_dirty({at, entry.units, entry.seq});
@@ -30,9 +31,32 @@ void Store::write_lazy() {
     for (u32 number = 0; number < kShards; ++number) {
         const RobustLock held = index_.lock(number);
         index_.each_of(number, [&](u32 at, const Entry& entry) {
-            if (entry.state == EntryState::live && entry.flags & kLazy && entry.owner == clients_.self()) write_now(at);
+            if (entry.state == EntryState::live && is_lazy(entry) && entry.owner == clients_.self()) write_now(at);
         });
     }
+}
+
+size_t Store::write_postponed(u64 most_bytes) {
+    std::vector<Waiting> found;
+    for (u32 number = 0; number < kShards; ++number) {
+        const RobustLock held = index_.lock(number);
+        index_.each_of(number, [&](u32 at, const Entry& entry) {
+            if (entry.state == EntryState::live && is_postponed(entry)) found.push_back({at, entry.units, entry.seq});
+        });
+    }
+    std::sort(found.begin(), found.end(), [](const Waiting& a, const Waiting& b) { return a.seq < b.seq; });
+    u64 bytes = 0;
+    size_t queued = 0;
+    for (const auto& [at, units, seq] : found) {
+        if (queued && bytes + u64{units} * kUnit > std::min(most_bytes, header_.memory / 8)) break;
+        const RobustLock held = index_.lock(index_.shard_holding(at));
+        const Entry& entry = index_.entry(at);
+        if (entry.state != EntryState::live || entry.seq != seq || !is_postponed(entry)) continue;
+        write_now(at);
+        bytes += u64{units} * kUnit;
+        ++queued;
+    }
+    return queued;
 }
 
 void Store::wake_writer() {
@@ -105,7 +129,7 @@ bool Store::still_live(const Dirty& dirty) {
     return entry.state == EntryState::live && current(entry, space(entry.ns));
 }
 
-void Store::settle(Dirty& dirty, u32 segment, u64 offset, u64 encoded) {
+void Store::settle(Dirty& dirty, u32 segment, u64 offset, u64 encoded, bool postponed) {
     const u32 at = dirty.pin.entry();
     const u64 bytes = dirty.pin.record_size();
     {
@@ -118,6 +142,7 @@ void Store::settle(Dirty& dirty, u32 segment, u64 offset, u64 encoded) {
             entry.flags = static_cast<u8>((entry.flags & ~kEncoded) | (encoded ? kEncoded : 0));
         }
         entry.flags &= static_cast<u8>(~(kDirty | kWriting | kUsed));
+        if (postponed && entry.state == EntryState::live) entry.flags |= kLazy;
     }
     dirty.pin = Pin();
     settled(bytes);
@@ -145,7 +170,7 @@ size_t Store::wait_until_durable(Space wanted, size_t count, const Key* keys, do
                 const RobustLock held = index_.lock(Index::shard_of(hash));
                 const u32 at = index_.find(hash, wanted.id, keys[i]);
                 if (at) {
-                    if (index_.entry(at).flags & kLazy) write_now(at);
+                    if (is_lazy(index_.entry(at))) write_now(at);
                     there = true;
                     waiting = index_.entry(at).flags & kDirty;
                     below = index_.entry(at).segment;

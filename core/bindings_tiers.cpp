@@ -44,9 +44,9 @@ nb::object view_dirty(DirtyHandle& self) {
     return nb::steal(view);
 }
 
-void settle(DirtyHandle& handle, u32 segment, u64 offset) {
+void settle(DirtyHandle& handle, u32 segment, u64 offset, bool postponed = false) {
     if (!handle.dirty) return;
-    handle.store->settle(*handle.dirty, segment, offset, handle.encoded.is_valid() ? handle.length() : 0);
+    handle.store->settle(*handle.dirty, segment, offset, handle.encoded.is_valid() ? handle.length() : 0, postponed);
     handle.dirty.reset();
 }
 
@@ -150,6 +150,14 @@ void bind_tiers(nb::module_& m, nb::class_<StoreHandle>& store) {
             const nb::gil_scoped_release free;
             return store->wait_until_settled(timeout);
         }, nb::arg("timeout_s"))
+        .def("postpone", [](StoreHandle&, nb::list dirty) {
+            for (nb::handle d : dirty) settle(nb::cast<DirtyHandle&>(d), 0, 0, true);
+        }, nb::arg("records"))
+        .def("write_postponed", [](StoreHandle& self, u64 most_bytes) {
+            const std::shared_ptr<Store> store = self.live();
+            const nb::gil_scoped_release free;
+            return store->write_postponed(most_bytes);
+        }, nb::arg("max_bytes"))
         .def("write_lazy", [](StoreHandle& self) { self.live()->write_lazy(); })
         .def("demote_all", [](StoreHandle& self) { return self.live()->demote_all(); })
         .def("insert_disk", &insert_disk, nb::arg("rows"))
@@ -184,7 +192,7 @@ void bind_tiers(nb::module_& m, nb::class_<StoreHandle>& store) {
             nb::list list;
             for (const auto& row : found)
                 list.append(nb::make_tuple(row.ns, nb::bytes(reinterpret_cast<const char*>(row.key.data()), row.key.size()),
-                                           row.seq, row.offset, row.length, row.version, row.epoch));
+                                           row.seq, row.offset, row.length, row.version, row.epoch, pack_tags(row.tags)));
             return list;
         }, nb::arg("segment"), nb::arg("used_only"))
         .def("move_on_disk", [](StoreHandle& self, u32 ns, nb::handle key_object, u64 seq, u32 from, u64 from_offset, u32 to,

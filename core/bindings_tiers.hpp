@@ -8,6 +8,14 @@
 
 namespace kvstrata {
 
+// Tags as the catalog has them: one number.
+inline std::int64_t pack_tags(const u16 (&tags)[kTags]) {
+    std::int64_t packed;
+    static_assert(sizeof packed == sizeof tags);
+    std::memcpy(&packed, tags, sizeof packed);
+    return packed;
+}
+
 // Pinned, until it is settled or goes.
 struct DirtyHandle {
     std::shared_ptr<Store> store;
@@ -29,12 +37,7 @@ struct DirtyHandle {
         return encoded.is_valid() ? nb::len(encoded) : record_bytes(header.key_len, header.stored_len);
     }
     u8 flags() const { return static_cast<u8>(header.flags | (encoded.is_valid() ? kRecordEncoded : 0)); }
-    std::int64_t packed_tags() const {
-        std::int64_t packed;
-        static_assert(sizeof packed == sizeof tags);
-        std::memcpy(&packed, tags, sizeof packed);
-        return packed;
-    }
+    std::int64_t packed_tags() const { return pack_tags(tags); }
 };
 
 // What the store's own class has for the tiers below and elsewhere.

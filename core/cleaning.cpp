@@ -47,6 +47,7 @@ std::vector<KeptRow> Store::rows_of(u32 segment, bool used_only) {
             row.length = u64{entry.disk_units} * kUnit;
             row.version = ns.version.load();
             row.epoch = entry.epoch;
+            std::memcpy(row.tags, entry.tags, sizeof row.tags);
         });
     }
     return found;

@@ -177,7 +177,7 @@ bool Store::evict_from(u32 id, u32 units, bool guaranteed_too, Plan* plan) {
             if (!at) return false;
             const RobustLock held = index_.lock(index_.shard_holding(at));
             if (!may_leave(index_.entry(at))) {
-                if (index_.entry(at).flags & kLazy) {
+                if (is_lazy(index_.entry(at))) {
                     write_now(at);
                     written += index_.entry(at).units;
                 }

@@ -51,7 +51,7 @@ enum EntryFlags : u8 {
     kWriting = 4,  // and is being given it right now
     kUnproven = 8, // not wanted often enough yet for the tier below
     kLoading = 16, // `owner` is bringing it up from the tier below: others wait for that
-    kLazy = 32,    // dirty, but the tier below gets it only when it is to leave memory
+    kLazy = 32,    // dirty, but the tier below gets it only when it is to leave memory; not dirty: it gets it when it is well again
     kUsed = 64,    // somebody has used it since the tier below got it, or last moved it
     kEncoded = 128, // below it is encoded: its length there is another one, and it can't be loaded as it is
 };
@@ -86,6 +86,9 @@ struct alignas(64) Entry {
 };
 static_assert(sizeof(Entry) == 128 && std::is_trivially_copyable_v<Entry>);
 static_assert(offsetof(Entry, hash) == offsetof(PolicyRecord, hash) && offsetof(Entry, units) == offsetof(PolicyRecord, units));
+
+inline bool is_lazy(const Entry& entry) { return (entry.flags & (kLazy | kDirty)) == (kLazy | kDirty); }
+inline bool is_postponed(const Entry& entry) { return (entry.flags & (kLazy | kDirty)) == kLazy; }
 
 // What a record says of its tags: that one of these slots has been changed by damage shows.
 inline u8 check_of_tags(const u16* tags) {

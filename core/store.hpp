@@ -221,6 +221,7 @@ struct KeptRow {
     u32 ns = 0;
     u64 seq = 0, offset = 0, length = 0;
     u32 version = 0, epoch = 0;
+    u16 tags[kTags] = {};
 };
 
 struct TagState {
@@ -377,12 +378,14 @@ public:
     std::vector<Dirty> take_dirty(size_t most, u64 most_bytes, double timeout);
     void wake_writer();  // lets take_dirty return at once, though there's nothing
     void write_lazy();   // what this process had better not write before it leaves memory
+    size_t write_postponed(u64 most_bytes);  // of what was postponed the oldest, of any process; returns how many records
     // How many of the keys are neither below nor gone, `timeout` s at most being waited for those on their way.
     size_t wait_until_durable(Space space, size_t count, const Key* keys, double timeout);
     bool still_live(const Dirty& dirty);
     void tags_of(const Pin& pin, u16* tags) const { std::memcpy(tags, index_.entry(pin.entry()).tags, sizeof(Entry::tags)); }
     // segment 0: it could not be written. `encoded`: bytes that it has there, if its payload isn't the value itself; else 0.
-    void settle(Dirty& dirty, u32 segment, u64 offset, u64 encoded = 0);
+    // `postponed`: nor is it to be forgotten: it may leave memory, and until then `write_postponed` tries it again.
+    void settle(Dirty& dirty, u32 segment, u64 offset, u64 encoded = 0, bool postponed = false);
     bool wait_until_settled(double timeout);             // whether all that this process has put is below
     u64 demote_all();                                    // what lies below leaves memory, where nobody has it pinned
     std::optional<Location> locate(Space space, Key key);

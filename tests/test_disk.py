@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+import kvstrata
 from kvstrata import _core
 from kvstrata.errors import FormatError, TierUnavailable, VersionConflict
 from kvstrata.tiers import blockio, segment_format
@@ -80,6 +81,12 @@ class Host:
     def clear(self, name: str = "m") -> None:
         space = self.space(name)
         self.tier.set_epoch(space.id, space.clear())
+
+    def __enter__(self) -> Host:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         if self.store.closed:
@@ -529,6 +536,28 @@ def test_a_catalog_damaged_while_it_is_open_is_rebuilt_and_the_cache_goes_on(
     assert (again.get(b"7"), again.get(b"8"), again.get(b"9")) == (b"value", b"newer", None)
     assert again.get(b"7", "i") is None  # cleared: this process still knew
     again.close()
+
+
+def test_records_keep_their_tags_when_the_catalog_is_lost_while_it_is_open(tmp_path: Path) -> None:
+    def opened() -> kvstrata.Cache:
+        return kvstrata.open(tmp_path, memory="4MiB", disk="32MiB", shared=False)
+
+    with opened() as cache:
+        for key, tags in {"a": ["kept"], "b": ["removed"], "c": None}.items():
+            cache.put(key, b"value", tags=tags)
+        cache.flush()
+        cache.delete_tag("removed")
+        (catalog,) = tmp_path.glob("**/catalog-*.db")
+        catalog.unlink()
+        cache.put("more", b"value")
+        cache.flush()
+        assert cache.stats()["disk"]["catalog_rebuilds"] == 1
+    with opened() as cache:
+        assert [cache.get(key) for key in "abc"] == [b"value", None, b"value"]
+        cache.delete_tag("kept")
+        assert cache.get("a") is None
+    with opened() as cache:
+        assert [cache.get(key) for key in "abc"] == [None, None, b"value"]
 
 
 # ---- Damage while it is closed

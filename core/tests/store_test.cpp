@@ -339,6 +339,42 @@ TEST(lazy_records_are_written_when_they_are_to_leave_and_not_before) {
     CHECK(store->stats().dirty_bytes == (8 - dirty.size()) * (104u << 10));
 }
 
+TEST(postponed_records_may_leave_memory_and_are_written_again_until_then) {
+    auto store = fresh(1 << 20, 1 << 30);
+    const Space space = store->open_namespace(0, "default", 1, {});
+    const auto postpone = [&] {
+        auto dirty = store->take_dirty(100, 1 << 30, 0);
+        for (auto& record : dirty) store->settle(record, 0, 0, 0, true);
+        return dirty.size();
+    };
+    for (int i = 0; i < 8; ++i) put(*store, space, std::to_string(i), std::string(100 << 10, 'a'));
+    CHECK(postpone() == 8);
+    CHECK(store->stats().dirty_bytes == 0);
+    store->write_lazy();
+    CHECK(store->take_dirty(100, 1 << 30, 0).empty());  // they aren't lazy
+    const Key first = bytes_of("0");
+    CHECK(store->wait_until_durable(space, 1, &first, 0.01) == 1);  // at once, and without trying again
+    CHECK(store->take_dirty(100, 1 << 30, 0).empty());
+
+    CHECK(store->reserve(space, bytes_of("more"), 500 << 10, {}, false).has_value());  // nothing has to wait
+    CHECK(get(*store, space, "0") == "(absent)");
+    put(*store, space, "7", "newer");
+    CHECK(store->write_postponed(1) == 1);
+    auto oldest = store->take_dirty(100, 1 << 30, 0);
+    CHECK(oldest.size() == 2);  // "newer" has been waiting
+    for (auto& record : oldest) store->settle(record, 1, 4096);
+    size_t left = 0, at_once;
+    while ((at_once = store->write_postponed(1 << 30))) {
+        CHECK(store->stats().dirty_bytes <= (1 << 20) / 8);
+        auto dirty = store->take_dirty(100, 1 << 30, 0);
+        CHECK(dirty.size() == at_once);
+        for (auto& record : dirty) store->settle(record, 1, 4096);
+        left += at_once;
+    }
+    CHECK(left > 0 && left < 6);
+    CHECK(store->stats().dirty_bytes == 0);
+}
+
 TEST(the_hottest_are_those_that_were_used_last) {
     auto store = fresh();
     const Space space = store->open_namespace(0, "default", 1, {});

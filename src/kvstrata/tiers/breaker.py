@@ -59,6 +59,11 @@ class Breaker:
         """What it is in now."""
         return self._state
 
+    @property
+    def due(self) -> bool:
+        """Whether `allow` would let a call through."""
+        return self._state == "closed" or self._clock() >= self._until
+
     def allow(self) -> bool:
         """Whether a call may be made. Where that makes it the probe, all others are refused until it is over."""
         if self._state == "closed":

@@ -38,6 +38,7 @@ class _Row(NamedTuple):
     length: int
     version: int
     epoch: int
+    tags: int
 
 
 class _Kept(NamedTuple):

@@ -40,11 +40,13 @@ __all__ = ["DiskTier"]
 
 SYNC_S = 5.0  # after so long what was committed is synced, as file systems do with their journals
 _FIRST_EPOCH = 1  # as in the store
+_POSTPONED_AT_ONCE = 32 << 20  # bytes
 _COUNTERS = (
     "written_records",
     "written_bytes",
     "failed_records",
     "refused_records",
+    "retried_records",
     "refused_loads",
     "limited_records",
     "reinserted_records",
@@ -140,6 +142,8 @@ class DiskTier:
         # A full or read-only file system can still be read.
         self._writing = Breaker(f"writing to {directory}")
         self._reading = Breaker(f"reading from {directory}")
+        self._owed = False  # whether anything was postponed, as far as this process knows
+        self._well = False  # and whether it can be written now
         self._loader = Loader(
             store,
             self._segments,
@@ -182,7 +186,13 @@ class DiskTier:
             raise TierUnavailable(f"{self.directory} can't be synced: {error.strerror or error}") from error
 
     def tend(self) -> None:
-        """Sync what has waited for it long enough."""
+        """Sync what has waited for it long enough, and have written what was postponed."""
+        if self._owed and (self._well or self._writing.due):  # else just one, to see
+            with contextlib.suppress(TierUnavailable):  # somebody holds a lock
+                queued = self._store.write_postponed(_POSTPONED_AT_ONCE if self._well else 1)
+                self._counters.add("retried_records", queued)
+                self._owed = queued > 0
+                self._well = self._well and self._owed
         since = self._catalog.unsynced_since
         if since is not None and time.monotonic() - since >= SYNC_S and self._writing.state == "closed":
             try:
@@ -252,11 +262,11 @@ class DiskTier:
         if not left:
             return
         if not self._writing.allow():
-            self._store.mark_failed(left)
-            self._counters.add("failed_records", len(left))
+            self._postpone(left)
             self._counters.add("refused_records", len(left))
         elif self._write(left):
             self._writing.success()
+            self._well = self._owed
 
     def _within_quota(self, records: list[DirtyRecord]) -> list[DirtyRecord]:
         """Return those that a quota can hold at all, and leave the others to memory."""
@@ -284,13 +294,14 @@ class DiskTier:
                 self._failed("full", error, left[:1])  # the others may be smaller
                 left = left[1:]
             except (OSError, TierUnavailable) as error:
-                self._failed(reason(error), error, left)
+                self._counters.fault(reason(error), error)
+                self._postpone(left)
                 self._writing.failure(reason(error), error)
                 return False
             else:
                 written, left = left[: len(offsets)], left[len(offsets) :]
                 if not self._commit(written, segment, offsets):
-                    self._failed("catalog", "not tried: the catalog failed before", left)
+                    self._postpone(left)
                     return False
         return True
 
@@ -375,7 +386,8 @@ class DiskTier:
                 self._failed("full", error, records[start:])
                 return True
             except TierUnavailable as error:
-                self._failed(reason(error), error, records[start:])
+                self._counters.fault(reason(error), error)
+                self._postpone(records[start:])
                 self._writing.failure(reason(error), error)
                 return False
             durable = [(r, at) for r, at, lives in zip(part, places, alive, strict=True) if lives]
@@ -398,6 +410,12 @@ class DiskTier:
             for r, at in zip(records, offsets, strict=True)
         ]
         return self._recovery.mended(lambda: self._catalog.add(rows, lambda: self._store.still_live(records)))
+
+    def _postpone(self, records: list[DirtyRecord]) -> None:
+        """Let records stay in memory, until a write succeeds; those that are still there are then written."""
+        self._store.postpone(records)
+        self._counters.add("failed_records", len(records))
+        self._owed, self._well = True, False
 
     def _failed(self, kind: str, error: object, records: list[DirtyRecord]) -> None:
         """Let records stay in memory only."""

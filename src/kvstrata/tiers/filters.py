@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 
 from kvstrata.errors import CorruptRecord, FormatError
+from kvstrata.tiers.background import OnDemand
 from kvstrata.tiers.base import RecordStore, Stats, StoreFault
 from kvstrata.tiers.breaker import Breaker
 from kvstrata.tiers.keyed_space import KeyedSpace
@@ -39,9 +40,7 @@ class Filters:
         self._failed = failed
         self._filters: dict[bytes, tuple[KeyedSpace, NameFilter]] = {}
         self._lock = threading.Lock()
-        self._wanted = threading.Event()
-        self._stopped = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._reading = OnDemand("kvstrata-filter", self._read)
 
     def of(self, space: KeyedSpace) -> NameFilter:
         """Return the filter of a namespace, the same for all who have it open here."""
@@ -50,12 +49,7 @@ class Filters:
 
     def want(self) -> None:
         """Have those that are in use read soon; returns at once."""
-        self._wanted.set()
-        if self._thread is None:
-            with self._lock:
-                if self._thread is None and not self._stopped.is_set():
-                    self._thread = threading.Thread(target=self._run, name="kvstrata-filter", daemon=True)
-                    self._thread.start()
+        self._reading.want()
 
     def refresh(self) -> None:
         """Read what was published about the namespaces that were looked up in since the last time; faults are told."""
@@ -91,10 +85,7 @@ class Filters:
 
     def close(self) -> None:
         """End the thread, and see to it that what this process published is found."""
-        self._stopped.set()
-        self._wanted.set()
-        if self._thread is not None:
-            self._thread.join()
+        self._reading.stop()
         for _, names in self._filters.values():
             try:
                 if self._breaker.state == "closed":
@@ -102,13 +93,12 @@ class Filters:
             except StoreFault as fault:
                 self._failed(fault)
 
-    def _run(self) -> None:
-        while not self._stopped.is_set():
-            self._wanted.wait()
-            self._wanted.clear()
-            while not self._stopped.is_set() and any(names.used for _, names in list(self._filters.values())):
-                try:
-                    self.refresh()
-                except Exception:  # noqa: BLE001 - a defect: filters get too old, and the store is asked
-                    _log.exception("kvstrata: the filters of %s could not be read", self._store.name)
-                self._stopped.wait(self._options.refresh_s / 2)
+    def _read(self) -> float:
+        if not any(names.used for _, names in list(self._filters.values())):
+            return 0.0
+        try:
+            self.refresh()
+        except Exception:  # noqa: BLE001 - a defect: filters get too old, and the store is asked
+            _log.exception("kvstrata: the filters of %s could not be read", self._store.name)
+        self._reading.want()  # as long as somebody asks them
+        return self._options.refresh_s / 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 from kvstrata.errors import CorruptRecord, TierFull
@@ -175,26 +175,25 @@ class Recovery:
             with contextlib.suppress(TierFull):
                 self._make_room(0)
 
-    def _known(self, segment: int) -> Collection[_Known]:
-        """Return what the index has of a segment: nothing that was removed since, whatever became of rows."""
+    def _known(self, segment: int) -> Mapping[_Known, int]:
+        """Return what the index has of a segment, and its tags: nothing that was removed, whatever became of rows."""
         if not self._index_counts:
-            return ()
+            return {}
         rows = self._store.rows_of(segment, False)
-        return {(ns, key, seq, offset) for ns, key, seq, offset, *_ in rows}
+        return {(ns, key, seq, offset): tags for ns, key, seq, offset, *_, tags in rows}
 
 
 def recovered(
     segments: SegmentSet,
     namespaces: dict[int, NamespaceInfo],
-    known_of: Callable[[int], Collection[_Known]] = lambda _: (),
+    known_of: Callable[[int], Mapping[_Known, int]] = lambda _: {},
 ) -> Iterator[list[Row]]:
     """Yield, in batches, rows of all immutable records that are found, and fill in `namespaces` by number.
 
-    Mutable records come back only where `known_of(segment)` has them: others could have been deleted or overwritten.
-    Those with tags don't, since only the catalog says which. Rows of
-    older epochs and versions are among those that do; which are the newest is known at the end. A namespace that
-    is in `namespaces` already keeps its name, and its epoch and version are only raised. What a newer segment
-    says of a number or a name counts against an older one.
+    Mutable records, and those with tags, come back only where `known_of(segment)` has them and their tags: others could
+    have been deleted or overwritten. Rows of older epochs and versions are among those that do; which are the newest is
+    known at the end. A namespace that is in `namespaces` already keeps its name, and its epoch and version are only
+    raised. What a newer segment says of a number or a name counts against an older one.
     """
     numbers = {info.name: info.id for info in namespaces.values()}
     rows: list[Row] = []
@@ -214,10 +213,9 @@ def recovered(
                         numbers[info.name] = info.id
                 continue
             info_of_record = described.get(record.ns)
-            if not record.flags & TAGGED and (
-                (info_of_record is not None and info_of_record.immutable and record.flags & IMMUTABLE)
-                or (record.ns, record.key, record.seq, offset) in counting
-            ):
+            tags = counting.get((record.ns, record.key, record.seq, offset))
+            implied = info_of_record is not None and info_of_record.immutable and record.flags & IMMUTABLE
+            if tags is not None or (implied and not record.flags & TAGGED):
                 rows.append(
                     (
                         record.ns,
@@ -230,7 +228,7 @@ def recovered(
                         record.version,
                         record.epoch,
                         record.flags,
-                        0,
+                        tags or 0,
                     )
                 )
                 if len(rows) >= _BATCH:

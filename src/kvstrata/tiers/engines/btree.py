@@ -155,15 +155,17 @@ class BtreeStore:
         draft.rename(self._directory)
 
     def _open(self) -> Any:
-        env = self._lmdb.open(
-            str(self._directory), map_size=self._size, max_dbs=2, sync=False, max_readers=1024, create=False
-        )
+        env = None
         try:
+            env = self._lmdb.open(
+                str(self._directory), map_size=self._size, max_dbs=2, sync=False, max_readers=1024, create=False
+            )
             env.reader_check()
             self._records = env.open_db(b"records", create=False)
             self._batches = env.open_db(b"batches", create=False)
         except self._lmdb.Error as error:
-            env.close()
+            if env is not None:
+                env.close()
             raise TierUnavailable(f"{self._directory} can't be opened: {error}") from error
         return env
 
@@ -211,7 +213,7 @@ class BtreeStore:
         self, records: Sequence[NamedRecord], timeout_s: float, *, then_read: bytes | None = None
     ) -> Buffer | None:
         """See RecordStore."""
-        items = [(record, b"".join(map(_bytes, record.parts))) for record in records]
+        items = [(record, b"".join(record.parts)) for record in records]
         need = sum(len(data) + 2 * _PAGE for _, data in items)
         if need > self._size * (1 - _USED) / 2:
             if len(items) == 1:
@@ -391,7 +393,8 @@ class BtreeStore:
                 self._close_locks()
 
     def leave_to_parent(self) -> None:
-        """In a forked child: let go of the files; LMDB's own handle is the parent's and never used here again."""
+        """In a forked child: let go of the files, and of the parent's handle, or lmdb would refuse to make another."""
+        self._env = None
         self._close_locks()
 
     def _close_locks(self) -> None:
@@ -411,7 +414,3 @@ def _names_in(batch: bytes) -> Iterator[bytes]:
         end = at + _LENGTH.size + _LENGTH.unpack_from(batch, at)[0]
         yield batch[at + _LENGTH.size : end]
         at = end
-
-
-def _bytes(part: Buffer) -> bytes:
-    return memoryview(part).tobytes()

@@ -176,7 +176,7 @@ class LsmStore:
     ) -> Buffer | None:
         """See RecordStore."""
         items = [
-            (record.name, b"".join((_EXPIRES.pack(record.expires), *map(_bytes, record.parts))), record.lasting)
+            (record.name, b"".join((_EXPIRES.pack(record.expires), *record.parts)), record.lasting)
             for record in records
         ]
         if any(len(data) > self._slice_bytes // 2 for _, data, _ in items):
@@ -311,7 +311,3 @@ def _over(data: bytes, now: float) -> bool:
 
 def _records(found: list[bytes | None]) -> list[Buffer | None]:
     return [None if data is None else memoryview(data)[_EXPIRES.size :] for data in found]
-
-
-def _bytes(part: Buffer) -> bytes:
-    return memoryview(part).tobytes()

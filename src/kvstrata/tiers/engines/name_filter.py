@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
 from kvstrata.errors import CacheClosed, TierUnavailable
+from kvstrata.tiers.background import OnDemand
 from kvstrata.tiers.base import RecordStore, Stats
 
 if TYPE_CHECKING:
@@ -55,11 +56,9 @@ class EngineFilter:
         self._filter = store.filter
         self.bloom = store.filter.bloom
         self._told = _TOLD
-        self._lock = threading.Lock()
         self._filling = threading.Lock()
-        self._wanted = threading.Event()
-        self._stopped = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._pause_s = _PAUSE_S
+        self._names = OnDemand("kvstrata-names", self._fill_some_time)
         self._scans = 0
 
     def add(self, names: list[bytes]) -> None:
@@ -79,30 +78,21 @@ class EngineFilter:
 
     def want(self) -> None:
         """Have it filled soon, if it isn't complete or is full; returns at once."""
-        self._wanted.set()
-        if self._thread is None:
-            with self._lock:
-                if self._thread is None and not self._stopped.is_set():
-                    self._thread = threading.Thread(target=self._run, name="kvstrata-names", daemon=True)
-                    self._thread.start()
+        self._names.want()
 
     def _full(self) -> bool:
         return self.bloom.count > self.bloom.capacity
 
-    def _run(self) -> None:
-        pause = _PAUSE_S
-        while not self._stopped.is_set():
-            self._wanted.wait()
-            self._wanted.clear()
-            try:
-                self.fill()
-                pause = _PAUSE_S
-            except (TierUnavailable, CacheClosed):
-                pause = min(2 * pause, _LONGEST_PAUSE_S)  # lookups ask the engine meanwhile
-            except Exception:  # noqa: BLE001 - a defect: lookups ask the engine
-                _log.exception("kvstrata: the names of %s could not be read", self._store.name)
-                pause = _LONGEST_PAUSE_S
-            self._stopped.wait(pause)
+    def _fill_some_time(self) -> float:
+        try:
+            self.fill()
+            self._pause_s = _PAUSE_S
+        except (TierUnavailable, CacheClosed):
+            self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)  # lookups ask the engine meanwhile
+        except Exception:  # noqa: BLE001 - a defect: lookups ask the engine
+            _log.exception("kvstrata: the names of %s could not be read", self._store.name)
+            self._pause_s = _LONGEST_PAUSE_S
+        return self._pause_s
 
     def fill(self) -> None:
         """Begin it anew and fill it, unless it is complete and not full, or another thread or process does so."""
@@ -129,7 +119,7 @@ class EngineFilter:
         started = time.monotonic()
         for names in self._store.scan():
             self.bloom.add(names)
-            if self._stopped.wait(min(_PAUSE_S, time.monotonic() - started)):  # half of the time is others'
+            if self._names.stopped.wait(min(_PAUSE_S, time.monotonic() - started)):  # half of the time is others'
                 return
             started = time.monotonic()
         if self.bloom.complete(phase):
@@ -147,9 +137,4 @@ class EngineFilter:
 
     def close(self) -> None:
         """End its thread."""
-        self._stopped.set()
-        self._wanted.set()
-        with self._lock:
-            thread = self._thread
-        if thread is not None:
-            thread.join()
+        self._names.stop()
