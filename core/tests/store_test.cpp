@@ -352,7 +352,8 @@ TEST(postponed_records_may_leave_memory_and_are_written_again_until_then) {
     CHECK(store->stats().dirty_bytes == 0);
     store->write_lazy();
     CHECK(store->take_dirty(100, 1 << 30, 0).empty());  // they aren't lazy
-    const Key first = bytes_of("0");
+    const std::string name = "0";
+    const Key first = bytes_of(name);
     CHECK(store->wait_until_durable(space, 1, &first, 0.01) == 1);  // at once, and without trying again
     CHECK(store->take_dirty(100, 1 << 30, 0).empty());
 
