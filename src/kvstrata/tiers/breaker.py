@@ -60,6 +60,11 @@ class Breaker:
         return self._state
 
     @property
+    def well(self) -> bool:
+        """Whether nothing has failed since the last success."""
+        return self._state == "closed" and not self._failures
+
+    @property
     def due(self) -> bool:
         """Whether `allow` would let a call through."""
         return self._state == "closed" or self._clock() >= self._until
@@ -81,7 +86,7 @@ class Breaker:
 
     def success(self) -> None:
         """Say that a call did what it should."""
-        if self._state == "closed" and not self._failures:
+        if self.well:
             return
         with self._lock:
             self._failures = 0

@@ -143,7 +143,6 @@ class DiskTier:
         self._writing = Breaker(f"writing to {directory}")
         self._reading = Breaker(f"reading from {directory}")
         self._owed = False  # whether anything was postponed, as far as this process knows
-        self._well = False  # and whether it can be written now
         self._loader = Loader(
             store,
             self._segments,
@@ -187,12 +186,12 @@ class DiskTier:
 
     def tend(self) -> None:
         """Sync what has waited for it long enough, and have written what was postponed."""
-        if self._owed and (self._well or self._writing.due):  # else just one, to see
+        if self._owed and self._writing.due:
             with contextlib.suppress(TierUnavailable):  # somebody holds a lock
-                queued = self._store.write_postponed(_POSTPONED_AT_ONCE if self._well else 1)
+                most = _POSTPONED_AT_ONCE if self._writing.well else 1  # just one record, to see
+                queued = self._store.write_postponed(most)
                 self._counters.add("retried_records", queued)
                 self._owed = queued > 0
-                self._well = self._well and self._owed
         since = self._catalog.unsynced_since
         if since is not None and time.monotonic() - since >= SYNC_S and self._writing.state == "closed":
             try:
@@ -266,7 +265,6 @@ class DiskTier:
             self._counters.add("refused_records", len(left))
         elif self._write(left):
             self._writing.success()
-            self._well = self._owed
 
     def _within_quota(self, records: list[DirtyRecord]) -> list[DirtyRecord]:
         """Return those that a quota can hold at all, and leave the others to memory."""
@@ -415,7 +413,7 @@ class DiskTier:
         """Let records stay in memory, until a write succeeds; those that are still there are then written."""
         self._store.postpone(records)
         self._counters.add("failed_records", len(records))
-        self._owed, self._well = True, False
+        self._owed = True
 
     def _failed(self, kind: str, error: object, records: list[DirtyRecord]) -> None:
         """Let records stay in memory only."""
