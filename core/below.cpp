@@ -243,11 +243,12 @@ std::optional<Loading> Store::begin_load(Space wanted, Key key, const Location& 
     return loading;
 }
 
-Pin Store::commit_load(Loading& loading) {
+Pin Store::commit_load(Loading& loading, std::optional<u32> payload_crc) {
     Namespace& ns = space(loading.space.id);
     const u64 length = u64{loading.block.units()} * kUnit;
     RecordHeader header;
-    const RecordCheck check = check_record(loading.block.bytes(), length, header_.seed, true, header);
+    RecordCheck check = check_record(loading.block.bytes(), length, header_.seed, !payload_crc, header);
+    if (check == RecordCheck::ok && payload_crc && *payload_crc != header.payload_crc) check = RecordCheck::bad_payload;
     if (check != RecordCheck::ok) throw CorruptRecord(describe(check));
     if (header.ns != loading.space.id || header.seq != loading.seq || header.key_len != loading.key.size() ||
         std::memcmp(loading.block.bytes() + sizeof header, loading.key.data(), loading.key.size()) != 0 ||

@@ -168,10 +168,21 @@ nb::tuple parse_record(nb::handle data, u32 seed, bool with_payload, size_t offs
                           record_bytes(h.key_len, h.stored_len));
 }
 
+u32 py_crc32c_of_parts(nb::handle sums_object, u64 part_bytes) {
+    const Buffer bytes(sums_object);
+    if (bytes.size() % sizeof(u32) != 0) throw InvalidValue("sums of 32 bits are needed");
+    std::vector<u32> sums(bytes.size() / sizeof(u32));
+    std::memcpy(sums.data(), bytes.data(), bytes.size());
+    return crc32c_of_parts(sums.data(), sums.size(), part_bytes);
+}
+
 void bind_record(nb::module_& m) {
     m.def("crc32c", &py_crc32c, nb::arg("data"), nb::arg("crc") = 0,
           nb::sig("def crc32c(data: collections.abc.Buffer, crc: int = 0) -> int"),
           "CRC32C of the bytes of a buffer, continued from `crc`.");
+    m.def("crc32c_of_parts", &py_crc32c_of_parts, nb::arg("sums"), nb::arg("part_bytes"),
+          nb::sig("def crc32c_of_parts(sums: collections.abc.Buffer, part_bytes: int) -> int"),
+          "CRC32C of parts that lie one after the other, all of so many bytes, from that of each, 32-bit numbers.");
     m.def("crc32c_method", [] { return crc32c_methods().front().name; },
           "The instructions that crc32c uses on this processor.");
     m.def("record_bytes", [](size_t key_len, u64 stored_len) {

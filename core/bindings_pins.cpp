@@ -1,5 +1,7 @@
 #include "bindings_pins.hpp"
 
+#include <nanobind/stl/optional.h>
+
 #include "crc32c.hpp"
 
 namespace kvstrata {
@@ -122,13 +124,13 @@ u64 commit_write(WriteHandle& write) {
     return result;
 }
 
-nb::object commit_load(WriteHandle& write) {
+nb::object commit_load(WriteHandle& write, std::optional<u32> payload_crc) {
     if (write.finished || !write.loading) throw InvalidValue("this load is finished");
     end_view(write.view);
     Pin pin;
     {
-        const WithoutGil free(write.size());
-        pin = write.store->commit_load(*write.loading);
+        const WithoutGil free(payload_crc ? 0 : write.size());
+        pin = write.store->commit_load(*write.loading, payload_crc);
     }
     write.finish();
     return pin ? pin_object(write.store, std::move(pin)) : nb::none();
@@ -165,7 +167,7 @@ void bind_pins(nb::module_& m) {
             return give_view(self, nb::cast<WriteHandle&>(self).view);
         })
         .def("publish", &commit_write)
-        .def("commit", &commit_load)
+        .def("commit", &commit_load, nb::arg("payload_crc") = nb::none())
         .def("abort", &abort_write);
 }
 

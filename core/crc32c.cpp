@@ -267,6 +267,13 @@ u32 crc32c(u32 crc, const void* data, size_t n) {
     return run(crc, data, n);
 }
 
+u32 crc32c_of_parts(const u32* sums, size_t count, u64 part_bytes) {
+    const u32 factor = power_of_x(8 * part_bytes);
+    u32 crc = 0;
+    for (size_t i = 0; i < count; ++i) crc = multiply(crc, factor) ^ sums[i];
+    return crc;
+}
+
 u32 copy_crc32c(void* dst, const void* src, size_t n, u32 crc) {
     constexpr size_t kPiece = 8192;  // source and copy of it fit into the smallest first-level cache
     u8* to = static_cast<u8*>(dst);

@@ -11,6 +11,9 @@ namespace kvstrata {
 // crc32c(crc32c(0, a), b) == crc32c(0, ab).
 u32 crc32c(u32 crc, const void* data, size_t n);
 
+// crc32c(0, ...) of parts that lie one after the other, all of `part_bytes`, from the sum of each.
+u32 crc32c_of_parts(const u32* sums, size_t count, u64 part_bytes);
+
 // memcpy(dst, src, n), returning crc32c(crc, dst, n). The sum is taken of the copied bytes, each piece while it
 // is still in the first-level cache, so a source that changes meanwhile can't make the sum of another content.
 u32 copy_crc32c(void* dst, const void* src, size_t n, u32 crc);

@@ -392,7 +392,8 @@ public:
     // Claims the loading of a record; false when somebody else is at it, unless `take_over`.
     bool claim_load(const Location& location, bool take_over, LoadClaim& claim);
     std::optional<Loading> begin_load(Space space, Key key, const Location& location, LoadClaim&& claim = {});
-    Pin commit_load(Loading& loading);                    // throws CorruptRecord
+    // Throws CorruptRecord. `payload_crc` is what the caller found the payload's sum to be; without, it is taken here.
+    Pin commit_load(Loading& loading, std::optional<u32> payload_crc = {});
     bool insert_disk(const DiskRow& row);                 // false when there's no room for its entry
     bool forget_disk(u32 ns, Key key, u64 seq);
     u64 drop_segment(u32 segment);

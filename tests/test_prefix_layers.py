@@ -506,5 +506,5 @@ def test_the_default_block_is_read_in_pieces_that_are_worth_it() -> None:
     layout = KVLayout(model="m", dtype="bfloat16", layers=30, kv_heads=3, head_dim=64)
 
     assert layout.block_tokens == DEFAULT_BLOCK_TOKENS
-    assert layer_groups(layout.layers, layout.layer_bytes) == [3, 7, 11, 15, 19, 23, 27, 29, 30]
+    assert layer_groups(layout.layers, layout.layer_bytes) == [2, 4, 8, 12, 16, 20, 24, 28, 29, 30]
     assert LAYOUT.block_tokens == BLOCK

@@ -88,6 +88,16 @@ TEST(the_last_method_is_the_portable_one) {
     CHECK(std::string(crc32c_methods().back().name) == "portable");
 }
 
+TEST(the_sum_of_parts_is_had_from_their_sums) {
+    for (const size_t part : {1, 7, 64, 4096, 65536}) {
+        const std::vector<u8> bytes = random_bytes(9 * part, static_cast<unsigned>(part));
+        std::vector<u32> sums;
+        for (size_t at = 0; at < bytes.size(); at += part) sums.push_back(crc32c(0, bytes.data() + at, part));
+        for (size_t count = 0; count <= sums.size(); ++count)
+            CHECK(crc32c_of_parts(sums.data(), count, part) == crc32c(0, bytes.data(), count * part));
+    }
+}
+
 TEST(copying_with_a_sum_equals_memcpy_and_a_sum) {
     std::mt19937_64 random(3);
     for (int round = 0; round < 100; ++round) {

@@ -258,6 +258,7 @@ TEST(a_dirty_record_stays_until_it_is_written_and_then_is_found_below) {
     std::memcpy(damaged->block.bytes(), record.data(), record.size());
     damaged->block.bytes()[5000] ^= 1;
     CHECK_THROWS(CorruptRecord, store->commit_load(*damaged));
+    CHECK_THROWS(CorruptRecord, store->commit_load(*damaged, crc32c(0, value.data(), value.size()) ^ 1));
     CHECK(store->remove(space, bytes_of("a")).on_disk);
     CHECK(store->stats().dirty_bytes == 0);
     CHECK(store->stats().pins == 0);

@@ -22,27 +22,27 @@ if TYPE_CHECKING:
 
 __all__ = ["LayerWork", "layer_groups"]
 
-_FIRST_READ = 64 << 10
-"""Bytes that a read should have at least, and later ones twice: below, the device is slower than it could be."""
+_FIRST_READ, _LATER_READ = 32 << 10, 128 << 10
+"""Bytes that a read should have at least, the first ones and the later ones: the fewer, the slower is the device."""
 _FIRST_PART, _LATER_PART = 10, 8
 """Into at least so many groups the layers are cut: a group is waited for as a whole, and then computed with."""
 _MOST_PINNED = 4096  # blocks; half of what a client can pin
 _AT_ONCE = 32  # blocks that are loaded as a whole, or copied, in one go
-_MOST_PIECES = 8  # read in one call
+_MOST_PIECES = 16  # read in one call
 
 
 def layer_groups(layers: int, layer_bytes: int) -> list[int]:
     """Return how many layers are there after each group of reads; `layer_bytes` are those of one layer in a block.
 
-    Few at first, so that computing starts early; then more, so that a read is worth its overhead; never so many that
-    the wait for a group is much of the whole; at the end one, since what is computed with the last group overlaps with
-    nothing.
+    Few at first, so that computing starts early; then twice as many at a time, until a read is worth its overhead;
+    never so many that the wait for a group is much of the whole; at the end one, since what is computed with the last
+    group overlaps with nothing.
     """
     first = min(-(-_FIRST_READ // layer_bytes), -(-layers // _FIRST_PART))
-    later = max(first, min(-(-2 * _FIRST_READ // layer_bytes), -(-layers // _LATER_PART)))
+    later = max(first, min(-(-_LATER_READ // layer_bytes), -(-layers // _LATER_PART)))
     ends = [min(first, layers)]
     while ends[-1] < layers:
-        ends.append(min(layers, ends[-1] + later))
+        ends.append(min(layers, ends[-1] + min(later, ends[-1])))
     while len(ends) > 1 and (last := ends[-1] - ends[-2]) > 1:
         ends.insert(-1, ends[-1] - last // 2)
     return ends
@@ -316,9 +316,15 @@ class LayerWork:
                 elif self.closed or index >= self.good:
                     source.abort(part)
                 else:
-                    source.finish(part)
+                    source.finish(part, self._payload_crc(index))
             except TierError:
                 self._loader.tally.add(load_errors=1)  # all was given out that was wanted
+
+    def _payload_crc(self, index: int) -> int:
+        """Return the checksum of a block whose layers were all compared with theirs."""
+        layout = self._layout
+        trailer = self._parts[index].buffer[PAGE + layout.block_bytes : PAGE + layout.value_bytes]
+        return _core.crc32c(trailer, _core.crc32c_of_parts(self._sums[index], layout.layer_bytes))
 
     # ---- What came and what was lost
 
@@ -337,9 +343,11 @@ class LayerWork:
     def _done(self, group: int) -> None:
         with self._changed:
             self._pending[group] -= 1
+            before = self._ready
             while self._ready < len(self._ends) and not self._pending[self._ready]:
                 self._ready += 1
-            self._changed.notify_all()
+            if self._ready > before:  # whoever waits takes the interpreter from those that read
+                self._changed.notify_all()
 
     def _end(self) -> None:
         with self._changed:

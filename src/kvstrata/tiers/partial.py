@@ -127,13 +127,16 @@ class PartLoader:
             raise CorruptRecord("another record lies in its place")
         return record
 
-    def finish(self, part: Part) -> bool:
-        """Publish a record of which all pieces are there; returns whether it still counts and was in order."""
+    def finish(self, part: Part, payload_crc: int) -> bool:
+        """Publish a record of which all pieces are there; returns whether it still counts and was in order.
+
+        `payload_crc` is the payload's checksum, of which the caller has taken all parts already.
+        """
         try:
             if part.write is None:
                 there = self._loader.checked(part.ns, part.load, part.buffer)
             else:
-                pin = part.write.commit()
+                pin = part.write.commit(payload_crc)
                 there = pin is not None
                 if pin is not None:
                     pin.release()
