@@ -180,8 +180,8 @@ def test_what_is_removed_while_it_is_written_anew_stays_removed(
     assert host.get(b"a 3") is not None
     append = host.tier._segments.append
 
-    def meanwhile(records: object) -> object:
-        where = append(records)  # type: ignore[arg-type]
+    def meanwhile(records: object, *, hold: bool) -> object:
+        where = append(records, hold=hold)  # type: ignore[arg-type]
         monkeypatch.undo()
         if change == "delete":
             host.delete(b"a 3")

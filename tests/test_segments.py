@@ -526,6 +526,38 @@ def test_a_segment_whose_writer_was_killed_becomes_an_ordinary_one(tmp_path: Pat
     files.close()
 
 
+def test_a_segment_that_is_held_is_its_writers_until_it_is_released(tmp_path: Path) -> None:
+    files = make(tmp_path)
+    number, _ = files.append([out(b"a", 100)], hold=True)
+    files.append([out(b"b", 100)], hold=True)
+    sealing = threading.Thread(target=files.seal)
+    sealing.start()
+    files.release(number)
+    assert files.is_being_written(number)  # another one holds it
+    assert sealing.is_alive()
+    files.release(number)
+    sealing.join()
+    assert not files.is_being_written(number)
+    files.close()
+
+
+def test_a_forked_child_does_not_wait_for_what_its_parent_holds(tmp_path: Path) -> None:
+    files = make(tmp_path)
+    number, _ = files.append([out(b"a", 100)], hold=True)
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            theirs, _ = files.append([out(b"b", 100)])
+            files.close()
+            code = int(theirs == number)
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    files.release(number)
+    files.close()
+
+
 def test_a_forked_child_neither_writes_to_nor_keeps_its_parents_segment(tmp_path: Path) -> None:
     files = make(tmp_path)
     mine = files.append([out(b"mine", 100)])[0]

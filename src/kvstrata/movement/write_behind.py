@@ -10,7 +10,9 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 
 from kvstrata import _core
 from kvstrata.errors import TierUnavailable
@@ -27,7 +29,7 @@ _HOUSEKEEPING_S = 60.0
 
 
 class WriteBehind:
-    """A thread that takes this process's new records to `tier`, oldest first.
+    """A thread that takes this process's new records to `tier`, oldest first, and one that settles what it has taken.
 
     Now and then, and when it ends, it does `housekeeping`.
     """
@@ -37,6 +39,8 @@ class WriteBehind:
         self._tier = tier
         self._housekeeping = housekeeping
         self._stopping = threading.Event()
+        self._settler = ThreadPoolExecutor(1, thread_name_prefix="kvstrata-settle")
+        self._settling: Future[None] | None = None
         self._thread = threading.Thread(target=self._run, name="kvstrata-write-behind", daemon=True)
         self._thread.start()
 
@@ -46,22 +50,41 @@ class WriteBehind:
             stopping = self._stopping.is_set()
             records = self._store.take_dirty(_BATCH_RECORDS, _BATCH_BYTES, 0.0 if stopping else _IDLE_S)
             if records:
-                try:
-                    self._tier.write(records)
-                except Exception:  # noqa: BLE001 - see below
-                    # The tier settles every record itself. If a defect keeps it from that, the records stay in
-                    # memory unwritten, and the thread goes on: one bad batch must not stop all later ones.
-                    _log.exception(
-                        "kvstrata: %d records could not be written to the %s tier", len(records), self._tier.name
-                    )
-                    self._let_go(records)
+                self._guarded(records, partial(self._tier.write, records, partial(self._settle, records)))
             elif stopping:
                 break
             if time.monotonic() - done > _HOUSEKEEPING_S:  # also while records come without end
                 self._keep_house()
                 done = time.monotonic()
             self._tier.tend()
+        self._wait_for_settler()
+        self._settler.shutdown()
         self._keep_house()
+
+    def _settle(self, records: list[_core.DirtyRecord], settle: Callable[[], None]) -> None:
+        """Have it done while the next records are being written; one at a time, in order."""
+        self._wait_for_settler()
+        try:
+            self._settling = self._settler.submit(self._guarded, records, settle)
+        except RuntimeError:  # the interpreter is ending, and starts no more threads
+            settle()
+
+    def _wait_for_settler(self) -> None:
+        settling, self._settling = self._settling, None
+        if settling is not None:
+            settling.result()
+
+    def _guarded(self, records: list[_core.DirtyRecord], work: Callable[[], None]) -> None:
+        """Do what is to settle records.
+
+        The tier settles every record itself. If a defect keeps it from that, they stay in memory unwritten, and the
+        thread goes on: one bad batch must not stop all later ones.
+        """
+        try:
+            work()
+        except Exception:  # noqa: BLE001 - see above
+            _log.exception("kvstrata: %d records could not be written to the %s tier", len(records), self._tier.name)
+            self._let_go(records)
 
     def _keep_house(self) -> None:
         try:

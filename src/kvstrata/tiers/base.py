@@ -16,11 +16,28 @@ if TYPE_CHECKING:
 
     from kvstrata.tiers.encodings import Encodings
 
-__all__ = ["Arrived", "Key", "NamedRecord", "NamespaceState", "RecordStore", "Stats", "StoreFault", "Tier"]
+__all__ = [
+    "Arrived",
+    "Key",
+    "Later",
+    "NamedRecord",
+    "NamespaceState",
+    "RecordStore",
+    "Stats",
+    "StoreFault",
+    "Tier",
+    "at_once",
+]
 
 Key = str | bytes
 Arrived = Callable[[int, Pin | memoryview], None]
+Later = Callable[[Callable[[], None]], None]
 Stats = dict[str, int | float | str | None]
+
+
+def at_once(settle: Callable[[], None]) -> None:
+    """Settle in the thread that has stored."""
+    settle()
 
 
 class NamespaceState(NamedTuple):
@@ -66,8 +83,12 @@ class Tier(Protocol):
     def remove_tag(self, slot: int, seq: int) -> None:
         """Make records with that tag and a lower number unreachable, also after a restart, before it returns."""
 
-    def write(self, records: list[DirtyRecord]) -> None:
-        """Store records that are pinned in memory, and settle each with the store: durable, or failed."""
+    def write(self, records: list[DirtyRecord], later: Later = at_once) -> None:
+        """Store records that are pinned in memory, and settle each with the store: durable, or failed.
+
+        `later(settle)` is told what settles those that were stored, one after the other: it may be called while others
+        are stored, from any thread, in this order; by default it is called at once.
+        """
 
     def load(self, ns: int, keys: Sequence[Key], arrived: Arrived | None = None) -> list[Pin | memoryview | None]:
         """Return the values: promoted to memory and pinned, or, where memory has no room, in private memory.

@@ -122,18 +122,25 @@ class Cleaner:
     def _move(self, number: int, rows: list[_Row]) -> None:
         left = self._read(number, rows)
         while left:
-            segment, offsets = self._segments.append(left)
+            segment, offsets = self._segments.append(left, hold=True)
             moved, left = left[: len(offsets)], left[len(offsets) :]
-            moves: list[Move] = [
-                (segment, to, row.ns, row.key, row.seq, number, row.offset)
-                for (row, _), to in zip(moved, offsets, strict=True)
-            ]
-            # The rows first: what the index says is followed, and it must not point to what a restart doesn't know.
-            self._catalog.move(moves)
-            for to_segment, to, ns, key, seq, from_segment, offset in moves:
-                if self._store.move_on_disk(ns, key, seq, from_segment, offset, to_segment, to):
-                    self._counters.add("reinserted_records")
-            self._counters.add("reinserted_bytes", sum(kept.length for kept in moved))
+            try:
+                self._moved(number, moved, segment, offsets)
+            finally:
+                self._segments.release(segment)
+
+    def _moved(self, number: int, moved: list[_Kept], segment: int, offsets: list[int]) -> None:
+        """Commit that records lie elsewhere now, and tell the index."""
+        moves: list[Move] = [
+            (segment, to, row.ns, row.key, row.seq, number, row.offset)
+            for (row, _), to in zip(moved, offsets, strict=True)
+        ]
+        # The rows first: what the index says is followed, and it must not point to what a restart doesn't know.
+        self._catalog.move(moves)
+        for to_segment, to, ns, key, seq, from_segment, offset in moves:
+            if self._store.move_on_disk(ns, key, seq, from_segment, offset, to_segment, to):
+                self._counters.add("reinserted_records")
+        self._counters.add("reinserted_bytes", sum(kept.length for kept in moved))
 
     def _read(self, number: int, rows: list[_Row]) -> list[_Kept]:
         """Return the records that are there and in order."""

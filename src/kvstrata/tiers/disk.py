@@ -8,6 +8,7 @@ again, it isn't asked any more but now and then: meanwhile records stay in memor
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from kvstrata.errors import TierFull, TierUnavailable, VersionConflict
 from kvstrata.record import PAGE, NamespaceInfo, build_descriptor
-from kvstrata.tiers.base import Arrived, Key, NamespaceState, Stats
+from kvstrata.tiers.base import Arrived, Key, Later, NamespaceState, Stats, at_once
 from kvstrata.tiers.blockio import page_ceil
 from kvstrata.tiers.breaker import Breaker
 from kvstrata.tiers.capacity import Capacity
@@ -250,8 +251,11 @@ class DiskTier:
 
     # ---- Records
 
-    def write(self, records: Sequence[DirtyRecord]) -> None:
-        """Store records that are pinned in memory, and settle each with the store: durable, or failed."""
+    def write(self, records: Sequence[DirtyRecord], later: Later = at_once) -> None:
+        """Store records that are pinned in memory, and settle each with the store: durable, or failed.
+
+        `later(settle)` may have the rows of what is on the device committed while the next bytes are on their way.
+        """
         alive = self._store.still_live(list(records))
         left = [record for record, lives in zip(records, alive, strict=True) if lives]
         self._store.mark_failed([record for record, lives in zip(records, alive, strict=True) if not lives])
@@ -263,8 +267,8 @@ class DiskTier:
         if not self._writing.allow():
             self._postpone(left)
             self._counters.add("refused_records", len(left))
-        elif self._write(left):
-            self._writing.success()
+        else:
+            self._write(left, later)
 
     def _within_quota(self, records: list[DirtyRecord]) -> list[DirtyRecord]:
         """Return those that a quota can hold at all, and leave the others to memory."""
@@ -283,8 +287,9 @@ class DiskTier:
             self._counters.add("limited_records", len(over))
         return [record for record, may in zip(records, admitted, strict=True) if may]
 
-    def _write(self, left: list[DirtyRecord]) -> bool:
-        """Store and settle records; returns whether the device did all that it should."""
+    def _write(self, left: list[DirtyRecord], later: Later) -> None:
+        """Store records, and tell what commits their rows."""
+        told = False
         while left:
             try:
                 segment, offsets = self._append(left)
@@ -295,13 +300,13 @@ class DiskTier:
                 self._counters.fault(reason(error), error)
                 self._postpone(left)
                 self._writing.failure(reason(error), error)
-                return False
+                return
             else:
                 written, left = left[: len(offsets)], left[len(offsets) :]
-                if not self._commit(written, segment, offsets):
-                    self._postpone(left)
-                    return False
-        return True
+                later(functools.partial(self._settle, written, segment, offsets))
+                told = True
+        if not told:
+            self._writing.success()
 
     def load(self, ns: int, keys: Sequence[Key], arrived: Arrived | None = None) -> Loaded:
         """Return the values: promoted to memory and pinned, or in private memory where the tier has no room.
@@ -368,7 +373,15 @@ class DiskTier:
     # ---- Inside: writing
 
     def _append(self, records: list[DirtyRecord]) -> tuple[int, list[int]]:
-        return self._recovery.mended(lambda: self._segments.append(records))
+        return self._recovery.mended(lambda: self._segments.append(records, hold=True))
+
+    def _settle(self, records: list[DirtyRecord], segment: int, offsets: list[int]) -> None:
+        """Commit rows of records that are written, settle them, and let go of their segment."""
+        try:
+            if self._commit(records, segment, offsets):
+                self._writing.success()
+        finally:
+            self._segments.release(segment)
 
     def _commit(self, records: list[DirtyRecord], segment: int, offsets: list[int]) -> bool:
         """Make rows of records that are written, and settle them; returns False when the catalog fails."""

@@ -28,6 +28,7 @@ from kvstrata.tiers.blockio import (
     transfer,
     try_direct,
 )
+from kvstrata.tiers.holds import Holds
 from kvstrata.tiers.ledger import Ledger, after_fork
 from kvstrata.tiers.segment_format import MAX_NUMBER, NAME, pack_header, read_header, scan
 
@@ -131,6 +132,7 @@ class SegmentSet:
         self._ledger = ledger
         self._make_room = make_room
         self._describe = describe
+        self._holds = Holds()
         self._lock = threading.Lock()
         self._active: _Active | None = None
         self._unsynced: set[int] = set()  # segments that this process wrote to since the last sync
@@ -193,11 +195,12 @@ class SegmentSet:
 
     # ---- Writing
 
-    def append(self, records: Sequence[Outgoing]) -> tuple[int, list[int]]:
+    def append(self, records: Sequence[Outgoing], *, hold: bool = False) -> tuple[int, list[int]]:
         """Write as many of `records` as go into one segment, at least the first.
 
-        Returns the segment and the offsets of those that were written. Raises TierFull when there is no room
-        and none can be made, OSError when the file system fails; nothing was written then.
+        Returns the segment and the offsets of those that were written. With `hold` the segment isn't finished, by
+        nobody, until `release` is called with it. Raises TierFull when there is no room and none can be made, OSError
+        when the file system fails; nothing was written then.
         """
         with self._lock:
             active = self._active
@@ -218,7 +221,13 @@ class SegmentSet:
             active.end = plan.end
             self._unsynced.add(active.number)
             active.described = plan.described
+            if hold:
+                self._holds.take(active.number)
             return active.number, plan.offsets
+
+    def release(self, number: int) -> None:
+        """Let go of a segment that `append` holds, once: the rows of what was written are committed, or never will."""
+        self._holds.release(number)
 
     def seal(self) -> None:
         """Finish the segment that is being appended to and give back what it didn't use."""
@@ -420,6 +429,7 @@ class SegmentSet:
         active, self._active = self._active, None
         if active is None:
             return
+        self._holds.wait(active.number)  # from then on whoever opens the directory may cut off what no row is of
         try:
             if active.end > PAGE:
                 os.ftruncate(active.fd, active.end)

@@ -1,0 +1,88 @@
+"""The threads that take what was put to the disk: one writes, one commits the rows of what was written before."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kvstrata
+from kvstrata.tiers.disk import DiskTier
+from kvstrata.tiers.segments import SegmentSet
+
+OPTIONS = {"memory": "8MiB", "disk": "64MiB"}
+
+
+def test_rows_are_committed_while_the_next_records_are_being_written(
+    shm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append, commit = SegmentSet.append, DiskTier._commit
+    committing, written = threading.Event(), threading.Event()
+
+    def appending(self: SegmentSet, records: Any, **options: Any) -> Any:
+        where = append(self, records, **options)
+        if any(record.key == b"second" for record in records):
+            written.set()
+        return where
+
+    def while_others_are_written(self: DiskTier, records: Any, *where: Any) -> bool:
+        if any(record.key == b"first" for record in records):
+            committing.set()
+            assert written.wait(30)
+        return commit(self, records, *where)
+
+    monkeypatch.setattr(SegmentSet, "append", appending)
+    monkeypatch.setattr(DiskTier, "_commit", while_others_are_written)
+    with kvstrata.open(tmp_path, **OPTIONS) as cache:
+        cache.put("first", b"1")
+        assert committing.wait(30)
+        cache.put("second", b"2")
+        cache.flush()
+        cache.demote()
+        assert cache.get_many(["first", "second"]) == [b"1", b"2"]
+
+
+def test_a_defect_in_committing_leaves_its_records_to_memory_and_the_next_ones_are_written(
+    shm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: Any) -> bool:
+        raise RuntimeError("a defect")
+
+    with kvstrata.open(tmp_path, **OPTIONS) as cache:
+        with monkeypatch.context() as patched, caplog.at_level(logging.ERROR):
+            patched.setattr(DiskTier, "_commit", broken)
+            cache.put("lost", b"1")
+            cache.flush()
+        assert "1 records could not be written to the disk tier" in caplog.text
+        assert cache.get("lost") == b"1"
+        cache.put("kept", b"2")
+        cache.flush()
+    with kvstrata.open(tmp_path, **OPTIONS) as cache:
+        assert cache.get_many(["lost", "kept"]) == [None, b"2"]
+
+
+def test_what_is_being_committed_when_the_cache_is_closed_is_there_afterwards(
+    shm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = DiskTier._commit
+    committing, closing = threading.Event(), threading.Event()
+
+    def until_it_is_closed(self: DiskTier, *what: Any) -> bool:
+        committing.set()
+        assert closing.wait(30)
+        return commit(self, *what)
+
+    monkeypatch.setattr(DiskTier, "_commit", until_it_is_closed)
+    cache = kvstrata.open(tmp_path, **OPTIONS)
+    cache.put("a", b"1")
+    assert committing.wait(30)
+    closer = threading.Thread(target=cache.close)
+    closer.start()
+    closing.set()
+    closer.join()
+    monkeypatch.undo()
+    with kvstrata.open(tmp_path, **OPTIONS) as cache:
+        assert cache.get("a") == b"1"
