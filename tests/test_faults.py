@@ -39,11 +39,11 @@ gone = []
 cache.put_many(old)
 cache.flush()
 cache.demote()
-cache._below.sync()
-cache._below._segments.seal()  # the next record takes a new one
-cache._below._catalog.close()  # and reads the catalog anew
+cache.below.tier.sync()
+cache.below.tier._segments.seal()  # the next record takes a new one
+cache.below.tier._catalog.close()  # and reads the catalog anew
 def hours_later():  # for pauses of the breakers
-    for breaker in (cache._below._writing, cache._below._reading):
+    for breaker in (cache.below.tier._writing, cache.below.tier._reading):
         breaker._clock = lambda: time.monotonic() + 10_000
 """
 DURING = """
@@ -64,7 +64,7 @@ for key in list(old)[:5]:
         pass
     assert cache.get(key) is None
 try:
-    cache._below.sync()
+    cache.below.tier.sync()
 except TierUnavailable:
     pass
 failed = library.failed_io()

@@ -69,7 +69,7 @@ def remove(ns, key):
 def sync():
     cache.flush()
     mark(root, at="sync", number=number)
-    cache._below.sync()
+    cache.below.tier.sync()
     mark(root, at="synced", number=number)
 def some(steps):
     for _ in range(steps):
@@ -132,7 +132,7 @@ for round_number in range(6):
         put("immutable", key)
     cache.flush()
     cache.demote()
-    cache._below.sync()
+    cache.below.tier.sync()
     left = set(range(keys))
     i = 0
     while left:
@@ -258,7 +258,7 @@ def test_a_power_loss_never_brings_back_what_was_removed_and_keeps_what_was_sync
         loses_power()
         said = Said(recording, at)
         with kvstrata.open(copy, **OPTIONS) as cache:
-            versions = {ns.name: ns.version for ns in cache._below.namespaces()}  # type: ignore[union-attr]
+            versions = {ns.name: ns.version for ns in cache.below.namespaces()}
             for name in ("mutable", "immutable"):
                 ns = cache.namespace(name, immutable=name == "immutable", version=versions.get(name, 1))
                 for key in range(KEYS + 4):

@@ -184,7 +184,7 @@ def test_a_removal_that_a_kill_cut_short_does_not_mislead_the_next(
         process.run("spaces = [cache.namespace(f'case {i}') for i in range(count)]", count=len(cases))
     for i, (_, _, key) in enumerate(cases):
         one.run("spaces[i].put(key, b'old')", i=i, key=key)
-    one.run("cache.flush(); cache.forget_older = lambda *_: None")
+    one.run("cache.flush(); cache.below.forget_older = lambda *_: None")
     for i, (first, _, key) in enumerate(cases):
         one.run(f"ns = spaces[i]\n{REMOVALS[first][0]}", i=i, key=key)
     one.kill()
@@ -203,7 +203,7 @@ def test_a_clear_that_a_kill_cut_short_does_not_bring_back_what_came_after_it(
 ) -> None:
     one, two = another(), another()
     one.run("cache.put('before', b'1'); cache.flush()")
-    one.start(f"cache.persist_epoch = lambda *_: {DIE}\ncache.clear()")
+    one.start(f"cache.below.persist_epoch = lambda *_: {DIE}\ncache.clear()")
     assert one.wait() == -9
     two.run("assert cache.get('before') is None; cache.put('after', b'1'); cache.flush()")
     two.kill()
@@ -221,7 +221,7 @@ def test_a_clear_that_a_kill_cut_short_does_not_bring_back_what_was_overwritten_
 ) -> None:
     one, two = another(), another()
     one.run("cache.put('key', b'old'); cache.flush()")
-    one.start(f"cache.persist_epoch = lambda *_: {DIE}\ncache.clear()")
+    one.start(f"cache.below.persist_epoch = lambda *_: {DIE}\ncache.clear()")
     assert one.wait() == -9
     two.run("for i in range(200): cache.put(f'{i}', bytes(100_000))")  # the index forgets what was cleared
     two.run("cache.put('key', b'new')")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 from pathlib import Path
@@ -86,3 +87,36 @@ def test_what_is_being_committed_when_the_cache_is_closed_is_there_afterwards(
     monkeypatch.undo()
     with kvstrata.open(tmp_path, **OPTIONS) as cache:
         assert cache.get("a") == b"1"
+
+
+@pytest.mark.parametrize("heals", [True, False], ids=["which works again", "which still fails"])
+def test_what_the_disk_had_not_taken_is_tried_once_more_when_the_cache_is_closed(
+    shm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heals: bool
+) -> None:
+    append = SegmentSet.append
+    failing = threading.Event()
+    failing.set()
+    tried = []
+
+    def sometimes(self: SegmentSet, records: Any, **options: Any) -> Any:
+        tried.append(len(records))
+        if failing.is_set():
+            raise OSError(errno.EIO, "a fault")
+        return append(self, records, **options)
+
+    monkeypatch.setattr(SegmentSet, "append", sometimes)
+    keys = [f"{i}" for i in range(40)]
+    cache = kvstrata.open(tmp_path, **OPTIONS)
+    for key in keys:
+        cache.put(key, key.encode())
+        cache.flush()
+    disk = cache.stats()["disk"]
+    assert (disk["write_breaker"], disk["written_records"]) == ("open", 0)
+    if heals:
+        failing.clear()
+    before = len(tried)
+    cache.close()
+    assert len(tried) - before <= (3 if heals else 2), "a device that fails was asked for each record"
+    monkeypatch.undo()
+    with kvstrata.open(tmp_path, **OPTIONS) as cache:
+        assert cache.get_many(keys) == [key.encode() if heals else None for key in keys]

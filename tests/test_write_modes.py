@@ -40,8 +40,8 @@ def test_a_put_through_that_the_disk_does_not_take_raises_and_is_in_memory(
         def refuse(records: object) -> None:
             raise OSError(28, "No space left on device")
 
-        assert cache._below is not None
-        monkeypatch.setattr(cache._below, "_append", refuse)
+        assert cache.below.tier is not None
+        monkeypatch.setattr(cache.below.tier, "_append", refuse)
         with pytest.raises(TierUnavailable, match="in memory, but the disk did not take"):
             ns.put("a", b"1")
         assert ns.get("a") == b"1"

@@ -53,8 +53,7 @@ def _through(
     with kvstrata.open(place, memory=ways.MEMORY, disk=ways.DISK) as cache:
         cache.flush()
         cache.demote()
-        assert cache._below is not None
-        nbytes, records = max((used, count) for count, used in cache._below.usage().values())
+        nbytes, records = max((used, count) for count, used in cache.below.usage().values())
     drop_page_cache(place)
     seconds, agreed = [], []
     with ways.engine(model, attached) as engine:

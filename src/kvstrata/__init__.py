@@ -1,7 +1,8 @@
 """kvstrata: the embedded, tiered KV-cache for model inference."""
 
-from kvstrata.cache import Cache, open
+from kvstrata.cache import Cache
 from kvstrata.namespace import Namespace
+from kvstrata.opening import open
 from kvstrata.prefix import KVLayout, Match, PrefixCache
 
 __version__ = "0.1.0"

@@ -8,18 +8,18 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Literal
 
 from kvstrata import _core
 from kvstrata.codecs.base import Codec, TensorInfo
-from kvstrata.codecs.encryption import Keyring, Sealer
-from kvstrata.codecs.registry import codec as codec_named
+from kvstrata.codecs.encryption import Sealer
 from kvstrata.config import check_name, parse_duration, parse_jitter, parse_size
-from kvstrata.errors import CacheClosed, ConfigError, TierUnavailable, UnknownOption
+from kvstrata.errors import CacheClosed, ConfigError, TierUnavailable
 from kvstrata.holder import Holder
+from kvstrata.movement.below import Below
 from kvstrata.movement.cost import CostModel
 from kvstrata.movement.engine import Engine, EngineSpace, open_engine
 from kvstrata.movement.prefetch import Prefetcher
@@ -27,18 +27,16 @@ from kvstrata.movement.remotes import Remotes, RemoteSpace
 from kvstrata.movement.running import Running
 from kvstrata.movement.warm import HotSet, Progress, Warmed, warm
 from kvstrata.movement.write_behind import WriteBehind
-from kvstrata.namespace import Namespace, SpaceOptions
+from kvstrata.namespace import Namespace
+from kvstrata.namespace_options import SpaceOptions, checked_encodings, checked_options
 from kvstrata.settings import Settings
-from kvstrata.tiers.base import Arrived, Key, Stats, Tier
+from kvstrata.tiers.base import Key, Stats
 from kvstrata.tiers.disk import DiskTier
 from kvstrata.tiers.encodings import KEYS_FILE, Encoding, Tail, check_keys, keys_in_use
 from kvstrata.tiers.memory import MemoryTier
-from kvstrata.tiers.partial import PartLoader
 
-__all__ = ["Cache", "open"]
+__all__ = ["Cache"]
 
-_ENCODING_TIERS = ("disk", "remote")
-_ADMISSION = {"all": 1, "reused": 2, "frequent": 4}  # how often something has to be wanted lately
 _MOST_HOT = 100_000  # keys that are remembered for a warm-up
 
 
@@ -58,7 +56,7 @@ class Cache(Namespace):
         self._keys = keys
         self._sealer = None if keys is None else Sealer(keys)
         self._encodings: dict[str, dict[str, Encoding]] = {}  # of namespaces, by tier
-        self._below: Tier | None = None
+        self._disk: DiskTier | None = None
         self._remote_urls = list(settings.remotes)
         self._remotes: Remotes | None = None
         self._writer: WriteBehind | None = None
@@ -95,8 +93,8 @@ class Cache(Namespace):
             Remotes.restore_trust(store, self.path)
         if self.options.log:
             assert self.path is not None
-            self._below = self._disk_tier(store)
-            self._below.recover()
+            self._disk = self._disk_tier(store)
+            self._disk.recover()
 
     def _disk_tier(self, store: _core.Store) -> DiskTier:
         assert self.path is not None
@@ -111,19 +109,29 @@ class Cache(Namespace):
         )
 
     def _open_below(self) -> None:
-        if not self.options.log:
+        store = self._memory.store
+        if self.options.log and self._disk is None:
+            self._disk = self._disk_tier(store)
+        self._below = Below(store, self._disk, self.cost)
+        if self._disk is None:
             return
         assert self.path is not None
-        if self._below is None:
-            self._below = self._disk_tier(self._memory.store)
         if self._keys is not None and (data := keys_in_use(self.path, self._keys)) is not None:
-            self._below.save(KEYS_FILE, data)
+            self._disk.save(KEYS_FILE, data)
         self._hot = HotSet(self.path, self.options.disk)
-        self._writer = WriteBehind(self._memory.store, self._below, self._save_hottest)
+        self._writer = WriteBehind(store, self._disk, self._save_hottest)
+
+    @property
+    def below(self) -> Below:
+        """The tier under the host's index; in a forked child, that of its own."""
+        self.attach_again()
+        return self._below
 
     def _start_moving(self) -> None:
         self.running = Running()
-        self.prefetcher = Prefetcher(self.sizes_below, self.load, self._in_flight)
+        self.prefetcher = Prefetcher(
+            lambda ns, keys: self.below.sizes(ns, keys), lambda ns, keys: self.below.load(ns, keys), self._in_flight
+        )
         self.running.add(self.prefetcher)
 
     def _open_remotes(self) -> None:
@@ -146,7 +154,7 @@ class Cache(Namespace):
             space=namespace._native,
             remotes=self._live_remotes,
             encoding=self._encodings.get(options.name, {}).get(tier, Encoding(sealer=self._sealer)),
-            replaced=lambda space, key, seq: self.forget_older(space.id, [(key, seq)]),
+            replaced=lambda space, key, seq: self.below.forget_older(space.id, [(key, seq)]),
         )
 
     @property
@@ -212,49 +220,21 @@ class Cache(Namespace):
         Who has it open already must have the same
         policy, quota, guarantee, immutable, admission and, as to "back", write, or ConfigMismatch is raised.
         """
-        check_name(name, "namespace")
-        if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version < 2**32:
-            raise ConfigError(f"version must be an int from 1 on, not {version!r}")
-        if name == "default" and version != 1:
-            raise ConfigError("the namespace 'default', which is the cache itself, has no versions; use another name")
-        if policy not in _core.policy_names():
-            raise UnknownOption("policy", policy, _core.policy_names())
-        if admission not in _ADMISSION:
-            raise UnknownOption("admission", admission, _ADMISSION)
-        if write not in ("behind", "through", "back"):
-            raise UnknownOption("write", write, ["behind", "through", "back"])
-        if write == "through" and not self.options.disk:
-            raise ConfigError("write='through' needs a disk tier: kvstrata.open('/some/directory', disk=...)")
-        quota_bytes = 0 if quota is None else parse_size(quota, option="quota")
-        if quota is not None and quota_bytes == 0:
-            raise ConfigError("quota must be more than 0 bytes; None means no limit")
-        disk_quota_bytes = 0 if disk_quota is None else parse_size(disk_quota, option="disk_quota")
-        if disk_quota is not None and not (disk_quota_bytes and self.options.disk):
-            raise ConfigError("disk_quota must be more than 0 bytes, and needs a disk tier; None means no limit")
-        guaranteed = 0 if guarantee is None else parse_size(guarantee, option="guarantee")
-        if guaranteed > self.options.memory // 4 * 3:
-            raise ConfigError(f"guarantee={guarantee!r} is more than 3/4 of the memory, {self.options.memory:,} bytes")
-        if quota_bytes and guaranteed > quota_bytes:
-            raise ConfigError(f"guarantee={guarantee!r} is more than the quota, {quota!r}")
-        if self._has_engine and (admission != "all" or write == "back" or disk_quota is not None or not remote):
-            raise ConfigError(
-                f"with disk_engine={self.options.disk_engine!r} every put is written: a namespace can't have "
-                "admission, write='back', a disk_quota or remote=False; leave these out, or use disk_engine='log'"
-            )
-        options = SpaceOptions(
+        options = checked_options(
+            self.options,
             name,
-            version,
-            policy,
-            quota_bytes,
-            guaranteed,
-            bool(immutable),
-            _ADMISSION[admission],
-            write == "back",
-            bool(remote),
-            disk_quota_bytes,
+            version=version,
+            policy=policy,
+            quota=quota,
+            disk_quota=disk_quota,
+            guarantee=guarantee,
+            immutable=immutable,
+            admission=admission,
+            write=write,
+            remote=remote,
         )
         ttl_ms, jitter = parse_duration(ttl), parse_jitter(ttl_jitter)
-        encodings = self._parse_codec(codec, tensor)
+        encodings = checked_encodings(codec, tensor, self._sealer)
         with self._lock:
             self._encodings[name] = encodings
             return Namespace(self, options, ttl_ms, jitter, through=write == "through" and not self._has_engine)
@@ -263,26 +243,6 @@ class Cache(Namespace):
         """Say what stands behind the tensors of a namespace, whose values are longer, when a codec has changed them."""
         for encoding in self._encodings.get(name, {}).values():
             encoding.tail = tail
-
-    def _parse_codec(
-        self, wanted: str | Codec | Mapping[str, str | Codec] | None, tensor: TensorInfo | None
-    ) -> dict[str, Encoding]:
-        if wanted is None:
-            return {}
-        by_tier = wanted if isinstance(wanted, Mapping) else dict.fromkeys(_ENCODING_TIERS, wanted)
-        encodings = {}
-        for tier, spec in by_tier.items():
-            if tier == "memory":
-                if codec_named(spec).name != "raw":
-                    raise ConfigError(f"values in memory are as they were put: codec={{'memory': {spec!r}}} can't be")
-                continue
-            if tier not in _ENCODING_TIERS:
-                raise UnknownOption("tier with a codec", tier, ["memory", *_ENCODING_TIERS])
-            chosen = codec_named(spec)
-            if chosen.lossy and tensor is None:
-                raise ConfigError(f"codec={spec!r} is lossy and has to know what it encodes: tensor=TensorInfo(...)")
-            encodings[tier] = Encoding(chosen, tensor, self._sealer)
-        return encodings
 
     def holder(self, name: str, *, limit: int | str) -> Holder:
         """Return the holder of that name, who can keep records in memory, `limit` bytes at most.
@@ -296,76 +256,11 @@ class Cache(Namespace):
     def _open_space(self, options: SpaceOptions) -> _core.Space:
         self._check_open()
         ns = 0
-        if self._below:
-            ns = self._below.open_namespace(options.name, options.version, options.immutable).id
-            self._below.set_quota(ns, options.disk_quota)
-            self._below.encodings.set(ns, self._encodings.get(options.name, {}).get("disk"))
+        if self._disk:
+            ns = self._disk.open_namespace(options.name, options.version, options.immutable).id
+            self._disk.set_quota(ns, options.disk_quota)
+            self._disk.encodings.set(ns, self._encodings.get(options.name, {}).get("disk"))
         return self._memory.store.open_namespace(ns, *options.native())
-
-    # ---- The tier below, for namespaces
-
-    def load(self, ns: int, keys: list[Key], arrived: Arrived | None = None) -> list[_core.Pin | memoryview | None]:
-        """Bring records up from the tier below; None where that can't be done."""
-        if self._below is None:
-            return [None] * len(keys)
-        sizes = self.sizes_below(ns, keys)  # now: who copies a value as it arrives lets go of its pin
-        started = self.cost.clock()
-        values = self._below.load(ns, keys, arrived)
-        if all(sizes) and None not in values:  # else it has failed, or waited for somebody else
-            self.cost.observe(self._below.name, sum(sizes), self.cost.clock() - started)
-        return values
-
-    def parts(self) -> PartLoader | None:
-        """Return what loads records of the tier below piece by piece, if that is possible there."""
-        self._check_open()
-        return self._below.parts() if isinstance(self._below, DiskTier) else None
-
-    @property
-    def below(self) -> str:
-        """The name of the tier below memory, "" if there is none."""
-        return self._below.name if self._below else ""
-
-    def sizes_below(self, ns: int, keys: Sequence[Key]) -> list[int]:
-        """Return for each key the bytes of its record if that lies in the tier below only; 0 for others."""
-        if self._below is None:
-            return [0] * len(keys)
-        return [0 if at is None else at[4] for at in self._memory.store.find_on_disk(ns, keys)]
-
-    def forget_older(self, ns: int, keys: Sequence[tuple[Key, int | None]]) -> None:
-        """Remove what the tier below has of keys that were deleted, or overwritten by a record of that number."""
-        if self._below:
-            epoch = self._memory.store.undurable_epoch(ns)
-            if epoch:  # somebody's clear() is not done, and may never be
-                self.persist_epoch(ns, epoch)
-            self._below.delete(ns, keys)
-            self._memory.store.pay(ns, [key for key, _ in keys])
-
-    def forget_prefix(self, space: _core.Space, prefix: bytes) -> int:
-        """Remove all keys of a namespace that start with `prefix`; returns how many were there."""
-        store = self._memory.store
-        before = store.next_seq()
-        present = 0
-        owed: list[bytes] = []
-        for shard in range(store.shards):
-            keys = space.keys_of(shard, prefix)
-            removed, on_disk = space.remove_many(keys)
-            present += removed
-            owed += [keys[i] for i in on_disk]
-        if self._below:  # also for those that the index has no room for
-            self._below.delete_prefix(space.id, prefix, before)
-            store.pay(space.id, owed)
-        return present
-
-    def persist_epoch(self, ns: int, epoch: int) -> None:
-        """Make a clear() outlast a restart."""
-        if self._below:
-            self._below.set_epoch(ns, epoch)
-            self._memory.store.epoch_is_durable(ns, epoch)
-
-    def persist_tag(self, slot: int, seq: int) -> None:
-        """Make a delete_tag() outlast a restart."""
-        if self._below:
-            self._below.remove_tag(slot, seq)
 
     # ---- Warm-up
 
@@ -389,7 +284,7 @@ class Cache(Namespace):
         if isinstance(hottest, bool) or not isinstance(hottest, int) or hottest < 1:
             raise ConfigError(f"hottest must be an int from 1 on, not {hottest!r}")
         self._check_open()
-        versions = {ns.name: ns.version for ns in self._below.namespaces()} if self._below else {}
+        versions = {ns.name: ns.version for ns in self.below.namespaces()}
         wanted: dict[str, list[Key]] = {}
         for name, version, key in self._hot.load(hottest) if self._hot else ():
             if version == versions.get(name):
@@ -405,13 +300,13 @@ class Cache(Namespace):
     ) -> Warmed:
         """Bring keys of namespaces, given by name, from the disk into memory, whoever has these namespaces open."""
         self._check_open()
-        known = {ns.name: ns.id for ns in self._below.namespaces()} if self._below else {}
+        known = {ns.name: ns.id for ns in self.below.namespaces()}
         unknown = [name for name in keys if name not in known]
         if unknown:
             raise ConfigError(f"there is no namespace {unknown[0]!r} on the disk of this cache")
         store = self._memory.store
         groups = [
-            (store.space(known[name]), functools.partial(self.load, known[name]), wanted)
+            (store.space(known[name]), functools.partial(self.below.load, known[name]), wanted)
             for name, wanted in keys.items()
         ]
         return warm(store, groups, room=self.room_to_warm(0), time_limit=time_limit, progress=progress)
@@ -421,12 +316,12 @@ class Cache(Namespace):
         return (min(quota, self.options.memory) if quota else self.options.memory) * 9 // 10
 
     def _save_hottest(self) -> None:
-        if self._hot is None or self._below is None:
+        if self._hot is None or self._disk is None:
             return
-        names = {ns.id: (ns.name, ns.version) for ns in self._below.namespaces()}
+        names = {ns.id: (ns.name, ns.version) for ns in self._disk.namespaces()}
         used = self._memory.store.hottest(_MOST_HOT)
         if used:
-            self._hot.save(self._below, ((*names[ns], key) for ns, key in used if ns in names))
+            self._hot.save(self._disk, ((*names[ns], key) for ns, key in used if ns in names))
 
     # ---- Life
 
@@ -461,7 +356,7 @@ class Cache(Namespace):
         """
         self._check_open()
         namespaces = {}
-        below = self._below.usage() if self._below else {}
+        below = self.below.usage()
         for namespace in list(self._opened):
             records, used = namespace._space.usage
             on_disk, disk_bytes = below.get(namespace._space.id, (0, 0))
@@ -484,7 +379,7 @@ class Cache(Namespace):
     def _disk_stats(self) -> Stats | None:
         if isinstance(self._remotes, Engine):
             return self._remotes.figures()
-        return self._below.stats() if self._below else None
+        return self.below.stats()
 
     def live_store(self) -> _core.Store:
         """Return the native store, attached to; raises CacheClosed."""
@@ -526,8 +421,8 @@ class Cache(Namespace):
             self._remotes.keep_trust(self.path)
 
     def _close_below(self) -> None:
-        if self._below:
-            self._below.close()
+        if self._disk:
+            self._disk.close()
 
     def __enter__(self) -> Cache:
         return self
@@ -560,7 +455,7 @@ class Cache(Namespace):
                 return
             if self.options.disk_engine == "lsm":
                 raise TierUnavailable("disk_engine='lsm' is for one process: a forked child can't use its cache")
-            self._below = None
+            self._disk = None
             self._start_moving()
             self._memory.attach_again(self._restore)
             self._set_up()
@@ -596,70 +491,3 @@ def _at_exit() -> None:
 
 os.register_at_fork(after_in_child=_after_fork)
 atexit.register(_at_exit)
-
-
-def open(
-    path: str | os.PathLike[str] | None = None,
-    *,
-    memory: int | str | None = None,
-    disk: int | str | None = None,
-    disk_policy: Literal["fifo", "lru", "ttl"] | None = None,
-    disk_write_limit: int | str | None = None,
-    disk_engine: Literal["log", "lsm", "btree"] | None = None,
-    shared: bool | None = None,
-    huge_pages: bool | None = None,
-    prefetch: int | str | None = None,
-    near: int | str | None = None,
-    encryption: str | os.PathLike[str] | Callable[[], Sequence[bytes]] | Keyring | None = None,
-    remote: str | Sequence[str] | None = None,
-    config: str | os.PathLike[str] | None = None,
-) -> Cache:
-    """Open the cache at a directory, making it if need be; without one, a private cache that leaves nothing behind.
-
-    Every process that opens the same path shares one memory tier of `memory` bytes (1 GiB) and one disk tier of at
-    most `disk` bytes (8 GiB where there is a path; 0: no disk tier). Sizes are ints or strings such as "512MiB". The
-    options of all that have it open must agree, or ConfigMismatch says how they differ. `shared=False` opens it for
-    this process alone.
-
-    `disk_policy` says what leaves a full disk first: "fifo", the oldest; "lru", the oldest, but what was used meanwhile
-    stays; "ttl", what expires first. It is recorded with the cache. `disk_write_limit`, such as "50MiB/s", bounds what
-    this process writes there, for the life of the device: what is beyond it stays in memory only.
-
-    `disk_engine` says what keeps the records on disk: "log", segments under an index in shared memory; or for many
-    small values, without an entry there for each, "lsm" (RocksDB, one process) or "btree" (LMDB); docs/engines.md says
-    what differs. Raises MissingExtra without `kvstrata[lsm]` or `kvstrata[btree]`.
-
-    `huge_pages=True` puts the memory tier into pages of 2 MiB, for this process and whoever attaches; it takes a
-    while at opening, in which the memory is copied once. Raises ConfigError, saying what to do, when the kernel
-    refuses.
-
-    `prefetch` is how many bytes this process reads ahead at a time for `Namespace.prefetch` (64 MiB); 0: it does
-    nothing.
-
-    `near` is how many bytes of memory of its own this process uses to keep small values that it has read (up to 4 KiB
-    each), which a get then returns without a copy as long as they are true: by default a 16th of `memory`, 64 MiB at
-    most; 0: none.
-
-    `encryption` is a file of keys, a function that returns them, or a `kvstrata.codecs.Keyring`: all values on the disk
-    and in tiers elsewhere are encrypted then (AES-256-GCM); keys of records are not. Raises WrongKey where the disk's
-    are encrypted under others, and MissingExtra without `kvstrata[encryption]`.
-
-    `remote` names one or more tiers elsewhere, asked in that order after a miss here: "redis://user:pw@host:6379/0",
-    "rediss://...", "redis+cluster://...", "unix:///path", "s3://bucket/prefix"; docs/remote.md has all of it. All
-    processes of this host that open the path must name the same. Raises MissingExtra without `kvstrata[valkey]` or
-    `kvstrata[s3]`.
-
-    What isn't given comes from the environment ($KVSTRATA_PATH, $KVSTRATA_MEMORY, $KVSTRATA_DISK, ...; several remotes
-    are parted by spaces), else from the TOML file `config` or $KVSTRATA_CONFIG, whose keys are these options.
-    """
-    settings = Settings.gather(
-        {
-            "path": path, "memory": memory, "disk": disk, "disk_policy": disk_policy,
-            "disk_write_limit": disk_write_limit, "disk_engine": disk_engine, "shared": shared,
-            "huge_pages": huge_pages, "prefetch": prefetch,
-            "near": near, "encryption": encryption, "remote": remote,
-        },
-        config=config,
-        environment=os.environ,
-    )  # fmt: skip
-    return Cache(settings)

@@ -7,7 +7,7 @@ import operator
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from kvstrata import _core
 from kvstrata.config import parse_duration
@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from kvstrata.memoize import Memoized
     from kvstrata.movement.remote_writer import Change
     from kvstrata.movement.remotes import RemoteSpace
+    from kvstrata.namespace_options import SpaceOptions
     from kvstrata.objects import ObjectCache, Serializer
 
-__all__ = ["Namespace", "SpaceOptions"]
+__all__ = ["Namespace"]
 
 _HIGHEST_COST = 3e38  # it is kept in single precision
 _WRITE_THROUGH_S = 30.0
@@ -36,25 +37,6 @@ _FETCHED_TO_WARM = 16  # fewer, as nobody knows how large they are
 P = ParamSpec("P")
 T = TypeVar("T")
 Value = Any  # bytes-like, an array, or any exporter of the buffer or DLPack protocol
-
-
-class SpaceOptions(NamedTuple):
-    """What everybody who has a namespace open agrees on; quota and guarantee in bytes, 0 = none."""
-
-    name: str
-    version: int = 1
-    policy: str = "lru"
-    quota: int = 0
-    guarantee: int = 0
-    immutable: bool = False
-    admission: int = 1  # how often a key has to be wanted before its record goes to the disk
-    write_back: bool = False
-    remote: bool = True  # only this process's affair
-    disk_quota: int = 0  # the tier below keeps it
-
-    def native(self) -> tuple[str, int, str, int, int, bool, int, bool]:
-        """What the core has to know."""
-        return self[:8]
 
 
 class Namespace(_core.QuickVerbs):
@@ -113,7 +95,7 @@ class Namespace(_core.QuickVerbs):
 
     def _replaced(self, key: Key, seq: int) -> None:
         """An older record than that of this number is on disk, or may be."""
-        self._cache.forget_older(self._space.id, [(key, seq)])
+        self._cache.below.forget_older(self._space.id, [(key, seq)])
 
     def _begin(self, key: Key) -> Change | None:
         """Before a put; None if it changes nothing that a tier elsewhere would have to know."""
@@ -169,7 +151,7 @@ class Namespace(_core.QuickVerbs):
             if change is not None and self._remote is not None:
                 self._remote.changed(change, keys)
             if replaced:
-                self._cache.forget_older(self._space.id, [(keys[i], seq) for i, seq in replaced])
+                self._cache.below.forget_older(self._space.id, [(keys[i], seq) for i, seq in replaced])
         if self._through:
             self._require_durable(keys)
 
@@ -387,7 +369,7 @@ class Namespace(_core.QuickVerbs):
         return pins
 
     def _load_once(self, keys: list[Key], arrived: Arrived | None = None) -> list[_core.Pin | None]:
-        loaded = self._cache.load(self._space.id, keys, arrived)
+        loaded = self._cache.below.load(self._space.id, keys, arrived)
         return [None if value is None else _pinned(value) for value in loaded]
 
     def contains_prefix(self, keys: Sequence[Key]) -> int:
@@ -442,7 +424,7 @@ class Namespace(_core.QuickVerbs):
         """After keys were removed from the index; `on_disk`: positions of those that have a row."""
         try:
             if on_disk:
-                self._cache.forget_older(self._space.id, [(keys[i], None) for i in on_disk])
+                self._cache.below.forget_older(self._space.id, [(keys[i], None) for i in on_disk])
         finally:
             if change is not None and self._remote is not None:
                 self._remote.removed(change, keys)
@@ -475,7 +457,7 @@ class Namespace(_core.QuickVerbs):
 
         def here() -> None:
             nonlocal removed
-            removed = self._cache.forget_prefix(self._space, start)
+            removed = self._cache.below.remove_prefix(self._space, start)
 
         if self._remote is None:
             here()
@@ -489,7 +471,7 @@ class Namespace(_core.QuickVerbs):
         A tag is kept as one of 65,535 numbers, by its hash: another tag's records may go with it, at that chance.
         """
         slot, seq = self._space.remove_tag(tag)
-        self._cache.persist_tag(slot, seq)
+        self._cache.below.persist_tag(slot, seq)
 
     def clear(self) -> None:
         """Remove everything in this namespace, in all tiers and for everybody, in constant time.
@@ -499,7 +481,7 @@ class Namespace(_core.QuickVerbs):
 
         def here() -> None:
             epoch = self._space.clear()
-            self._cache.persist_epoch(self._space.id, epoch)
+            self._cache.below.persist_epoch(self._space.id, epoch)
 
         if self._remote is None:
             here()

@@ -136,7 +136,7 @@ class LayerWork:
         pieces: Pieces | None = None
         whole: threading.Thread | None = None
         try:
-            source = self._ns._cache.parts()
+            source = self._ns._cache.below.parts()
             pieces = source.pieces() if source else None
             jobs, rest = self._plan(source, pieces)
             if rest:

@@ -99,7 +99,7 @@ class PrefixLoader:
             return keys
         cache = self.ns._cache
         places: list[tuple[str, int] | None] = [
-            (cache.below, size) if size else None for size in cache.sizes_below(self.ns._space.id, keys)
+            (cache.below.name, size) if size else None for size in cache.below.sizes(self.ns._space.id, keys)
         ]
         for index, tier in elsewhere.items():
             if index < len(keys) and places[index] is None and not self.ns._space.contains(keys[index]):
@@ -111,7 +111,7 @@ class PrefixLoader:
             self.tally.add(probes=1)
         blocks = len(keys) - count
         skipped = [place[0] for place in places[count:] if place is not None]
-        from_disk = skipped.count(cache.below)
+        from_disk = skipped.count(cache.below.name)
         if blocks:
             self.tally.add(
                 skips=1,

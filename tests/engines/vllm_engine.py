@@ -211,7 +211,7 @@ class Engine:
         ns = self.sides[group].ns
         nbytes = BLOCK_BYTES if self.tier else self.worker.parts[group].memory.block_bytes
         (at,) = self.cache._memory.store.find_on_disk(ns._space.id, [key])
-        path = self.cache._below._segments.path_of(at[2])
+        path = self.cache.below.tier._segments.path_of(at[2])
         with Path(path).open("r+b") as file:
             file.seek(at[3] + nbytes // 2)
             byte = file.read(1)

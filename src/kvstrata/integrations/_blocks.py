@@ -17,9 +17,9 @@ import blake3
 
 from kvstrata._core import record_bytes
 from kvstrata.cache import Cache
-from kvstrata.cache import open as open_cache
 from kvstrata.codecs.registry import codec
 from kvstrata.errors import KVStrataError, TierFull, UnknownOption
+from kvstrata.opening import open as open_cache
 from kvstrata.prefix_loading import StoredHead, Tally, release
 from kvstrata.tiers.base import Stats
 from kvstrata.tiers.breaker import Breaker
@@ -166,7 +166,7 @@ class EngineBlocks:
 
     def sizes_below(self, keys: Sequence[bytes]) -> list[int]:
         """Return for each block the bytes that have to be read from the disk for it; 0 for what is in memory."""
-        return self._guarded(lambda: self.cache.sizes_below(self.ns._space.id, keys), [0] * len(keys))
+        return self._guarded(lambda: self.cache.below.sizes(self.ns._space.id, keys), [0] * len(keys))
 
     def store(
         self, keys: Sequence[bytes], nbytes: int, fill: Fill, *, depth: int = 0, holes: bool = False
@@ -302,7 +302,7 @@ class EngineBlocks:
             pins: list[Pin | None]
             pins, below = self.ns._space.pin_many(keys, uses=False)
             sizes = [0] * len(keys)
-            there = self.ns._cache.sizes_below(self.ns._space.id, [keys[i] for i in below])
+            there = self.ns._cache.below.sizes(self.ns._space.id, [keys[i] for i in below])
             for i, size in zip(below, there, strict=True):
                 sizes[i] = size
             return pins, sizes

@@ -24,10 +24,10 @@ import blake3
 import numpy as np
 
 from kvstrata.cache import Cache
-from kvstrata.cache import open as open_cache
 from kvstrata.errors import ConfigError, MissingExtra, UnsupportedModel
 from kvstrata.integrations._blocks import EngineBlocks
 from kvstrata.keys import DEFAULT_BLOCK_TOKENS, prefix_keys
+from kvstrata.opening import open as open_cache
 from kvstrata.tiers.base import Stats
 
 try:

@@ -46,13 +46,17 @@ class WriteBehind:
 
     def _run(self) -> None:
         done = time.monotonic()
+        tried = False
         while True:
             stopping = self._stopping.is_set()
             records = self._store.take_dirty(_BATCH_RECORDS, _BATCH_BYTES, 0.0 if stopping else _IDLE_S)
             if records:
                 self._guarded(records, partial(self._tier.write, records, partial(self._settle, records)))
             elif stopping:
-                break
+                self._wait_for_settler()  # so that the tier knows how it went
+                if not self._tier.try_again(now=not tried):
+                    break
+                tried = True
             if time.monotonic() - done > _HOUSEKEEPING_S:  # also while records come without end
                 self._keep_house()
                 done = time.monotonic()

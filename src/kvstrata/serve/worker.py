@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from kvstrata.cache import open as open_cache
 from kvstrata.integrations._transformers_load import load_model
 from kvstrata.integrations.transformers import PrefixReuse
+from kvstrata.opening import open as open_cache
 from kvstrata.serve.engine import Engine
 from kvstrata.serve.metrics import Metrics
 from kvstrata.serve.problems import Problem

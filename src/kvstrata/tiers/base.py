@@ -106,6 +106,12 @@ class Tier(Protocol):
     def save(self, name: str, data: bytes) -> None:
         """Keep a small file beside the records, in place of an older one; raises OSError, TierError."""
 
+    def try_again(self, *, now: bool) -> int:
+        """Have records that could not be stored taken once more, before the process ends; returns how many.
+
+        `now`: even if it isn't time to try; else only where nothing has failed since the last success.
+        """
+
     def tend(self) -> None:
         """Do what is due, without raising for faults; called after each batch, or ten times a second."""
 

@@ -187,12 +187,8 @@ class DiskTier:
 
     def tend(self) -> None:
         """Sync what has waited for it long enough, and have written what was postponed."""
-        if self._owed and self._writing.due:
-            with contextlib.suppress(TierUnavailable):  # somebody holds a lock
-                most = _POSTPONED_AT_ONCE if self._writing.well else 1  # just one record, to see
-                queued = self._store.write_postponed(most)
-                self._counters.add("retried_records", queued)
-                self._owed = queued > 0
+        if self._writing.due:
+            self._write_postponed()
         since = self._catalog.unsynced_since
         if since is not None and time.monotonic() - since >= SYNC_S and self._writing.state == "closed":
             try:
@@ -200,6 +196,24 @@ class DiskTier:
             except TierUnavailable as error:
                 self._counters.fault(reason(error), error)
                 self._writing.failure(reason(error), error)
+
+    def try_again(self, *, now: bool) -> int:
+        """Have what was postponed taken once more, before the process ends; returns how many records that is.
+
+        `now`: even if the device failed just now; else only where it does what it should.
+        """
+        if now:
+            self._writing.hurry()
+        return self._write_postponed() if now or self._writing.well else 0
+
+    def _write_postponed(self) -> int:
+        queued = 0
+        if self._owed:
+            with contextlib.suppress(TierUnavailable):  # somebody holds a lock
+                queued = self._store.write_postponed(_POSTPONED_AT_ONCE if self._writing.well else 1)  # one, to see
+                self._counters.add("retried_records", queued)
+                self._owed = queued > 0
+        return queued
 
     # ---- Namespaces
 
