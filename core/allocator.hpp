@@ -70,6 +70,13 @@ public:
     Usage usage();
 
 private:
+    static constexpr u32 kUnitsPerPage = kPage / kUnit;
+    static constexpr u32 kSlabUnits = kSlabPages * kUnitsPerPage;
+    enum Operation : u32 { kNothing = 0, kAllocating = 1, kFreeing = 2 };
+    // What a block of `units` takes.
+    static u32 extent(u32 units) { return units + kCanaryUnits; }
+    static u32 pages_for(u32 units) { return (units + kUnitsPerPage - 1) / kUnitsPerPage; }
+
     RobustLock lock();
     void begin(u32 operation, u32 client, u32 slot);
     InFlight& in_flight(u32 client, u32 slot) const;

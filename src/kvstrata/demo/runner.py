@@ -66,6 +66,7 @@ def run(
     path: str | None = None,
     memory: str = "1GiB",
     new_tokens: int = 24,
+    questions: int | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Outcome:
     """Run everything; `say` gets a line at each step. Raises DemoFailed.
@@ -80,6 +81,7 @@ def run(
             "cache_path": path or str(Path(scratch, "cache")),
             "memory": memory,
             "new_tokens": new_tokens,
+            "questions": questions,
         }
         runs = {}
         say(f"loading SmolLM2-135M-Instruct, {dtype}")

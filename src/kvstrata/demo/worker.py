@@ -23,9 +23,18 @@ __all__ = ["Worker", "main"]
 class Worker:
     """One loaded model; every verb returns what JSON can carry."""
 
-    def __init__(self, dtype: str, model_directory: str | None, cache_path: str, memory: str, new_tokens: int) -> None:
+    def __init__(
+        self,
+        dtype: str,
+        model_directory: str | None,
+        cache_path: str,
+        memory: str,
+        new_tokens: int,
+        questions: int | None,
+    ) -> None:
         self._model, self._tokenizer = demo_model.load(dtype, model_directory)
         self._path = cache_path
+        self._questions = demo_model.QUESTIONS[:questions]
         self._memory = memory
         self._options: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": False}
         self._cache: kvstrata.Cache | None = None
@@ -39,7 +48,7 @@ class Worker:
     def cold(self) -> list[dict[str, Any]]:
         """Answer the questions without kvstrata."""
         answers = []
-        for question in demo_model.QUESTIONS:
+        for question in self._questions:
             inputs = demo_model.prompt(self._tokenizer, question)
             timer = FirstTokenTimer()
             output = self._model.generate(**inputs, streamer=timer, **self._options)
@@ -58,12 +67,12 @@ class Worker:
     def warm(self) -> list[dict[str, Any]]:
         """Answer the questions with the cache open, storing nothing, so that every run finds the same."""
         reuse = PrefixReuse(self._model, self._open(), store=False)
-        return [self._ask(reuse, question) for question in demo_model.QUESTIONS]
+        return [self._ask(reuse, question) for question in self._questions]
 
     def from_disk(self) -> list[dict[str, Any]]:
         """Answer each question with a newly opened cache, whose memory therefore is empty."""
         answers = []
-        for question in demo_model.QUESTIONS:
+        for question in self._questions:
             answers.append(self._ask(PrefixReuse(self._model, self._open(), store=False), question))
             self.close()
         return answers
