@@ -303,7 +303,10 @@ class Cache(Namespace):
         known = {ns.name: ns.id for ns in self.below.namespaces()}
         unknown = [name for name in keys if name not in known]
         if unknown:
-            raise ConfigError(f"there is no namespace {unknown[0]!r} on the disk of this cache")
+            raise ConfigError(
+                f"there is no namespace {unknown[0]!r} on the disk of this cache; where it is only elsewhere, open it "
+                "with its version, and call its own warm()"
+            )
         store = self._memory.store
         groups = [
             (store.space(known[name]), functools.partial(self.below.load, known[name]), wanted)
