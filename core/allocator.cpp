@@ -1,7 +1,6 @@
 #include "allocator.hpp"
 
 #include <bit>
-#include <cstdio>
 #include <cstring>
 
 #include "failpoints.hpp"

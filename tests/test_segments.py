@@ -533,8 +533,9 @@ def test_a_segment_that_is_held_is_its_writers_until_it_is_released(tmp_path: Pa
     sealing = threading.Thread(target=files.seal)
     sealing.start()
     files.release(number)
-    assert files.is_being_written(number)  # another one holds it
-    assert sealing.is_alive()
+    sealing.join(0.2)  # it must not end
+    assert sealing.is_alive(), "another one holds it"
+    assert files.is_being_written(number)
     files.release(number)
     sealing.join()
     assert not files.is_being_written(number)

@@ -22,6 +22,7 @@ def test_rows_are_committed_while_the_next_records_are_being_written(
 ) -> None:
     append, commit = SegmentSet.append, DiskTier._commit
     committing, written = threading.Event(), threading.Event()
+    overlapped = []
 
     def appending(self: SegmentSet, records: Any, **options: Any) -> Any:
         where = append(self, records, **options)
@@ -32,7 +33,7 @@ def test_rows_are_committed_while_the_next_records_are_being_written(
     def while_others_are_written(self: DiskTier, records: Any, *where: Any) -> bool:
         if any(record.key == b"first" for record in records):
             committing.set()
-            assert written.wait(30)
+            overlapped.append(written.wait(30))
         return commit(self, records, *where)
 
     monkeypatch.setattr(SegmentSet, "append", appending)
@@ -44,6 +45,7 @@ def test_rows_are_committed_while_the_next_records_are_being_written(
         cache.flush()
         cache.demote()
         assert cache.get_many(["first", "second"]) == [b"1", b"2"]
+    assert overlapped == [True]
 
 
 def test_a_defect_in_committing_leaves_its_records_to_memory_and_the_next_ones_are_written(

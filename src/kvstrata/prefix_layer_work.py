@@ -278,7 +278,10 @@ class LayerWork:
         record = source.header(part)
         if record.codec or record.stored_len != layout.value_bytes or record.payload_offset != PAGE:
             raise CorruptRecord("a block of another form lies in its place")
-        return layer_sums(part.buffer[PAGE + layout.block_bytes : PAGE + layout.value_bytes], part.load.key)
+        return layer_sums(self._trailer(part), part.load.key)
+
+    def _trailer(self, part: Part) -> memoryview:
+        return part.buffer[PAGE + self._layout.block_bytes : PAGE + self._layout.value_bytes]
 
     def _load_rest(self, indices: list[int]) -> None:
         """Load blocks that can't come piece by piece, since others are bringing them up, or they lie elsewhere."""
@@ -322,9 +325,8 @@ class LayerWork:
 
     def _payload_crc(self, index: int) -> int:
         """Return the checksum of a block whose layers were all compared with theirs."""
-        layout = self._layout
-        trailer = self._parts[index].buffer[PAGE + layout.block_bytes : PAGE + layout.value_bytes]
-        return _core.crc32c(trailer, _core.crc32c_of_parts(self._sums[index], layout.layer_bytes))
+        layers = _core.crc32c_of_parts(self._sums[index], self._layout.layer_bytes)
+        return _core.crc32c(self._trailer(self._parts[index]), layers)
 
     # ---- What came and what was lost
 

@@ -97,9 +97,9 @@ class PrefixLoader:
         token_s = self.prefill.token_s
         if token_s is None or not keys:
             return keys
-        cache = self.ns._cache
+        cache, disk = self.ns._cache, self.ns._cache.below
         places: list[tuple[str, int] | None] = [
-            (cache.below.name, size) if size else None for size in cache.below.sizes(self.ns._space.id, keys)
+            (disk.name, size) if size else None for size in disk.sizes(self.ns._space.id, keys)
         ]
         for index, tier in elsewhere.items():
             if index < len(keys) and places[index] is None and not self.ns._space.contains(keys[index]):
@@ -111,7 +111,7 @@ class PrefixLoader:
             self.tally.add(probes=1)
         blocks = len(keys) - count
         skipped = [place[0] for place in places[count:] if place is not None]
-        from_disk = skipped.count(cache.below.name)
+        from_disk = skipped.count(disk.name)
         if blocks:
             self.tally.add(
                 skips=1,

@@ -61,7 +61,6 @@ class WriteBehind:
                 self._keep_house()
                 done = time.monotonic()
             self._tier.tend()
-        self._wait_for_settler()
         self._settler.shutdown()
         self._keep_house()
 

@@ -124,7 +124,8 @@ class Scheduler:
         sizes = self._sizes_below(keys, start)
         token_s = self._prefill.token_s
         if token_s is not None:
-            places = [(self._cache.below.name, size) if size else None for size in sizes]
+            below = self._cache.below.name
+            places = [(below, size) if size else None for size in sizes]
             worth = worth_loading(places, self._cache.cost.seconds, token_s * self._block_tokens)
             if worth < len(sizes):  # behind which not all windows may be there
                 keys = keys[: self._longest(keys[: start + worth], start)]
