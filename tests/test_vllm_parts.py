@@ -358,6 +358,36 @@ def test_a_load_under_way_is_not_abandoned_before_its_time(blocks: EngineBlocks,
     assert loading.abandon(100.0)
 
 
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_a_load_has_failed_only_once_nothing_is_written_any_more(
+    blocks: EngineBlocks, memory: BlockMemory, layerwise: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(blocks, memory, 0)
+    loading = Loading(load(3), blocks, memory, 0.0)
+    begun, go_on, write = threading.Event(), threading.Event(), memory.write
+
+    def slow(*given: Any) -> None:
+        begun.set()
+        assert go_on.wait(PATIENCE_S)
+        write(*given)
+
+    monkeypatch.setattr(memory, "write", slow)
+    writer = threading.Thread(target=loading.run_layerwise if layerwise else loading.run)
+    writer.start()
+    assert begun.wait(PATIENCE_S)
+    other = threading.Thread(target=loading.abandon, args=(float("inf"),))
+    other.start()
+    other.join(0.2)  # which would end at once
+    assert other.is_alive()
+    assert not loading.ended.is_set()
+
+    go_on.set()
+    other.join(PATIENCE_S)
+    writer.join(PATIENCE_S)
+    assert loading.failed == {3}
+    assert loading.ended.is_set()
+
+
 def test_what_is_overwritten_while_it_is_copied_is_not_stored(blocks: EngineBlocks, memory: BlockMemory) -> None:
     names = keys()
     storing = Storing(SimpleNamespace(keys=names, blocks=[0, 1, 2, 3], request="one", first=0, number=1))  # type: ignore

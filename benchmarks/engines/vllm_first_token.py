@@ -6,6 +6,7 @@ only once (from disk, in a process that hasn't seen it), each sample is another 
 
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,12 @@ from benchmarks.own.device import drop_page_cache
 from benchmarks.table import Row
 
 OWN = "vLLM's own prefix cache"
+ASLEEP_S = 1.2  # after a step, a worker of vLLM looks for the next one without a pause for a second
 REMARKS = [
     "vLLM: SmolLM2-135M-Instruct in bf16 on the CPU, blocks of 32 tokens, a prefix and 16 tokens more, from the call "
     "of generate to the first token, with the engine in a process of its own. Its OffloadingConnector copies on the "
     'CPU by a worker of ours, since vLLM ships one for GPUs only. "A new process" has never seen the prefix; what it '
-    "finds was stored by another one.",
+    "finds was stored by another one. Before each sample from memory, the other engines have come to rest.",
 ]
 Times = dict[str, dict[int, list[float]]]
 
@@ -79,9 +81,10 @@ def _from_memory(model: Path, scratch: Path, repeats: int) -> Times:
             for turn in range(repeats):
                 if turn % 4 == 0:
                     times["cold"][length].append(alone.first_token(10_000 + length + turn, length, 0, cached=False))
-                times["own"][length].append(alone.first_token(length, length, 1 + turn, cached=True))
-                for name, engine in (("memory", ours), ("other", other)):
-                    engine.ask("forget")
+                for name, engine in (("own", alone), ("memory", ours), ("other", other)):
+                    if engine is not alone:
+                        engine.ask("forget")
+                    time.sleep(ASLEEP_S)
                     times[name][length].append(engine.first_token(length, length, 1 + turn, cached=True))
     return times
 

@@ -15,6 +15,7 @@ from kvstrata.errors import CacheClosed, CorruptRecord, TierError
 from kvstrata.prefix_blocks import Words, kv_of, layer_sums
 from kvstrata.prefix_loading import PrefixLoader, release
 from kvstrata.record import PAGE
+from kvstrata.threads import new_thread
 
 if TYPE_CHECKING:
     from kvstrata._core import Pin
@@ -72,7 +73,7 @@ class LayerWork:
         self._parts: dict[int, Part] = {}
         self._sums: dict[int, npt.NDArray[np.uint32]] = {}
         self._faults: dict[int, int | CorruptRecord] = {}
-        self._thread = threading.Thread(target=self._run, name="kvstrata-layers", daemon=True)
+        self._thread = new_thread(self._run, "kvstrata-layers")
         self.below: set[int] = set()
         self._changed = threading.Condition()
         self.good = len(keys)
@@ -140,7 +141,7 @@ class LayerWork:
             pieces = source.pieces() if source else None
             jobs, rest = self._plan(source, pieces)
             if rest:
-                whole = threading.Thread(target=self._load_rest, args=(rest,), name="kvstrata-layers", daemon=True)
+                whole = new_thread(self._load_rest, "kvstrata-layers", rest)
                 whole.start()
             if source is not None and self._parts:
                 self._run_measured(source, jobs)

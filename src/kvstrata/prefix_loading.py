@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import os
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvstrata.copying import Copiers
 from kvstrata.errors import TierError
 from kvstrata.keys import KVLayout
 from kvstrata.movement.cost import Prefill, worth_loading
@@ -28,9 +27,6 @@ _BATCH_BYTES = 256 << 20
 
 _PROBE_EVERY, _PROBE_BLOCKS = 16, 8
 """Of so many times that something is skipped because its tier is slow, once so many blocks of it are loaded."""
-
-_PARALLEL_BYTES = 4 << 20
-"""Below this a copy is quicker than waking another thread."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +82,7 @@ class PrefixLoader:
         self._skips = itertools.count(1)
         # "auto" takes blocks that come head to tail for one use of a prefix. All others evict sooner what came sooner.
         self.head_first = ns._options.policy == "auto"
-        self._copier = _Copier(threads or min(4, len(os.sched_getaffinity(0))))
+        self._copiers = Copiers(threads)
 
     def worthwhile(self, keys: list[bytes], elsewhere: Mapping[int, str]) -> list[bytes]:
         """Return the head of a prefix that is sooner loaded than computed: all of it where no prefill rate is known.
@@ -176,7 +172,7 @@ class PrefixLoader:
                 if run not in copied:
                     places.append(self._place(run, first, pin))
                 run += 1
-            self._copier.scatter(places, out)
+            self._copiers.share(lambda some: _scatter(some, out), places, len(places) * self.layout.value_bytes)
             return run, sum(index < run for index in below)
         finally:
             release(pins)
@@ -194,32 +190,6 @@ class PrefixLoader:
             return self.ns._space.pin_many(keys)
         pins, below = self.ns._space.pin_many(keys[::-1])
         return pins[::-1], sorted(len(keys) - 1 - index for index in below)
-
-
-class _Copier:
-    """Copies blocks into their places, in several threads where it is worth waking them."""
-
-    def __init__(self, threads: int) -> None:
-        self._threads = threads
-        self._pool: ThreadPoolExecutor | None = None
-        self._pid = 0
-
-    def scatter(self, places: Sequence[tuple[int, Words]], out: Words) -> None:
-        """Copy blocks, [layers, 2, kv_heads, block_tokens, head_dim] each, to `out`, each from its token on."""
-        workers = min(self._threads, len(places))
-        if workers < 2 or sum(block.nbytes for _, block in places) < _PARALLEL_BYTES:
-            _scatter(places, out)
-            return
-        if self._pool is None or self._pid != os.getpid():  # threads don't survive a fork
-            self._pool = ThreadPoolExecutor(self._threads - 1, "kvstrata-copy")
-            self._pid = os.getpid()
-        step = -(-len(places) // workers)
-        rest = [
-            self._pool.submit(_scatter, places[start : start + step], out) for start in range(step, len(places), step)
-        ]
-        _scatter(places[:step], out)
-        for part in rest:
-            part.result()
 
 
 class StoredHead:

@@ -19,6 +19,7 @@ from kvstrata import _core
 from kvstrata.codecs.base import Codec, TensorInfo, bytes_of, check_out, corrupt
 from kvstrata.config import parse_size
 from kvstrata.errors import ConfigError
+from kvstrata.threads import cores, thread_pool
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -77,7 +78,7 @@ class ChunkedCodec(Codec, ABC):
             raise ConfigError(f"chunk={chunk!r} is not from 1 KiB to 2 GiB")
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
             raise ConfigError(f"threads must be an int from 1 on or None, not {threads!r}")
-        self._threads = threads or len(os.sched_getaffinity(0))
+        self._threads = threads or len(cores())
 
     def __repr__(self) -> str:
         return f"<kvstrata codec {self.name}>"
@@ -189,7 +190,7 @@ class _Pool:
     def get(self) -> ThreadPoolExecutor:
         with self._lock:
             if self._executor is None:
-                self._executor = ThreadPoolExecutor(max(2, os.cpu_count() or 2), "kvstrata-codec")
+                self._executor = thread_pool(max(2, os.cpu_count() or 2), "kvstrata-codec")
             return self._executor
 
 
@@ -209,13 +210,13 @@ def _in_order(run: Callable[[int], _Result], of: range, threads: int) -> Iterato
     if threads == 1 or len(of) < 2:
         yield from map(run, of)
         return
-    pool = _pool.get()
+    executor = _pool.get()
     pending: deque[Future[_Result]] = deque()
     try:
         for i in of:
             if len(pending) == threads:
                 yield pending.popleft().result()
-            pending.append(pool.submit(run, i))
+            pending.append(executor.submit(run, i))
         while pending:
             yield pending.popleft().result()
     finally:

@@ -18,6 +18,7 @@ import blake3
 from kvstrata._core import record_bytes
 from kvstrata.cache import Cache
 from kvstrata.codecs.registry import codec
+from kvstrata.copying import Copiers
 from kvstrata.errors import KVStrataError, TierFull, UnknownOption
 from kvstrata.opening import open as open_cache
 from kvstrata.prefix_loading import StoredHead, Tally, release
@@ -36,6 +37,7 @@ Fill = Callable[[int, memoryview], None]
 """Writes the block at that position into its place; raises Withdrawn if its source is gone."""
 Take = Callable[[int, memoryview], bool]
 """Copies the block at that position out of the memory given; False if it isn't what was expected."""
+Give = Callable[[int, "Pin | memoryview"], None]
 
 _CACHE_OPTIONS = (
     "path", "memory", "disk", "disk_policy", "disk_write_limit", "disk_engine", "shared", "huge_pages", "prefetch",
@@ -138,6 +140,7 @@ class EngineBlocks:
         self.cache = cache
         self.name = name
         self.ns = cache.namespace(self.name, policy=policy, immutable=True, **namespace_options)
+        self.copiers = Copiers()
         self._breaker = Breaker(f"kvstrata under {name.partition('-')[0]}")
         self._tally = Tally(
             "lookups", "looked_up_blocks", "found_blocks", "loaded_blocks", "loaded_bytes", "missed_blocks",
@@ -220,43 +223,44 @@ class EngineBlocks:
     ) -> list[bool]:
         """Give each block that is there to `take(i, memory)`; returns which ones were there and taken.
 
-        What has to be read first is given as it arrives, in any order and by any thread, while the rest is being read.
-        `held` are blocks that the caller has pinned already, None for the others.
+        What has to be read first is given as it arrives, while the rest is being read. `take` is called by several
+        threads at a time, in any order. `held` are blocks that the caller has pinned already, None for the others.
         """
-        got = [False] * len(keys)
-        nbytes = 0
+        taken = [-1] * len(keys)  # bytes of each that was
 
         def give(position: int, value: Pin | memoryview) -> None:
-            nonlocal nbytes
-            if not got[position] and take(position, memoryview(value)):
-                got[position] = True
-                nbytes += len(value)
+            if taken[position] < 0 and take(position, memoryview(value)):
+                taken[position] = len(value)
 
         rest: Sequence[int] = range(len(keys))
         if held is not None:
             rest = [position for position, block in enumerate(held) if block is None]
-            for position, block in enumerate(held):
-                if block is not None:
-                    give(position, block)
+            self._give_all([(position, block) for position, block in enumerate(held) if block is not None], give)
 
         def go() -> None:
             for start in range(0, len(rest), _AT_ONCE):
                 self._load_wave(keys, rest[start : start + _AT_ONCE], give)
 
         self._guarded(go, None)
+        got = [nbytes >= 0 for nbytes in taken]
         loaded = sum(got)
-        self._tally.add(loaded_blocks=loaded, loaded_bytes=nbytes, missed_blocks=len(keys) - loaded)
+        loaded_bytes = sum(nbytes for nbytes in taken if nbytes > 0)
+        self._tally.add(loaded_blocks=loaded, loaded_bytes=loaded_bytes, missed_blocks=len(keys) - loaded)
         return got
 
-    def _load_wave(
-        self, all_keys: Sequence[bytes], wanted: Sequence[int], give: Callable[[int, Pin | memoryview], None]
-    ) -> None:
+    def _give_all(self, blocks: Sequence[tuple[int, Pin | memoryview]], give: Give) -> None:
+        def some(part: Sequence[tuple[int, Pin | memoryview]]) -> None:
+            for position, block in part:
+                give(position, block)
+
+        self.copiers.share(some, blocks, sum(len(block) for _, block in blocks))
+
+    def _load_wave(self, all_keys: Sequence[bytes], wanted: Sequence[int], give: Give) -> None:
         keys = [all_keys[position] for position in wanted]
         pins, below = self.ns._space.pin_many(keys)
         try:
-            for number, pin in enumerate(pins):
-                if pin is not None:
-                    give(wanted[number], pin)
+            here = [(position, pin) for position, pin in zip(wanted, pins, strict=True) if pin is not None]
+            self._give_all(here, give)
             if below:
 
                 def arrived(number: int, value: Pin | memoryview) -> None:

@@ -13,7 +13,6 @@ import logging
 import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 from typing import Any
 
@@ -30,6 +29,7 @@ from kvstrata.config import parse_duration, parse_size
 from kvstrata.errors import ConfigError
 from kvstrata.integrations._blocks import EngineBlocks, open_for_engine
 from kvstrata.integrations._lmcache_locks import Locks
+from kvstrata.threads import thread_pool
 
 __all__ = ["KVStrataL2"]
 
@@ -71,9 +71,9 @@ class KVStrataL2(L2AdapterInterface):  # type: ignore[misc]
         self._blocks = blocks
         self._locks = locks
         self._stored_fd, self._looked_up_fd, self._loaded_fd = (create_event_notifier() for _ in range(3))
-        self._storing = ThreadPoolExecutor(1, "kvstrata-l2-store")
-        self._fetching = ThreadPoolExecutor(threads, "kvstrata-l2-fetch")
-        self._holding = ThreadPoolExecutor(1, "kvstrata-l2-hold")
+        self._storing = thread_pool(1, "kvstrata-l2-store")
+        self._fetching = thread_pool(threads, "kvstrata-l2-fetch")
+        self._holding = thread_pool(1, "kvstrata-l2-hold")
         self._ids = itertools.count()
         self._mutex = threading.Lock()
         self._stored: dict[int, L2StoreResult] = {}

@@ -136,7 +136,7 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         """Return the requests whose loads have ended, and those that have to be computed from their beginning."""
-        ended, failed = self._here.finished(finished_req_ids)
+        ended, failed = self._here.finished(finished_req_ids, idle=self._work.idle)
         return KVConnectorTransferResults(finished_recving=ended, failed_recving=failed)
 
     def get_block_ids_with_load_errors(self) -> set[int]:

@@ -16,7 +16,7 @@ import os
 import queue
 import time
 from collections.abc import Callable, Collection, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from typing import Any
 
 import blake3
@@ -34,6 +34,7 @@ from kvstrata.errors import ConfigError
 from kvstrata.integrations._blocks import EngineBlocks, let_go, share_for_engine
 from kvstrata.integrations._vllm.metrics import COUNTERS, Deltas
 from kvstrata.integrations._vllm.model import LAYOUT_VERSION, weights_of
+from kvstrata.threads import thread_pool
 
 __all__ = ["KVStrataTier"]
 
@@ -66,7 +67,7 @@ class KVStrataTier(SecondaryTierManager):  # type: ignore[misc]
         self._namespace = {name: options[name] for name in ("codec", "admission") if name in options}
         self._blocks: EngineBlocks | None = None  # once it is known how vLLM makes hashes
         self._off = False
-        self._threads = ThreadPoolExecutor(1, "kvstrata-store"), ThreadPoolExecutor(2, "kvstrata-load")
+        self._threads = thread_pool(1, "kvstrata-store"), thread_pool(2, "kvstrata-load")
         self._under_way: set[Future[None]] = set()
         self._results: queue.SimpleQueue[JobResult] = queue.SimpleQueue()
         self._deltas = Deltas()

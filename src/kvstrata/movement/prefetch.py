@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from kvstrata.threads import new_thread
 from kvstrata.tiers.base import Key
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ class Prefetcher:
                 self._finish(self._queue.popleft(), "dropped_requests")
             self._queue.append(wanted)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="kvstrata-prefetch", daemon=True)
+                self._thread = new_thread(self._run, "kvstrata-prefetch")
                 try:
                     self._thread.start()
                 except RuntimeError:  # the interpreter ends, or the system has no more threads

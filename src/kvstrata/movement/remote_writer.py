@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from kvstrata.errors import KVStrataError, TierUnavailable
 from kvstrata.record import TAGGED
+from kvstrata.threads import new_thread
 from kvstrata.tiers.base import Stats, StoreFault
 from kvstrata.tiers.keyed import KeyedTier
 from kvstrata.tiers.keyed_space import KeyedSpace
@@ -129,7 +130,7 @@ class RemoteWriter:
         self._stopping = False
         self._give_up_at = float("inf")
         self._probe_at = 0.0
-        self._thread = threading.Thread(target=self._run, name="kvstrata-remote", daemon=True)
+        self._thread = new_thread(self._run, "kvstrata-remote")
         self._thread.start()
 
     # ---- For those who make changes

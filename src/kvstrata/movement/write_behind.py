@@ -10,12 +10,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 
 from kvstrata import _core
 from kvstrata.errors import TierUnavailable
+from kvstrata.threads import new_thread, thread_pool
 from kvstrata.tiers.base import Tier
 
 __all__ = ["WriteBehind"]
@@ -39,9 +40,9 @@ class WriteBehind:
         self._tier = tier
         self._housekeeping = housekeeping
         self._stopping = threading.Event()
-        self._settler = ThreadPoolExecutor(1, thread_name_prefix="kvstrata-settle")
+        self._settler = thread_pool(1, "kvstrata-settle")
         self._settling: Future[None] | None = None
-        self._thread = threading.Thread(target=self._run, name="kvstrata-write-behind", daemon=True)
+        self._thread = new_thread(self._run, "kvstrata-write-behind")
         self._thread.start()
 
     def _run(self) -> None:

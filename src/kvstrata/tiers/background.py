@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+from kvstrata.threads import new_thread
+
 __all__ = ["OnDemand"]
 
 
@@ -30,7 +32,7 @@ class OnDemand:
         if self._thread is None:
             with self._lock:
                 if self._thread is None and not self.stopped.is_set():
-                    self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                    self._thread = new_thread(self._run, self._name)
                     self._thread.start()
 
     def stop(self) -> None:

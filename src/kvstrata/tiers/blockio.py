@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from kvstrata.record import PAGE
+from kvstrata.threads import thread_pool
 from kvstrata.tiers.ledger import after_fork
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ class Workers:
     def _started(self) -> ThreadPoolExecutor:
         with self._lock:
             if self._pool is None:
-                self._pool = ThreadPoolExecutor(self._count, thread_name_prefix="kvstrata-disk")
+                self._pool = thread_pool(self._count, "kvstrata-disk")
             return self._pool
 
     def _forget_parent(self) -> None:

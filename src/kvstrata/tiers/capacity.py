@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kvstrata.errors import TierError, TierFull
+from kvstrata.threads import new_thread
 from kvstrata.tiers.blockio import page_ceil
 from kvstrata.tiers.ledger import Ledger, after_fork
 from kvstrata.tiers.segments import Segment, SegmentSet
@@ -80,9 +81,7 @@ class Capacity:
         """Have room for `need` bytes soon, if that can be. The ledger must be held."""
         busy = self._ahead is not None and self._ahead.is_alive()
         if not busy and self._free() < need:
-            self._ahead = threading.Thread(
-                target=self._clear, args=(segments, need), name="kvstrata-clear", daemon=True
-            )
+            self._ahead = new_thread(self._clear, "kvstrata-clear", segments, need)
             # A new thread can't be started while the interpreter shuts down.
             with contextlib.suppress(RuntimeError):
                 self._ahead.start()

@@ -6,13 +6,13 @@ An object has no time to live there, so that stands in the record only; a rule o
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvstrata.errors import MissingExtra
+from kvstrata.threads import new_thread
 from kvstrata.tiers.base import NamedRecord, Stats, StoreFault
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class S3Store:
         self._requests = 0
         self._loop = asyncio.new_event_loop()
         self._slots = asyncio.Semaphore(_AT_ONCE)
-        self._thread = threading.Thread(target=self._loop.run_forever, name="kvstrata-s3", daemon=True)
+        self._thread = new_thread(self._loop.run_forever, "kvstrata-s3")
         self._thread.start()
 
     # ---- The protocol

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvstrata.errors import MissingExtra
+from kvstrata.threads import new_thread
 from kvstrata.tiers.base import NamedRecord, Stats, StoreFault
 from kvstrata.tiers.resp import Deadline, ReplyError, Wire, command, fault_of
 
@@ -338,7 +339,7 @@ def _within(deadline: Deadline, call: Callable[[], T], late: Callable[[T], objec
                 late(result)
         finished.set()
 
-    threading.Thread(target=run, name="kvstrata-connect", daemon=True).start()
+    new_thread(run, "kvstrata-connect").start()
     finished.wait(deadline.left())
     with state:
         if not done:

@@ -39,12 +39,16 @@ class Store:
 
 @dataclass
 class Work(KVConnectorMetadata):  # type: ignore[misc]
-    """What a step brings for the workers. `fresh` blocks are written from now on, whatever they held."""
+    """What a step brings for the workers. `fresh` blocks are written from now on, whatever they held.
+
+    An `idle` step computes nothing.
+    """
 
     loads: list[Load] = field(default_factory=list)
     stores: list[Store] = field(default_factory=list)
     fresh: set[int] = field(default_factory=set)
     layerwise: bool = False
+    idle: bool = False
 
 
 @dataclass

@@ -173,7 +173,8 @@ class Scheduler:
 
     def work(self, step: Any) -> Work:
         """Return what the step brings for the workers."""
-        work = Work(self._loads, fresh=self._fresh(step), layerwise=self._layerwise)
+        idle = not step.total_num_scheduled_tokens
+        work = Work(self._loads, fresh=self._fresh(step), layerwise=self._layerwise, idle=idle)
         self._loads = []
         state = step.kv_connector_block_state
         for name, scheduled in step.num_scheduled_tokens.items():

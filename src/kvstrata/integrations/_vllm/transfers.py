@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from kvstrata.integrations._blocks import EngineBlocks, Withdrawn
@@ -52,8 +52,9 @@ class Loading:
         self._blocks = blocks
         self._memory = memory
         self._deadline = deadline
-        self._changed = threading.Condition()  # guards what follows, and writing to the engine's memory
+        self._changed = threading.Condition()  # guards what follows
         self._abandoned = False
+        self._writing = 0  # so many threads are writing a block
         self._layers = 0  # so many have come
 
     def run(self) -> None:
@@ -79,8 +80,7 @@ class Loading:
                     with self._changed:
                         if self._abandoned:
                             return
-                        for block, data in there:
-                            self._memory.write(block, data, layers)
+                        self._write_layers(there, layers)
                         if layers.stop < self._memory.layers:
                             self._layers = layers.stop
                             self._changed.notify_all()
@@ -88,6 +88,14 @@ class Loading:
                     data.release()
         finally:
             self._end(missing)
+
+    def _write_layers(self, there: Sequence[tuple[int, memoryview]], layers: range) -> None:
+        def write(some: Sequence[tuple[int, memoryview]]) -> None:
+            for block, data in some:
+                self._memory.write(block, data, layers)
+
+        nbytes = len(there) * self._memory.block_bytes * len(layers) // self._memory.layers
+        self._blocks.copiers.share(write, there, nbytes)
 
     def wait_for(self, layer: int) -> None:
         """Return when a layer has come, all has ended, or it has been abandoned, since it takes too long."""
@@ -106,6 +114,7 @@ class Loading:
         with self._changed:
             if not self.ended.is_set():
                 self._abandoned = True
+                self._changed.wait_for(lambda: not self._writing)
                 self.failed = set(self.load.blocks)
                 self.ended.set()
         return True
@@ -114,8 +123,14 @@ class Loading:
         with self._changed:
             if self._abandoned or data.nbytes != self._memory.block_bytes:
                 return False
+            self._writing += 1
+        try:
             self._memory.write(self.load.blocks[position], data)
-            return True
+        finally:
+            with self._changed:
+                self._writing -= 1
+                self._changed.notify_all()
+        return True
 
     def _end(self, missing: list[int]) -> None:
         with self._changed:

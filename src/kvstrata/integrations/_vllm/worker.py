@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from kvstrata.cache import Cache
@@ -20,11 +19,13 @@ from kvstrata.integrations._vllm.messages import Progress, Rank, Shard, Work
 from kvstrata.integrations._vllm.metrics import Deltas, KVStrataStats, total
 from kvstrata.integrations._vllm.model import model_facts, weights_identity
 from kvstrata.integrations._vllm.transfers import Loading, Storing
+from kvstrata.threads import thread_pool
 
 __all__ = ["Worker"]
 
 _LOADERS = 2  # so that one load that waits for a disk does not keep all others waiting
 _FENCE_S = 0.1  # for stores whose blocks are about to be overwritten, in one step
+_IDLE_S = 0.005  # for a load, when nothing is computed; a request that arrives meanwhile waits for it
 _CLOSE_S = 5.0  # for stores that are left at the end
 
 
@@ -50,8 +51,8 @@ class Worker:
         self._weights = weights
         self._timeout = timeout
         self._namespace_options = namespace_options
-        self._loader = ThreadPoolExecutor(_LOADERS, "kvstrata-load")
-        self._storer = ThreadPoolExecutor(1, "kvstrata-store")
+        self._loader = thread_pool(_LOADERS, "kvstrata-load")
+        self._storer = thread_pool(1, "kvstrata-store")
         self._loading: dict[str, list[Loading]] = {}  # of each request, which waits for all of them
         self._layerwise: list[Loading] = []
         self._storing: list[Storing] = []
@@ -140,13 +141,17 @@ class Worker:
             self._storing.append(storing)
             self._storer.submit(self._store, storing)
 
-    def finished(self, requests: set[str]) -> tuple[set[str], set[str]]:
+    def finished(self, requests: set[str], *, idle: bool) -> tuple[set[str], set[str]]:
         """Return the requests whose loads have ended, and those of them that have to be computed from the beginning.
 
-        `requests` are done and forgotten.
+        `requests` are done and forgotten. An engine that is `idle` asks again and again: it is kept waiting for a load
+        a moment, in which the cores are left to that.
         """
         for request in requests:
             self._storer.submit(self._heads.pop, request, None)
+        under_way = [loading for loads in self._loading.values() for loading in loads]
+        if idle and under_way and not any(loading.ended.is_set() for loading in under_way):
+            under_way[0].ended.wait(_IDLE_S)
         now = time.monotonic()
         ended: set[str] = set()
         failed: set[str] = set()

@@ -1,0 +1,105 @@
+"""Copying is shared by threads, which run on all cores of the process, whatever the caller is bound to."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+
+from kvstrata.copying import Copiers
+from kvstrata.threads import cores, new_thread, thread_pool
+
+ENOUGH = 64 << 20  # bytes that are worth waking a thread
+
+needs_two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+
+
+@contextmanager
+def a_caller_bound_to_one_core() -> Iterator[None]:
+    """Leave the other cores to another thread, as engines that compute on the CPU do."""
+    whole, done = os.sched_getaffinity(0), threading.Event()
+    other = threading.Thread(target=done.wait)
+    other.start()
+    try:
+        os.sched_setaffinity(0, {min(whole)})
+        yield
+    finally:
+        os.sched_setaffinity(0, whole)
+        done.set()
+        other.join()
+
+
+def test_each_item_is_copied_once_and_several_threads_do_it() -> None:
+    together = threading.Barrier(2, timeout=60)  # which one thread alone would never pass
+    given: list[int] = []
+
+    def copy(some: Sequence[int]) -> None:
+        if 0 in some or 99 in some:
+            together.wait()
+        given.extend(some)
+
+    Copiers(2).share(copy, range(100), ENOUGH)
+    assert sorted(given) == list(range(100))
+
+
+def test_little_is_copied_by_the_caller_at_once() -> None:
+    calls: list[tuple[list[int], int]] = []
+    Copiers(2).share(lambda some: calls.append((list(some), threading.get_ident())), range(100), 1 << 10)
+    assert calls == [(list(range(100)), threading.get_ident())]
+
+
+@pytest.mark.parametrize("bad", [0, 99])
+def test_what_a_copy_raises_is_raised_when_nobody_is_copying_any_more(bad: int) -> None:
+    ended: list[int] = []
+
+    def copy(some: Sequence[int]) -> None:
+        if bad in some:
+            raise ValueError(bad)
+        ended.extend(some)
+
+    with pytest.raises(ValueError, match=str(bad)):
+        Copiers(2).share(copy, range(100), ENOUGH)
+    then = len(ended)
+    Copiers(2).share(lambda some: None, range(100), ENOUGH)
+    assert len(ended) == then
+
+
+def test_a_child_process_copies_with_threads_of_its_own() -> None:
+    copiers = Copiers(2)
+    copiers.share(lambda some: None, range(100), ENOUGH)
+    child = os.fork()
+    if child == 0:
+        given: list[int] = []
+        copiers.share(given.extend, range(100), ENOUGH)
+        os._exit(0 if sorted(given) == list(range(100)) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@needs_two_cores
+def test_threads_run_on_all_cores_of_the_process_though_who_starts_them_is_bound_to_one() -> None:
+    whole = os.sched_getaffinity(0)
+    found: list[set[int]] = []
+    with a_caller_bound_to_one_core():
+        assert len(os.sched_getaffinity(0)) == 1
+        assert cores() == whole
+        started = new_thread(lambda: found.append(os.sched_getaffinity(0)), "kvstrata-test")
+        started.start()
+        started.join()
+        with thread_pool(1, "kvstrata-test") as pool:
+            found.append(pool.submit(os.sched_getaffinity, 0).result())
+    assert found == [whole, whole]
+
+
+@needs_two_cores
+def test_a_process_that_is_bound_to_one_core_as_a_whole_stays_there() -> None:
+    child = os.fork()
+    if child == 0:
+        one = {min(os.sched_getaffinity(0))}
+        os.sched_setaffinity(0, one)
+        with thread_pool(1, "kvstrata-test") as pool:
+            stayed = pool.submit(os.sched_getaffinity, 0).result() == one
+        os._exit(0 if stayed and cores() == one else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
