@@ -67,6 +67,16 @@ def test_what_a_copy_raises_is_raised_when_nobody_is_copying_any_more(bad: int) 
     assert len(ended) == then
 
 
+def test_without_another_thread_the_caller_copies_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    given: list[int] = []
+    Copiers(2).share(given.extend, range(100), ENOUGH)
+    assert sorted(given) == list(range(100))
+
+
 def test_a_child_process_copies_with_threads_of_its_own() -> None:
     copiers = Copiers(2)
     copiers.share(lambda some: None, range(100), ENOUGH)

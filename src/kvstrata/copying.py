@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from typing import TypeVar
 
 from kvstrata.threads import cores, thread_pool
@@ -44,7 +45,10 @@ class Copiers:
             for part in parts:  # which any of the threads takes
                 copy(part)
 
-        others = [self._started(threads).submit(work) for _ in range(threads - 1)]
+        others: list[Future[None]] = []
+        with suppress(RuntimeError):  # the interpreter ends, or the system has no more threads
+            for _ in range(threads - 1):
+                others += [self._started(threads).submit(work)]
         try:
             work()
         finally:

@@ -20,9 +20,10 @@ __all__ = ["cores", "new_thread", "thread_pool"]
 def cores() -> set[int]:
     """Return the cores on which any thread of this process may run."""
     found = os.sched_getaffinity(0)
-    for task in Path("/proc/self/task").iterdir():
-        with suppress(ProcessLookupError):  # it has ended
-            found |= os.sched_getaffinity(int(task.name))
+    with suppress(OSError):  # where there is no /proc
+        for task in Path("/proc/self/task").iterdir():
+            with suppress(ProcessLookupError):  # it has ended
+                found |= os.sched_getaffinity(int(task.name))
     return found
 
 
