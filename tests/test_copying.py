@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -36,34 +36,35 @@ def test_each_item_is_copied_once_and_several_threads_do_it() -> None:
     together = threading.Barrier(2, timeout=60)  # which one thread alone would never pass
     given: list[int] = []
 
-    def copy(some: Sequence[int]) -> None:
-        if 0 in some or 99 in some:
+    def copy(item: int) -> None:
+        if item in (0, 99):
             together.wait()
-        given.extend(some)
+        given.append(item)
 
     Copiers(2).share(copy, range(100), ENOUGH)
     assert sorted(given) == list(range(100))
 
 
-def test_little_is_copied_by_the_caller_at_once() -> None:
-    calls: list[tuple[list[int], int]] = []
-    Copiers(2).share(lambda some: calls.append((list(some), threading.get_ident())), range(100), 1 << 10)
-    assert calls == [(list(range(100)), threading.get_ident())]
+@pytest.mark.parametrize(("items", "nbytes"), [(100, 1 << 10), (10_000, ENOUGH)], ids=["little", "small items"])
+def test_what_is_not_worth_waking_a_thread_is_copied_by_the_caller(items: int, nbytes: int) -> None:
+    calls: list[tuple[int, int]] = []
+    Copiers(2).share(lambda item: calls.append((item, threading.get_ident())), range(items), nbytes)
+    assert calls == [(item, threading.get_ident()) for item in range(items)]
 
 
 @pytest.mark.parametrize("bad", [0, 99])
 def test_what_a_copy_raises_is_raised_when_nobody_is_copying_any_more(bad: int) -> None:
     ended: list[int] = []
 
-    def copy(some: Sequence[int]) -> None:
-        if bad in some:
+    def copy(item: int) -> None:
+        if item == bad:
             raise ValueError(bad)
-        ended.extend(some)
+        ended.append(item)
 
     with pytest.raises(ValueError, match=str(bad)):
         Copiers(2).share(copy, range(100), ENOUGH)
     then = len(ended)
-    Copiers(2).share(lambda some: None, range(100), ENOUGH)
+    Copiers(2).share(lambda item: None, range(100), ENOUGH)
     assert len(ended) == then
 
 
@@ -73,17 +74,24 @@ def test_without_another_thread_the_caller_copies_all(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(threading.Thread, "start", start)
     given: list[int] = []
-    Copiers(2).share(given.extend, range(100), ENOUGH)
+    Copiers(2).share(given.append, range(100), ENOUGH)
     assert sorted(given) == list(range(100))
+
+
+def test_a_first_copy_of_few_items_does_not_limit_the_next_ones() -> None:
+    together = threading.Barrier(3, timeout=60)
+    copiers = Copiers(3)
+    copiers.share(lambda item: None, range(2), ENOUGH)
+    copiers.share(lambda item: together.wait(), range(3), ENOUGH)
 
 
 def test_a_child_process_copies_with_threads_of_its_own() -> None:
     copiers = Copiers(2)
-    copiers.share(lambda some: None, range(100), ENOUGH)
+    copiers.share(lambda item: None, range(100), ENOUGH)
     child = os.fork()
     if child == 0:
         given: list[int] = []
-        copiers.share(given.extend, range(100), ENOUGH)
+        copiers.share(given.append, range(100), ENOUGH)
         os._exit(0 if sorted(given) == list(range(100)) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 

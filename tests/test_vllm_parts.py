@@ -384,9 +384,8 @@ def test_a_load_has_failed_only_once_nothing_is_written_any_more(
     go_on.set()
     other.join(PATIENCE_S)
     writer.join(PATIENCE_S)
+    assert loading.failed == {3}
     assert loading.ended.is_set()
-    whole = read(memory, 3) == b"\x01" * memory.block_bytes
-    assert loading.failed == {3} or (layerwise and not loading.failed and whole)  # who writes layers may be quicker
 
 
 def test_what_is_overwritten_while_it_is_copied_is_not_stored(blocks: EngineBlocks, memory: BlockMemory) -> None:

@@ -155,7 +155,7 @@ class PrefixLoader:
         def arrived(position: int, value: Pin | memoryview) -> None:
             """Copy a block while others are still being read."""
             if len(value) == self.layout.value_bytes:
-                _scatter([self._place(below[position], first, value)], out)
+                _scatter(self._place(below[position], first, value), out)
                 copied.add(below[position])
 
         try:
@@ -172,7 +172,7 @@ class PrefixLoader:
                 if run not in copied:
                     places.append(self._place(run, first, pin))
                 run += 1
-            self._copiers.share(lambda some: _scatter(some, out), places, len(places) * self.layout.value_bytes)
+            self._copiers.share(lambda place: _scatter(place, out), places, len(places) * self.layout.value_bytes)
             return run, sum(index < run for index in below)
         finally:
             release(pins)
@@ -222,6 +222,6 @@ def release(pins: Sequence[Pin | None]) -> None:
             pin.release()
 
 
-def _scatter(places: Sequence[tuple[int, Words]], out: Words) -> None:
-    for token, block in places:
-        np.copyto(out[:, :, :, token : token + block.shape[3]], block)
+def _scatter(place: tuple[int, Words], out: Words) -> None:
+    token, block = place
+    np.copyto(out[:, :, :, token : token + block.shape[3]], block)

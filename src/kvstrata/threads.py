@@ -20,10 +20,11 @@ __all__ = ["cores", "new_thread", "thread_pool"]
 def cores() -> set[int]:
     """Return the cores on which any thread of this process may run."""
     found = os.sched_getaffinity(0)
-    with suppress(OSError):  # where there is no /proc
-        for task in Path("/proc/self/task").iterdir():
-            with suppress(ProcessLookupError):  # it has ended
-                found |= os.sched_getaffinity(int(task.name))
+    if len(found) < (os.cpu_count() or 1):
+        with suppress(OSError):  # where there is no /proc
+            for task in Path("/proc/self/task").iterdir():
+                with suppress(ProcessLookupError):  # it has ended
+                    found |= os.sched_getaffinity(int(task.name))
     return found
 
 
@@ -43,6 +44,5 @@ def new_thread(target: Callable[..., None], name: str, *args: Any) -> threading.
 
 
 def _spread() -> None:
-    if len(os.sched_getaffinity(0)) < (os.cpu_count() or 1):
-        with suppress(OSError):  # of cores that were taken from the process
-            os.sched_setaffinity(0, cores())
+    with suppress(OSError):  # of cores that were taken from the process
+        os.sched_setaffinity(0, cores())

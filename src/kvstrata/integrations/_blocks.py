@@ -249,11 +249,7 @@ class EngineBlocks:
         return got
 
     def _give_all(self, blocks: Sequence[tuple[int, Pin | memoryview]], give: Give) -> None:
-        def some(part: Sequence[tuple[int, Pin | memoryview]]) -> None:
-            for position, block in part:
-                give(position, block)
-
-        self.copiers.share(some, blocks, sum(len(block) for _, block in blocks))
+        self.copiers.share(lambda block: give(*block), blocks, sum(len(block) for _, block in blocks))
 
     def _load_wave(self, all_keys: Sequence[bytes], wanted: Sequence[int], give: Give) -> None:
         keys = [all_keys[position] for position in wanted]

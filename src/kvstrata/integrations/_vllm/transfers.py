@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from kvstrata.integrations._blocks import EngineBlocks, Withdrawn
@@ -54,7 +55,7 @@ class Loading:
         self._deadline = deadline
         self._changed = threading.Condition()  # guards what follows
         self._abandoned = False
-        self._writing = 0  # so many threads are writing a block
+        self._writing = 0  # so many threads are writing to blocks
         self._layers = 0  # so many have come
 
     def run(self) -> None:
@@ -77,11 +78,12 @@ class Loading:
                 step = -(-self._memory.layers // _GROUPS)
                 for first in range(0, self._memory.layers, step):
                     layers = range(first, min(first + step, self._memory.layers))
-                    with self._changed:
-                        if self._abandoned:
+                    with self._while_wanted() as wanted:
+                        if not wanted:
                             return
                         self._write_layers(there, layers)
-                        if layers.stop < self._memory.layers:
+                    if layers.stop < self._memory.layers:
+                        with self._changed:
                             self._layers = layers.stop
                             self._changed.notify_all()
                 for _, data in there:
@@ -90,12 +92,8 @@ class Loading:
             self._end(missing)
 
     def _write_layers(self, there: Sequence[tuple[int, memoryview]], layers: range) -> None:
-        def write(some: Sequence[tuple[int, memoryview]]) -> None:
-            for block, data in some:
-                self._memory.write(block, data, layers)
-
         nbytes = len(there) * self._memory.block_bytes * len(layers) // self._memory.layers
-        self._blocks.copiers.share(write, there, nbytes)
+        self._blocks.copiers.share(lambda block: self._memory.write(*block, layers), there, nbytes)
 
     def wait_for(self, layer: int) -> None:
         """Return when a layer has come, all has ended, or it has been abandoned, since it takes too long."""
@@ -120,17 +118,25 @@ class Loading:
         return True
 
     def _take(self, position: int, data: memoryview) -> bool:
+        if data.nbytes != self._memory.block_bytes:
+            return False
+        with self._while_wanted() as wanted:
+            if wanted:
+                self._memory.write(self.load.blocks[position], data)
+            return wanted
+
+    @contextmanager
+    def _while_wanted(self) -> Iterator[bool]:
+        """Say whether blocks may still be written; it isn't abandoned before that has ended."""
         with self._changed:
-            if self._abandoned or data.nbytes != self._memory.block_bytes:
-                return False
-            self._writing += 1
+            wanted = not self._abandoned
+            self._writing += wanted
         try:
-            self._memory.write(self.load.blocks[position], data)
+            yield wanted
         finally:
             with self._changed:
-                self._writing -= 1
+                self._writing -= wanted
                 self._changed.notify_all()
-        return True
 
     def _end(self, missing: list[int]) -> None:
         with self._changed:

@@ -149,9 +149,10 @@ class Worker:
         """
         for request in requests:
             self._storer.submit(self._heads.pop, request, None)
-        under_way = [loading for loads in self._loading.values() for loading in loads]
-        if idle and under_way and not any(loading.ended.is_set() for loading in under_way):
-            under_way[0].ended.wait(_IDLE_S)
+        if idle:
+            under_way = [loading for loads in self._loading.values() for loading in loads]
+            if under_way and not any(loading.ended.is_set() for loading in under_way):
+                under_way[0].ended.wait(_IDLE_S)
         now = time.monotonic()
         ended: set[str] = set()
         failed: set[str] = set()
