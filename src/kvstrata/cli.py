@@ -46,6 +46,15 @@ def demo(
     memory: Annotated[str, typer.Option(help="Size of the memory tier.")] = "1GiB",
     new_tokens: Annotated[int, typer.Option(min=1, max=512, help="Tokens to generate for an answer.")] = 24,
     questions: Annotated[int | None, typer.Option(min=1, help="Ask the first so many only.")] = None,
+    document: Annotated[
+        Path | None, typer.Option(help="A text that the questions are about instead; with --question.", exists=True)
+    ] = None,
+    question: Annotated[
+        list[str] | None, typer.Option(help="Ask this instead; as often as there are questions.")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Another model: a directory with its config.json, or a GGUF file.", exists=True)
+    ] = None,
 ) -> None:
     """Let SmolLM2 answer questions about one long document, and skip its prefill.
 
@@ -61,12 +70,17 @@ def demo(
     """
     from rich.console import Console
 
-    from kvstrata.demo import report, runner
+    from kvstrata.demo import report, runner, texts
 
     progress = Console(stderr=True, highlight=False)
     try:
+        if document is not None and not question:
+            raise ConfigError("--document needs a --question about it")
         outcome = runner.run(
-            dtype=dtype.value, path=path, memory=memory, new_tokens=new_tokens, questions=questions,
+            dtype=dtype.value, path=path, memory=memory, new_tokens=new_tokens,
+            questions=(question or texts.QUESTIONS)[:questions],
+            document=document.read_text("utf-8") if document else None,
+            model=model,
             say=lambda line: progress.print(f"==> {line}", soft_wrap=True),
         )  # fmt: skip
     except KVStrataError as error:

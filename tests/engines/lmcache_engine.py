@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from importlib import resources
 from typing import Any
 
 os.environ.update(
@@ -21,6 +20,8 @@ os.environ.update(
 
 import psutil
 import vllm
+
+from kvstrata.demo.texts import handbook
 
 KV_BYTES_PER_TOKEN = 46_080  # of SmolLM2 in fp32
 
@@ -43,7 +44,7 @@ class Engine:
     def tokens(self, length: int, question: str = "What follows from this?") -> list[int]:
         """The greedy continuation of the first tokens of the demo's document, and a question about them."""
         tokenizer = self.llm.get_tokenizer()
-        document = tokenizer.encode(resources.files("kvstrata.demo").joinpath("document.md").read_text("utf-8"))
+        document = tokenizer.encode(handbook())
         prompt: Any = {
             "prompt_token_ids": [*document[:length], *tokenizer.encode(f"\n\nQuestion: {question}\nAnswer:")]
         }

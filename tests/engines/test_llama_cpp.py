@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from contextlib import closing
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from support.processes import Process
 
 import kvstrata
 from engines.conftest import need
+from kvstrata.demo.texts import handbook
 from kvstrata.errors import ConfigError, UnsupportedModel
 
 need("llama_cpp")
@@ -49,7 +49,7 @@ def llm(model_path: str) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def document(cold: Any) -> list[int]:
-    text = resources.files("kvstrata.demo").joinpath("document.md").read_bytes()
+    text = handbook().encode()
     return list(cold.tokenize(text))[:240]
 
 

@@ -9,7 +9,6 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,6 +39,7 @@ from vllm.v1.kv_offload.base import ReqContext, make_offload_key
 from vllm.v1.request import Request
 
 from engines.vllm_control import BLOCK, KV_BYTES_PER_TOKEN
+from kvstrata.demo.texts import handbook
 from kvstrata.integrations._vllm.keys import RequestKeys, seed_of
 from kvstrata.integrations.vllm import KVStrataConnector
 from kvstrata.integrations.vllm_tier import KVStrataTier
@@ -97,7 +97,7 @@ class Engine:
     def prompt(self, start: int, length: int, question: str = "What follows from this?") -> list[int]:
         """Tokens of the demo's document from one on, and a question about them."""
         if self._document is None:
-            text = resources.files("kvstrata.demo").joinpath("document.md").read_text("utf-8")
+            text = handbook()
             self._document = self.llm.get_tokenizer().encode(text)
         tail = self.llm.get_tokenizer().encode(f"\n\nQuestion: {question}\nAnswer:")
         return [*self._document[start : start + length], *tail]

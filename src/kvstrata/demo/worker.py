@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 import kvstrata
 from kvstrata.demo import model as demo_model
+from kvstrata.demo.texts import FIRST_QUESTION
 from kvstrata.integrations.transformers import FirstTokenTimer, PrefixReuse
 
 __all__ = ["Worker", "main"]
@@ -26,15 +28,17 @@ class Worker:
     def __init__(
         self,
         dtype: str,
-        model_directory: str | None,
+        model: str | None,
         cache_path: str,
         memory: str,
         new_tokens: int,
-        questions: int | None,
+        questions: Sequence[str],
+        document: str,
     ) -> None:
-        self._model, self._tokenizer = demo_model.load(dtype, model_directory)
+        self._model, self._tokenizer = demo_model.load(dtype, model)
         self._path = cache_path
-        self._questions = demo_model.QUESTIONS[:questions]
+        self._questions = questions
+        self._document = document
         self._memory = memory
         self._options: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": False}
         self._cache: kvstrata.Cache | None = None
@@ -49,7 +53,7 @@ class Worker:
         """Answer the questions without kvstrata."""
         answers = []
         for question in self._questions:
-            inputs = demo_model.prompt(self._tokenizer, question)
+            inputs = self._prompt(question)
             timer = FirstTokenTimer()
             output = self._model.generate(**inputs, streamer=timer, **self._options)
             answers.append(self._answer(question, inputs, output, timer.ttft_s))
@@ -58,7 +62,7 @@ class Worker:
     def fill(self) -> list[str]:
         """Open the cache, answer the first question, store its prefix; returns shared memory's files."""
         reuse = PrefixReuse(self._model, self._open())
-        reuse.generate(**demo_model.prompt(self._tokenizer, demo_model.FIRST_QUESTION), **self._options)
+        reuse.generate(**self._prompt(FIRST_QUESTION), **self._options)
         if reuse.last is None or reuse.last.error:
             raise RuntimeError(f"the prefix was not stored: {reuse.last}")
         maps = Path("/proc/self/maps").read_text("utf-8").splitlines()
@@ -88,8 +92,11 @@ class Worker:
             self._cache = kvstrata.open(self._path, memory=self._memory)
         return self._cache
 
+    def _prompt(self, question: str) -> dict[str, Any]:
+        return demo_model.prompt(self._tokenizer, question, self._document)
+
     def _ask(self, reuse: PrefixReuse, question: str) -> dict[str, Any]:
-        inputs = demo_model.prompt(self._tokenizer, question)
+        inputs = self._prompt(question)
         output = reuse.generate(**inputs, **self._options)
         assert reuse.last is not None
         answer = self._answer(question, inputs, output, reuse.last.ttft_s)

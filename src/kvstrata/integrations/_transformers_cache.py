@@ -98,7 +98,7 @@ class BufferPool:
                 self._idle = buffer
 
 
-class HeadroomLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+class HeadroomLayer(DynamicLayer):  # type: ignore[misc]
     """A DynamicLayer whose keys and values are the head of a larger tensor, so that it grows without copying.
 
     Beyond the tensor's end, or once `keys` or `values` were replaced, it is a plain DynamicLayer. It keeps all tokens
@@ -107,7 +107,7 @@ class HeadroomLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, tokens: int) -> None:
         """`keys` and `values` are [rows, kv_heads, capacity, head_dim]; the first `tokens` of them are valid."""
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._room = (keys, values)
         self.device, self.dtype = keys.device, keys.dtype
         self.is_initialized = True
@@ -132,7 +132,8 @@ class HeadroomLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         fits = end <= keys.shape[-2] and key_states.dtype == keys.dtype and key_states.shape[0] == keys.shape[0]
         if not (fits and self.in_place):
             self.is_initialized = held > 0  # an empty one may still become one of more rows
-            return super().update(key_states, value_states, *args, **kwargs)
+            updated: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, *args, **kwargs)
+            return updated
         keys[:, :, held:end] = key_states
         values[:, :, held:end] = value_states
         return self._show(end)

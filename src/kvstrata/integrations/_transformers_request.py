@@ -37,7 +37,7 @@ _OPTIONS: dict[str, tuple[tuple[object, ...], str]] = {
     "output_hidden_states": ((None, False), "a reused prefix has no hidden states"),
 }
 _OWN_ARGUMENTS = {"cache", "past_key_values", "cache_params"}
-_OPTIONS_OF_GENERATION = vars(GenerationConfig()).keys()  # type: ignore[no-untyped-call]
+_OPTIONS_OF_GENERATION = vars(GenerationConfig()).keys()
 _HARMLESS_ARGUMENTS = _OPTIONS_OF_GENERATION | {
     "assistant_model", "attention_mask", "custom_generate", "generation_config", "logits_processor",
     "prefix_allowed_tokens_fn", "stopping_criteria", "streamer", "synced_gpus", "tokenizer",

@@ -173,12 +173,12 @@ class ChunkReuse:
         return keys
 
 
-class _Scattered(DynamicLayer):  # type: ignore[no-untyped-call]
+class _Scattered(DynamicLayer):  # type: ignore[misc]
     """A layer whose new keys and values go to given places among those that are there."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, places: torch.Tensor, tokens: int) -> None:
         """`keys` and `values` are [1, kv_heads, capacity, head_dim], of which `tokens` count."""
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.keys, self.values = keys[:, :, :tokens], values[:, :, :tokens]
         self.device, self.dtype = keys.device, keys.dtype
         self.is_initialized = True

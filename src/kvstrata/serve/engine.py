@@ -154,7 +154,7 @@ class Engine:
         return Answer("stop" if ended or new < job.most_tokens else "length", new, reuse)
 
 
-class _Watch(StoppingCriteria):
+class _Watch(StoppingCriteria):  # type: ignore[misc]
     """Sees each token as soon as it is chosen: passes its text on, and stops where there is reason to."""
 
     def __init__(self, text: TextStream, cancelled: threading.Event, say: Callable[[str], None]) -> None:
