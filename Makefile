@@ -90,7 +90,7 @@ check: $(STEPS)/package $(STEPS)/lint-tools
 	@scripts/check
 
 core: $(STEPS)/build-tools
-	@scripts/test-core plain address thread
+	@MAKEFLAGS= scripts/test-core plain address thread
 
 sanitize: $(STEPS)/build-tools
 	@scripts/test-core address thread

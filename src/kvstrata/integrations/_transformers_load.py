@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +39,28 @@ def load_model(path: str | os.PathLike[str], dtype: str) -> tuple[Any, Any]:
     quiet: Any = transformers.utils.logging
     quiet.disable_progress_bar()
     quiet.set_verbosity_error()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, dtype), **options)
+    with _read_once():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, dtype), **options)
     return model.eval(), tokenizer
+
+
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """Keep what transformers asks the package gguf for again and again: two thirds of the time that a file takes."""
+    try:
+        gguf: Any = importlib.import_module("gguf")
+    except ImportError:  # it is needed for such files only
+        yield
+        return
+    parts = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    try:
+        for name, part in parts.items():
+            setattr(gguf, name, functools.cache(part))
+        yield
+    finally:
+        for name, part in parts.items():
+            setattr(gguf, name, part)
 
 
 def save_model(model: Any, tokenizer: Any, directory: str | os.PathLike[str]) -> None:
