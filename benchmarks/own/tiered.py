@@ -30,12 +30,13 @@ EXPONENT = 0.99  # as in YCSB (Cooper et al., SoCC 2010)
 _PROCESS = 96 * MIB  # for the interpreter and its libraries, and the values of a batch
 _GROUPS = Path("/sys/fs/cgroup/memory")
 _CALLS = 500
+_WARM_S, _TURN_S = 60.0, 15.0  # after which an engine that is slow has shown it
 SECTION = "Memory and disk"
 _Engine = tuple[str, Callable[[Sequence[bytes]], list[bytes | None]], Callable[[dict[bytes, bytes]], Any]]
 REMARKS = [
     f"Memory and disk: {COUNT:,} values of 64 KiB, four times the memory tier of {MEMORY // MIB} MiB; keys drawn by "
     f"Zipf's law with exponent {EXPONENT}, {BATCH} at a time. Each engine may use {(MEMORY + _PROCESS) // MIB} MiB in "
-    "all, page cache included (a memory control group).",
+    f"all, page cache included (a memory control group). A turn ends after {_CALLS} calls or {_TURN_S:.0f} s.",
 ]
 
 
@@ -51,7 +52,7 @@ def rows(settings: Settings) -> list[Row]:
             seconds: list[list[float]] = [[] for _ in workers]
             for turn in range(settings.repeats(6)):
                 for index in range(len(workers)) if turn % 2 == 0 else reversed(range(len(workers))):
-                    seconds[index].append(workers[index].run(turn) / (calls * BATCH))
+                    seconds[index].append(workers[index].run(turn) / BATCH)
         finally:
             names = [worker.close() for worker in workers]
     ours, *others = (Sample(tuple(values)) for values in seconds)
@@ -96,7 +97,7 @@ class _Worker:
         self._name = self._answer()
 
     def run(self, turn: int) -> float:
-        """Return how many seconds a turn took."""
+        """Return how many seconds a call took in a turn."""
         assert self._process.stdin is not None
         print(turn, file=self._process.stdin, flush=True)
         return float(self._answer())
@@ -165,16 +166,22 @@ def _work(engine: str, place: Path, tasks: Path, calls: int) -> None:
         drawn = rank[np.random.default_rng(seed).choice(COUNT, (count, BATCH), p=weights)]
         return [[keys[i] for i in batch] for batch in drawn]
 
-    for batch in draw(1_000_000, 2 * calls):  # until what is wanted most is in memory
-        get_many(batch)
-    print(json.dumps(name), flush=True)
-    for line in sys.stdin:
-        batches = draw(int(line), calls)
+    def turn(seed: int, most: int, limit_s: float) -> float:
+        batches = draw(seed, most)
+        done, taken_s = 0, 0.0
         start_s = time.perf_counter()
         for batch in batches:
             if None in get_many(batch):
                 raise RuntimeError("a value is missing")
-        print(json.dumps(time.perf_counter() - start_s), flush=True)
+            done += 1
+            if (taken_s := time.perf_counter() - start_s) > limit_s:
+                break
+        return taken_s / done
+
+    turn(1_000_000, 2 * calls, _WARM_S)  # until what is wanted most is in memory
+    print(json.dumps(name), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(turn(int(line), calls, _TURN_S)), flush=True)
 
 
 if __name__ == "__main__":
