@@ -92,6 +92,25 @@ def test_a_demonstration_that_can_not_run_says_why_in_one_line_and_exits_with_2(
     assert result.stderr.strip() == "kvstrata demo: a worker exited with status 1: no model"
 
 
+def test_ones_own_text_is_asked_ones_own_questions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {}
+
+    def run(**options: Any) -> Outcome:
+        asked.update(options)
+        return Outcome([COLD, WARM], [])
+
+    monkeypatch.setattr(runner, "run", run)
+    text = tmp_path / "text"
+    text.write_text("Mine.")
+    result = CliRunner().invoke(app, ["demo", "--document", str(text), "--question", "Whose?", "--question", "Why?"])
+    assert result.exit_code == 0
+    assert (asked["document"], list(asked["questions"])) == ("Mine.", ["Whose?", "Why?"])
+
+    result = CliRunner().invoke(app, ["demo", "--document", str(text)])
+    assert result.exit_code == 2
+    assert result.stderr.strip() == "kvstrata demo: --document needs a --question about it"
+
+
 def test_the_last_words_of_a_worker_that_dies_are_told() -> None:
     with (
         pytest.raises(DemoFailed, match=r"status 1: .*(unexpected keyword argument|needs the package)"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from transformers.cache_utils import DynamicCache
 
 import kvstrata
 from kvstrata.errors import ConfigError, UnsupportedModel
+from kvstrata.integrations._transformers_load import load_model
 from kvstrata.integrations.transformers import PrefixReuse
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -45,6 +47,15 @@ def test_models_whose_cache_can_not_be_represented_are_refused(
 ) -> None:
     with pytest.raises(UnsupportedModel, match=reason):
         make(tiny(kind, suffix, **changes), cache)
+
+
+def test_a_file_that_can_not_be_read_leaves_what_reads_such_files_as_it_was(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    before = gguf.GGUFReader, gguf.get_tensor_name_map
+    (tmp_path / "broken.gguf").write_bytes(b"no such file")
+    with pytest.raises((ValueError, OSError)):
+        load_model(tmp_path / "broken.gguf", "float32")
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == before
 
 
 def test_a_model_in_training_mode_is_refused_also_later(model: Any, cache: kvstrata.Cache) -> None:

@@ -47,7 +47,8 @@ def demo(
     new_tokens: Annotated[int, typer.Option(min=1, max=512, help="Tokens to generate for an answer.")] = 24,
     questions: Annotated[int | None, typer.Option(min=1, help="Ask the first so many only.")] = None,
     document: Annotated[
-        Path | None, typer.Option(help="A text that the questions are about instead; with --question.", exists=True)
+        Path | None,
+        typer.Option(help="A text that the questions are about instead; with --question.", exists=True, dir_okay=False),
     ] = None,
     question: Annotated[
         list[str] | None, typer.Option(help="Ask this instead; as often as there are questions.")
@@ -79,7 +80,7 @@ def demo(
         outcome = runner.run(
             dtype=dtype.value, path=path, memory=memory, new_tokens=new_tokens,
             questions=(question or texts.QUESTIONS)[:questions],
-            document=document.read_text("utf-8") if document else None,
+            document=document.read_text("utf-8", errors="replace") if document else None,
             model=model,
             say=lambda line: progress.print(f"==> {line}", soft_wrap=True),
         )  # fmt: skip
