@@ -47,7 +47,7 @@ SOURCES := CMakeLists.txt pyproject.toml $(shell find core src -type f \
 # What pip needs to hear about C++ and Python, checked before anything is downloaded.
 preflight = found=$$(PYTHON="$(PYTHON)" CXX="$(if $(filter default,$(origin CXX)),,$(CXX))" scripts/preflight)
 
-.PHONY: help demo test test-engines bench bench-engines quality check core sanitize clean
+.PHONY: help demo test test-engines bench bench-engines quality check core core-plain core-address core-thread sanitize clean
 
 help:
 	@echo "make demo      install into $(VENV) and let a real model skip its prefill (DEMO_ARGS=--json, ...)"
@@ -66,7 +66,7 @@ demo: $(STEPS)/package $(STEPS)/model
 	@$(BIN)/kvstrata demo $(DEMO_ARGS)
 
 test: $(STEPS)/package $(STEPS)/model $(STEPS)/test-tools $(STEPS)/lint-tools
-	@$(MAKE) --jobs 2 check core # the first keeps one core busy, the second now and then both
+	@$(MAKE) --jobs 2 --output-sync check core # each of them keeps only one core busy now and then
 	@echo "==> pytest"
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(IN_PARALLEL) $(PYTEST_ARGS)
 
@@ -89,11 +89,12 @@ quality: $(STEPS)/package $(STEPS)/model
 check: $(STEPS)/package $(STEPS)/lint-tools
 	@scripts/check
 
-core: $(STEPS)/build-tools
-	@MAKEFLAGS= scripts/test-core plain address thread
+core: core-plain sanitize
 
-sanitize: $(STEPS)/build-tools
-	@scripts/test-core address thread
+sanitize: core-address core-thread
+
+core-plain core-address core-thread: core-%: $(STEPS)/build-tools
+	@MAKEFLAGS= scripts/test-core $*
 
 clean:
 	rm -rf $(VENV) $(ENGINES) build .pytest_cache .mypy_cache .ruff_cache .hypothesis
