@@ -6,7 +6,7 @@ import functools
 import importlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def load_model(path: str | os.PathLike[str], dtype: str) -> tuple[Any, Any]:
     quiet: Any = transformers.utils.logging
     quiet.disable_progress_bar()
     quiet.set_verbosity_error()
-    with _read_once():
+    with _read_once() if "gguf_file" in options else nullcontext():
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, **options)
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, dtype), **options)
     return model.eval(), tokenizer
@@ -50,7 +50,7 @@ def _read_once() -> Iterator[None]:
     """Keep what transformers asks the package gguf for again and again: two thirds of the time that a file takes."""
     try:
         gguf: Any = importlib.import_module("gguf")
-    except ImportError:  # it is needed for such files only
+    except ImportError:  # transformers says so
         yield
         return
     parts = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
