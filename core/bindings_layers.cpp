@@ -1,8 +1,10 @@
 // Layers of blocks of KV, to where they belong in the KV of a prompt: for all blocks of a read in one call, without the GIL, since
 // whoever computes with the layers before needs it.
 #include <cstring>
+#include <optional>
 
 #include "bindings.hpp"
+#include "copying.hpp"
 #include "crc32c.hpp"
 
 using namespace kvstrata;
@@ -12,10 +14,13 @@ namespace {
 constexpr int kAxes = 5;  // layers, keys and values, heads, tokens, channels
 
 struct Block {
-    Buffer words, sums;
-    size_t start;  // token
+    Buffer words;
+    std::optional<Buffer> sums;  // none where the words were checked before
+    size_t start;                // token
     long damaged = -1;
-    Block(nb::handle words_of, nb::handle sums_of, size_t at) : words(words_of), sums(sums_of), start(at) {}
+    Block(nb::handle words_of, nb::handle sums_of, size_t at) : words(words_of), start(at) {
+        if (!sums_of.is_none()) sums.emplace(sums_of);
+    }
 };
 
 // A view of an array with strides; released with the GIL held.
@@ -42,18 +47,24 @@ private:
     Py_buffer view_;
 };
 
-// Copies `rows` rows that lie one after the other; returns the sum of all that it is continued by.
-u32 copy_rows(const Array& out, u8* to, const u8* from, size_t rows, u32 sum) {
+void copy(u8* to, const u8* from, size_t n, u32* sum) {
+    if (sum)
+        *sum = copy_crc32c(to, from, n, *sum);
+    else
+        copy_bytes(to, from, n);
+}
+
+// Copies `rows` rows that lie one after the other; continues the sum, if there is one, by all that it is.
+void copy_rows(const Array& out, u8* to, const u8* from, size_t rows, u32* sum) {
     const size_t row = out.row_bytes(), item = out.item();
     if (out.stride(4) == static_cast<Py_ssize_t>(item)) {
-        if (out.stride(3) == static_cast<Py_ssize_t>(row)) return copy_crc32c(to, from, rows * row, sum);
-        for (size_t n = 0; n < rows; ++n, from += row, to += out.stride(3)) sum = copy_crc32c(to, from, row, sum);
-        return sum;
+        if (out.stride(3) == static_cast<Py_ssize_t>(row)) return copy(to, from, rows * row, sum);
+        for (size_t n = 0; n < rows; ++n, from += row, to += out.stride(3)) copy(to, from, row, sum);
+        return;
     }
-    sum = crc32c(sum, from, rows * row);
+    if (sum) *sum = crc32c(*sum, from, rows * row);
     for (size_t n = 0; n < rows; ++n, to += out.stride(3))
         for (size_t i = 0; i < out.size(4); ++i, from += item) std::memcpy(to + static_cast<Py_ssize_t>(i) * out.stride(4), from, item);
-    return sum;
 }
 
 // The first of the layers that isn't what its sum says, or -1; all before it are copied.
@@ -67,10 +78,11 @@ long place(const Array& out, const Block& block, size_t tokens, size_t first, si
                 const size_t at[] = {layer, kv, head, block.start};
                 u8* to = out.data();
                 for (int axis = 0; axis < 4; ++axis) to += static_cast<Py_ssize_t>(at[axis]) * out.stride(axis);
-                sum = copy_rows(out, to, from, tokens, sum);
+                copy_rows(out, to, from, tokens, block.sums ? &sum : nullptr);
             }
         }
-        std::memcpy(&wanted, block.sums.data() + layer * sizeof wanted, sizeof wanted);
+        if (!block.sums) continue;
+        std::memcpy(&wanted, block.sums->data() + layer * sizeof wanted, sizeof wanted);
         if (sum != wanted) return static_cast<long>(layer);
     }
     return -1;
@@ -85,7 +97,8 @@ nb::list place_layers(nb::handle out_object, nb::handle blocks, size_t tokens, s
         const nb::tuple fields = nb::cast<nb::tuple>(block);
         wanted.push_back(std::make_unique<Block>(nb::handle(fields[0]), nb::handle(fields[1]), nb::cast<size_t>(fields[2])));
         const Block& last = *wanted.back();
-        if (last.words.size() < stop * layer_bytes || last.sums.size() < stop * sizeof(u32) || last.start + tokens > out.size(3))
+        if (last.words.size() < stop * layer_bytes || (last.sums && last.sums->size() < stop * sizeof(u32)) ||
+            last.start + tokens > out.size(3))
             throw InvalidValue("a block hasn't so many layers, or doesn't fit into out");
     }
     {
@@ -102,6 +115,6 @@ nb::list place_layers(nb::handle out_object, nb::handle blocks, size_t tokens, s
 void kvstrata::bind_layers(nb::module_& m) {
     m.def("place_layers", &place_layers, nb::arg("out"), nb::arg("blocks"), nb::arg("tokens"), nb::arg("first"), nb::arg("stop"),
           "Copy layers `first` to `stop` of blocks of so many tokens to their places in `out`, [layers, 2, kv_heads, tokens,\n"
-          "head_dim], and check them: `blocks` are (words, checksums of the layers as 32-bit numbers,\n"
+          "head_dim], and check them: `blocks` are (words, checksums of the layers as 32-bit numbers, or None,\n"
           "first token). Returns the first layer of each that is damaged, -1 where none is. What was damaged is copied, too.");
 }

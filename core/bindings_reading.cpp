@@ -5,6 +5,7 @@
 #include "bindings_arguments.hpp"
 #include "bindings_pins.hpp"
 #include "bindings_tiers.hpp"
+#include "copying.hpp"
 
 namespace kvstrata {
 namespace {
@@ -57,7 +58,7 @@ nb::object get_into(const SpaceHandle& self, nb::handle key, nb::handle out) {
     {
         const Target target(out, size);
         const WithoutGil free(size);
-        std::memcpy(target.data(), pin.value(), size);
+        copy_bytes(target.data(), pin.value(), size);
     }
     return filled_part(out, size);
 }
@@ -67,7 +68,7 @@ nb::object copy_into(nb::handle value, nb::handle out) {
     {
         const Target target(out, source.size());
         const WithoutGil free(source.size());
-        std::memcpy(target.data(), source.data(), source.size());
+        copy_bytes(target.data(), source.data(), source.size());
     }
     return filled_part(out, source.size());
 }
@@ -163,7 +164,7 @@ std::pair<nb::list, nb::list> read_many(const SpaceHandle& self, nb::handle keys
             bytes_to_copy += size;
         }
         const WithoutGil free(bytes_to_copy);
-        for (const Copy& copy : copies) std::memcpy(copy.to, copy.from, copy.size);
+        for (const Copy& copy : copies) copy_bytes(copy.to, copy.from, copy.size);
         pins.clear();
     }
     return {std::move(values), std::move(below)};
@@ -277,11 +278,11 @@ Lookup read_value(const SpaceHandle& self, nb::handle key, nb::object& value) {
     const size_t size = pin.size();
     value = new_bytes(size);
     if (size < kWorthASwitch) {
-        std::memcpy(start_of(value), pin.value(), size);
+        copy_bytes(start_of(value), pin.value(), size);
     } else {
         const std::shared_ptr<Store> kept = store;
         const nb::gil_scoped_release free;
-        std::memcpy(start_of(value), pin.value(), size);
+        copy_bytes(start_of(value), pin.value(), size);
         pin = Pin();
     }
     return found;

@@ -5,6 +5,8 @@
 #include <bit>
 #include <cstring>
 
+#include "copying.hpp"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
@@ -280,14 +282,14 @@ u32 copy_crc32c(void* dst, const void* src, size_t n, u32 crc) {
     const u8* from = static_cast<const u8*>(src);
     if (n <= kPiece / 2) {  // by way of what is in the cache, so as not to wait for memory that is only written
         u8 copied[kPiece / 2];
-        std::memcpy(copied, from, n);
+        copy_bytes(copied, from, n);
         crc = crc32c(crc, copied, n);
-        std::memcpy(to, copied, n);
+        copy_bytes(to, copied, n);
         return crc;
     }
     while (n != 0) {
         const size_t piece = std::min(n, kPiece);
-        std::memcpy(to, from, piece);
+        copy_bytes(to, from, piece);
         crc = crc32c(crc, to, piece);
         to += piece;
         from += piece;

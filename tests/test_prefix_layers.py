@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from test_prefix import BIG, BLOCK, LAYOUT, kv_of
 
 import kvstrata
-from kvstrata import KVLayout, PrefixCache, _core
+from kvstrata import KVLayout, Match, PrefixCache, _core
 from kvstrata.errors import CacheClosed, InvalidValue, PrefixShortened, TierUnavailable
 from kvstrata.keys import DEFAULT_BLOCK_TOKENS
 from kvstrata.prefix_layer_work import LayerWork, layer_groups
@@ -175,28 +175,40 @@ def close_mixed() -> Iterator[None]:
         _mixed.pop().cache.close()
 
 
-def test_a_strided_out_is_filled_and_nothing_beside_it(filled: Filled) -> None:
-    filled.cache.demote()
-    whole = np.full((8, 2, 4, 500, 64), -1, "f4")
-    out = whole[:, :, :, 50:490]
+Loading = Callable[[Match, Any], None]
 
-    for layer, words in filled.prefixes.match(TOKENS).load_layers(out):
-        assert np.shares_memory(words, whole)
+
+def by_layers(match: Match, out: Any) -> None:
+    for layer, words in match.load_layers(out):
+        assert np.shares_memory(words, out)
         assert np.array_equal(words, KV[layer])
 
-    assert (whole[:, :, :, :50] == -1).all()
-    assert (whole[:, :, :, 50 + len(TOKENS) :] == -1).all()
+
+def whole(match: Match, out: Any) -> None:
+    assert match.load(out).tokens == len(TOKENS)
 
 
+@pytest.mark.parametrize("load", [by_layers, whole])
+def test_a_strided_out_is_filled_and_nothing_beside_it(filled: Filled, load: Loading) -> None:
+    filled.cache.demote()
+    longer = np.full((8, 2, 4, 500, 64), -1, "f4")
+
+    load(filled.prefixes.match(TOKENS), longer[:, :, :, 50:490])
+
+    assert np.array_equal(longer[:, :, :, 50 : 50 + len(TOKENS)], KV)
+    assert (longer[:, :, :, :50] == -1).all()
+    assert (longer[:, :, :, 50 + len(TOKENS) :] == -1).all()
+
+
+@pytest.mark.parametrize("load", [by_layers, whole])
 @pytest.mark.parametrize("axes", [(0, 1, 2, 4, 3), (3, 1, 2, 0, 4), (4, 3, 2, 1, 0)])
-def test_an_out_of_another_order_in_memory_is_filled_too(filled: Filled, axes: tuple[int, ...]) -> None:
+def test_an_out_of_another_order_in_memory_is_filled_too(filled: Filled, axes: tuple[int, ...], load: Loading) -> None:
     filled.cache.demote()
     shape = (8, 2, 4, len(TOKENS), 64)
     made = np.zeros([shape[axis] for axis in axes], "f4")
     out = made.transpose(np.argsort(axes))
 
-    for layer, words in filled.prefixes.match(TOKENS).load_layers(out):
-        assert np.array_equal(words, KV[layer])
+    load(filled.prefixes.match(TOKENS), out)
 
     assert np.array_equal(out, KV)
 

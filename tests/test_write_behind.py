@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import kvstrata
-from kvstrata.tiers.disk import DiskTier
 from kvstrata.tiers.segments import SegmentSet
+from kvstrata.tiers.writing import Writer
 
 OPTIONS = {"memory": "8MiB", "disk": "64MiB"}
 
@@ -20,7 +20,7 @@ OPTIONS = {"memory": "8MiB", "disk": "64MiB"}
 def test_rows_are_committed_while_the_next_records_are_being_written(
     shm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    append, commit = SegmentSet.append, DiskTier._commit
+    append, commit = SegmentSet.append, Writer._commit
     committing, written = threading.Event(), threading.Event()
     overlapped = []
 
@@ -30,14 +30,14 @@ def test_rows_are_committed_while_the_next_records_are_being_written(
             written.set()
         return where
 
-    def while_others_are_written(self: DiskTier, records: Any, *where: Any) -> bool:
+    def while_others_are_written(self: Writer, records: Any, *where: Any) -> bool:
         if any(record.key == b"first" for record in records):
             committing.set()
             overlapped.append(written.wait(30))
         return commit(self, records, *where)
 
     monkeypatch.setattr(SegmentSet, "append", appending)
-    monkeypatch.setattr(DiskTier, "_commit", while_others_are_written)
+    monkeypatch.setattr(Writer, "_commit", while_others_are_written)
     with kvstrata.open(tmp_path, **OPTIONS) as cache:
         cache.put("first", b"1")
         assert committing.wait(30)
@@ -56,7 +56,7 @@ def test_a_defect_in_committing_leaves_its_records_to_memory_and_the_next_ones_a
 
     with kvstrata.open(tmp_path, **OPTIONS) as cache:
         with monkeypatch.context() as patched, caplog.at_level(logging.ERROR):
-            patched.setattr(DiskTier, "_commit", broken)
+            patched.setattr(Writer, "_commit", broken)
             cache.put("lost", b"1")
             cache.flush()
         assert "1 records could not be written to the disk tier" in caplog.text
@@ -70,15 +70,15 @@ def test_a_defect_in_committing_leaves_its_records_to_memory_and_the_next_ones_a
 def test_what_is_being_committed_when_the_cache_is_closed_is_there_afterwards(
     shm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    commit = DiskTier._commit
+    commit = Writer._commit
     committing, closing = threading.Event(), threading.Event()
 
-    def until_it_is_closed(self: DiskTier, *what: Any) -> bool:
+    def until_it_is_closed(self: Writer, *what: Any) -> bool:
         committing.set()
         assert closing.wait(30)
         return commit(self, *what)
 
-    monkeypatch.setattr(DiskTier, "_commit", until_it_is_closed)
+    monkeypatch.setattr(Writer, "_commit", until_it_is_closed)
     cache = kvstrata.open(tmp_path, **OPTIONS)
     cache.put("a", b"1")
     assert committing.wait(30)

@@ -30,6 +30,7 @@ from kvstrata.movement.write_behind import WriteBehind
 from kvstrata.namespace import Namespace
 from kvstrata.namespace_options import SpaceOptions, checked_encodings, checked_options
 from kvstrata.settings import Settings
+from kvstrata.tiered_space import TieredSpace
 from kvstrata.tiers.base import Key, Stats
 from kvstrata.tiers.disk import DiskTier
 from kvstrata.tiers.encodings import KEYS_FILE, Encoding, Tail, check_keys, keys_in_use
@@ -142,7 +143,7 @@ class Cache(Namespace):
         if self._remote_urls:
             self._remotes = Remotes(self._memory.store, [url.open() for url in self._remote_urls], self.cost)
 
-    def _remote_space(self, namespace: Namespace) -> RemoteSpace | None:
+    def _remote_space(self, namespace: TieredSpace) -> RemoteSpace | None:
         if not self._remote_urls and not self._has_engine:
             return None
         options = namespace._options

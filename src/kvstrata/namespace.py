@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,24 +10,21 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from kvstrata import _core
 from kvstrata.config import parse_duration
-from kvstrata.errors import InvalidKey, InvalidValue, TierFull, TierUnavailable
+from kvstrata.errors import InvalidKey, InvalidValue, TierFull
 from kvstrata.movement.prefetch import Prefetch
 from kvstrata.movement.single_flight import compute_once
 from kvstrata.movement.warm import AT_ONCE, Progress, Warmed, warm
-from kvstrata.tiers.base import Arrived, Key
+from kvstrata.tiered_space import TieredSpace, Value, copied, pinned
+from kvstrata.tiers.base import Key
 
 if TYPE_CHECKING:
     from kvstrata.cache import Cache
     from kvstrata.memoize import Memoized
-    from kvstrata.movement.remote_writer import Change
-    from kvstrata.movement.remotes import RemoteSpace
     from kvstrata.namespace_options import SpaceOptions
     from kvstrata.objects import ObjectCache, Serializer
 
 __all__ = ["Namespace"]
 
-_HIGHEST_COST = 3e38  # it is kept in single precision
-_WRITE_THROUGH_S = 30.0
 _LONGEST_KEY = 1024
 _LOADED_AT_ONCE = 256  # records that get_many keeps pinned until it has copied them
 _FETCHED_AT_ONCE = 64  # the same, of records from elsewhere
@@ -36,10 +32,9 @@ _FETCHED_TO_WARM = 16  # fewer, as nobody knows how large they are
 
 P = ParamSpec("P")
 T = TypeVar("T")
-Value = Any  # bytes-like, an array, or any exporter of the buffer or DLPack protocol
 
 
-class Namespace(_core.QuickVerbs):
+class Namespace(TieredSpace):
     """A partition of a cache's keys, with a version, a policy, a quota and a time to live of its own.
 
     Keys are str (their UTF-8) or bytes, 1 to 1,024 of them. All methods may be called from any thread. They raise
@@ -50,14 +45,7 @@ class Namespace(_core.QuickVerbs):
     def __init__(
         self, cache: Cache, options: SpaceOptions, ttl_ms: int, jitter: float, *, through: bool = False
     ) -> None:
-        self._cache = cache
-        self._options = options
-        self._space = cache._open_space(options)
-        self._ttl_ms = ttl_ms
-        self._jitter = jitter
-        self._through = through
-        self._remote: RemoteSpace | None = cache._remote_space(self) if options.remote else None
-        self._set_plain(self._remote is None, self._remote is None and not through and not ttl_ms)
+        super().__init__(cache, options, ttl_ms, jitter, through=through)
         cache._opened.add(self)
 
     @property
@@ -75,48 +63,6 @@ class Namespace(_core.QuickVerbs):
 
     # ---- Writing; `put` is native
 
-    def _put(
-        self,
-        key: Key,
-        value: Value,
-        *,
-        ttl: float | None = None,
-        cost: float | None = None,
-        tags: Sequence[Key] | None = None,
-    ) -> None:
-        """What `put`, which is native, leaves to do."""
-        change = self._begin(key)
-        try:
-            seq = self._space.put(key, value, self._ttl(ttl), self._jitter, _number(cost), tags)
-        except BaseException:
-            self._end(change)
-            raise
-        self._stored(change, key, seq)
-
-    def _replaced(self, key: Key, seq: int) -> None:
-        """An older record than that of this number is on disk, or may be."""
-        self._cache.below.forget_older(self._space.id, [(key, seq)])
-
-    def _begin(self, key: Key) -> Change | None:
-        """Before a put; None if it changes nothing that a tier elsewhere would have to know."""
-        if self._remote is None or (self._options.immutable and self._space.contains(key)):
-            return None
-        return self._remote.begin()
-
-    def _stored(self, change: Change | None, key: Key, seq: int) -> None:
-        """After a put, which returned `seq`."""
-        if change is not None and self._remote is not None:
-            self._remote.changed(change, [key])
-        if seq:
-            self._replaced(key, seq)
-        if self._through:
-            self._require_durable([key])
-
-    def _end(self, change: Change | None) -> None:
-        """After a change that came to nothing."""
-        if change is not None and self._remote is not None:
-            self._remote.drop(change)
-
     def put_many(
         self,
         items: Mapping[Key, Value],
@@ -132,28 +78,6 @@ class Namespace(_core.QuickVerbs):
                 self._put_some(some, ttl=ttl, cost=cost, tags=tags)
         else:
             self._put_some(items, ttl=ttl, cost=cost, tags=tags)
-
-    def _put_some(
-        self, items: Mapping[Key, Value], *, ttl: float | None, cost: float | None, tags: Sequence[Key] | None
-    ) -> None:
-        keys = list(items)
-        replaced: list[tuple[int, int]] = []
-        change = self._remote.begin() if self._remote else None
-        try:
-            self._space.put_many(
-                keys, list(items.values()), replaced, self._ttl(ttl), self._jitter, _number(cost), tags
-            )
-        except InvalidKey:  # then none is stored, and what isn't a key can't be sent
-            self._end(change)
-            change = None
-            raise
-        finally:
-            if change is not None and self._remote is not None:
-                self._remote.changed(change, keys)
-            if replaced:
-                self._cache.below.forget_older(self._space.id, [(keys[i], seq) for i, seq in replaced])
-        if self._through:
-            self._require_durable(keys)
 
     @contextmanager
     def reserve(
@@ -177,40 +101,6 @@ class Namespace(_core.QuickVerbs):
             raise InvalidValue(f"nbytes must be an int from 0 on, not {nbytes!r}")
         with self._reserve(key, size, ttl=ttl, cost=cost, tags=tags) as view:
             yield view
-
-    @contextmanager
-    def _reserve(
-        self,
-        key: Key,
-        size: int,
-        *,
-        ttl: float | None = None,
-        cost: float | None = None,
-        tags: Sequence[Key] | None = None,
-        depth: int = 0,
-    ) -> Iterator[memoryview]:
-        """As `reserve`, for the value at that place in a prefix, from 1 on; 0: in none."""
-        write = self._space.reserve(key, size, self._ttl(ttl), self._jitter, _number(cost), tags, depth)
-        try:
-            yield write.view()
-        except BaseException:
-            write.abort()
-            raise
-        change = self._remote.begin() if self._remote else None
-        try:
-            seq = write.publish()
-        except BaseException:
-            self._end(change)
-            raise
-        self._stored(change, key, seq)
-
-    def _require_durable(self, keys: Sequence[Key]) -> None:
-        missing = self._space.wait_until_durable(keys, _WRITE_THROUGH_S)
-        if missing:
-            raise TierUnavailable(
-                f"{missing} of {len(keys)} values of namespace {self.name!r} are in memory, but the disk did not take "
-                "them; cache.stats()['disk'] says why"
-            )
 
     def get_or_compute(
         self,
@@ -255,11 +145,6 @@ class Namespace(_core.QuickVerbs):
             room=room, time_limit=time_limit, progress=progress, at_once=at_once,
         )  # fmt: skip
 
-    def _bring(self, keys: list[Key]) -> list[_core.Pin | None]:
-        pins = self._load_once(keys)
-        self._fetch_absent(keys, pins)
-        return pins
-
     def prefetch(self, keys: Sequence[Key]) -> Prefetch:
         """Begin to bring records from below and elsewhere into memory, in the order of the keys, and return at once.
 
@@ -274,33 +159,7 @@ class Namespace(_core.QuickVerbs):
         fetch = None if self._remote is None else self._fetch_ahead
         return self._cache.prefetcher.request(self._space.id, wanted, room, fetch)
 
-    def _fetch_ahead(self, keys: list[Key]) -> list[_core.Pin | memoryview | None]:
-        """Bring from elsewhere what isn't on this host; what memory has no room for is a view of nothing."""
-        absent = [key for key in keys if not self._space.contains(key)]
-        if self._remote is None or not absent:
-            return []
-        brought: list[_core.Pin | memoryview | None] = []
-        for key, pin in zip(absent, self._remote.fetch(absent), strict=True):
-            if pin is not None and not self._space.contains(key):
-                pin.release()
-                brought.append(memoryview(b""))
-            else:
-                brought.append(pin)
-        return brought
-
-    def _ttl(self, ttl: float | None) -> int:
-        return self._ttl_ms if ttl is None else parse_duration(ttl)
-
     # ---- Reading; `get` is native
-
-    def _get(self, key: Key, default: Any = None, *, out: Any = None) -> Any:
-        """What `get`, which is native, leaves to do."""
-        value = self._space.get(key) if out is None else self._space.get_into(key, out)
-        if value is _core.BELOW:
-            value = _copied(self._load([key])[0], out)
-        if value is None and self._remote is not None:
-            value = _copied(self._remote.fetch([key])[0], out)
-        return default if value is None else value
 
     def get_many(self, keys: Sequence[Key], *, out: Sequence[Any] | None = None) -> list[Any]:
         """Return the values in the order of the keys, None where absent; `out`: one writable buffer per key."""
@@ -311,7 +170,7 @@ class Namespace(_core.QuickVerbs):
             def copy(
                 n: int, value: _core.Pin | memoryview, wanted: list[int] = wanted
             ) -> None:  # while others are read
-                values[wanted[n]] = _copied(_pinned(value), None if out is None else out[wanted[n]])
+                values[wanted[n]] = copied(pinned(value), None if out is None else out[wanted[n]])
 
             for n, pin in enumerate(self._load([keys[i] for i in wanted], copy)):
                 if pin is not None and values[wanted[n]] is None:
@@ -321,7 +180,7 @@ class Namespace(_core.QuickVerbs):
             for start in range(0, len(absent), _FETCHED_AT_ONCE):
                 some = absent[start : start + _FETCHED_AT_ONCE]
                 for i, pin in zip(some, self._remote.fetch([keys[i] for i in some]), strict=True):
-                    values[i] = _copied(pin, None if out is None else out[i])
+                    values[i] = copied(pin, None if out is None else out[i])
         return values
 
     def pin(self, key: Key) -> _core.Pin:
@@ -335,12 +194,6 @@ class Namespace(_core.QuickVerbs):
             raise KeyError(key)
         return pin
 
-    def _pin_or_none(self, key: Key) -> _core.Pin | None:
-        pin: _core.Pin | None = self._space.pin(key)
-        if pin is _core.BELOW:
-            pin = self._load([key])[0]
-        return self._remote.fetch([key])[0] if pin is None and self._remote is not None else pin
-
     def pin_many(self, keys: Sequence[Key]) -> list[_core.Pin | None]:
         """Return a pin for each key, None where absent; a pin exports its value as a buffer, too."""
         pins: list[_core.Pin | None]
@@ -351,46 +204,12 @@ class Namespace(_core.QuickVerbs):
         self._fetch_absent(keys, pins)
         return pins
 
-    def _fetch_absent(self, keys: Sequence[Key], pins: list[_core.Pin | None]) -> list[int]:
-        """Ask the tiers elsewhere for what has no pin; returns the positions of what they had."""
-        if self._remote is None or None not in pins:
-            return []
-        absent = [i for i, pin in enumerate(pins) if pin is None]
-        for i, pin in zip(absent, self._remote.fetch([keys[i] for i in absent]), strict=True):
-            pins[i] = pin
-        return [i for i in absent if pins[i] is not None]
-
-    def _load(self, keys: list[Key], arrived: Arrived | None = None) -> list[_core.Pin | None]:
-        pins = self._load_once(keys, arrived)
-        for i, pin in enumerate(pins):
-            if pin is None:  # somebody else may have brought it up meanwhile
-                found = self._space.pin(keys[i])
-                pins[i] = self._load_once([keys[i]])[0] if found is _core.BELOW else found
-        return pins
-
-    def _load_once(self, keys: list[Key], arrived: Arrived | None = None) -> list[_core.Pin | None]:
-        loaded = self._cache.below.load(self._space.id, keys, arrived)
-        return [None if value is None else _pinned(value) for value in loaded]
-
     def contains_prefix(self, keys: Sequence[Key]) -> int:
         """Return how many keys from the first on are present, in whichever tier, without loading anything.
 
         With a tier elsewhere, that is asked, in one batch, for those behind the first that isn't on this host.
         """
         return self._prefix_places(keys)[0]
-
-    def _prefix_places(self, keys: Sequence[Key]) -> tuple[int, dict[int, str]]:
-        """As `contains_prefix`; also the tiers that seem to have those that aren't on this host, by position."""
-        here = self._space.contains_prefix(keys)
-        places: dict[int, str] = {}
-        if self._remote is None or here == len(keys):
-            return here, places
-        for i, place in enumerate(self._remote.places(keys[here:]), here):
-            if not self._space.contains(keys[i]):
-                if place is None:
-                    return i, places
-                places[i] = place
-        return len(keys), places
 
     def __contains__(self, key: Key) -> bool:
         return self._space.contains(key) or (self._remote is not None and self._remote.places([key])[0] is not None)
@@ -419,15 +238,6 @@ class Namespace(_core.QuickVerbs):
             raise
         self._gone(change, [key], [0] if on_disk else [])
         return present
-
-    def _gone(self, change: Change | None, keys: Sequence[Key], on_disk: Sequence[int]) -> None:
-        """After keys were removed from the index; `on_disk`: positions of those that have a row."""
-        try:
-            if on_disk:
-                self._cache.below.forget_older(self._space.id, [(keys[i], None) for i in on_disk])
-        finally:
-            if change is not None and self._remote is not None:
-                self._remote.removed(change, keys)
 
     def delete_many(self, keys: Sequence[Key]) -> int:
         """Remove keys from all tiers; returns how many were there. They do not come back after a restart.
@@ -535,24 +345,6 @@ class Namespace(_core.QuickVerbs):
 
         return decorate
 
-    def _native(self) -> _core.Space:
-        """Return the native part itself, in a forked child after that has one of its own."""
-        _ = self._space.id
-        return self._space
-
-    def _put_pinned(
-        self, key: Key, value: Value, ttl: float | None, cost: float | None, tags: Sequence[Key] | None
-    ) -> _core.Pin | None:
-        """Put a value; returns a pin of its record, None where an immutable namespace had the key already."""
-        change = self._begin(key)
-        try:
-            seq, pin = self._space.put_pinned(key, value, self._ttl(ttl), self._jitter, _number(cost), tags)
-        except BaseException:
-            self._end(change)
-            raise
-        self._stored(change, key, seq)
-        return pin
-
 
 def _parted(items: Mapping[Key, Value], most: int, nbytes: int) -> Iterator[dict[Key, Value]]:
     """Part items into some of `most` at most, and about `nbytes` bytes where their values say how long they are."""
@@ -585,23 +377,3 @@ def _prefix_bytes(prefix: Key) -> bytes:
     if not isinstance(prefix, (str, bytes)):
         raise InvalidKey(f"a prefix of keys is str or bytes, not {type(prefix).__name__}")
     return prefix.encode() if isinstance(prefix, str) else prefix
-
-
-def _number(cost: Any) -> float:
-    if cost is None:
-        return 1.0
-    if not hasattr(cost, "__float__") or math.isnan(cost):
-        raise InvalidValue(f"cost must be a number or None, not {cost!r}")
-    return max(-_HIGHEST_COST, min(float(cost), _HIGHEST_COST))
-
-
-def _pinned(value: _core.Pin | memoryview) -> _core.Pin:
-    return _core.local_pin(value) if isinstance(value, memoryview) else value
-
-
-def _copied(pin: _core.Pin | None, out: Any) -> Any:
-    """Return what a pin holds as bytes, or in `out`."""
-    if pin is None:
-        return None
-    with pin as view:
-        return bytes(view) if out is None else _core.copy_into(view, out)

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvstrata import _core
 from kvstrata.copying import Copiers
 from kvstrata.errors import TierError
 from kvstrata.keys import KVLayout
 from kvstrata.movement.cost import Prefill, worth_loading
-from kvstrata.prefix_blocks import Words, check_out, kv_of
+from kvstrata.prefix_blocks import Words, check_out
 
 if TYPE_CHECKING:
     from kvstrata._core import Pin
@@ -150,12 +151,18 @@ class PrefixLoader:
         Returns the length of the run and how many of it came from below memory.
         """
         pins, below = self.pin(keys)
+        layout = self.layout
         copied: set[int] = set()
+
+        def place(index: int, value: Pin | memoryview) -> None:
+            """Copy a block, which was checked before, to its place in `out`."""
+            block = value, None, index * layout.block_tokens
+            _core.place_layers(out, [block], layout.block_tokens, 0, layout.layers)
 
         def arrived(position: int, value: Pin | memoryview) -> None:
             """Copy a block while others are still being read."""
-            if len(value) == self.layout.value_bytes:
-                _scatter(self._place(below[position], first, value), out)
+            if len(value) == layout.value_bytes:
+                place(first + below[position], value)
                 copied.add(below[position])
 
         try:
@@ -164,22 +171,18 @@ class PrefixLoader:
                 for index, pin in zip(below, loaded, strict=True):
                     pins[index] = pin
             below = sorted([*below, *self.ns._fetch_absent(keys, pins)])
-            places = []
+            left = []
             run = 0
             for pin in pins:
-                if pin is None or len(pin) != self.layout.value_bytes:
+                if pin is None or len(pin) != layout.value_bytes:
                     break
                 if run not in copied:
-                    places.append(self._place(run, first, pin))
+                    left.append((first + run, pin))
                 run += 1
-            self._copiers.share(lambda place: _scatter(place, out), places, len(places) * self.layout.value_bytes)
+            self._copiers.share(lambda block: place(*block), left, len(left) * layout.value_bytes)
             return run, sum(index < run for index in below)
         finally:
             release(pins)
-
-    def _place(self, index: int, first: int, value: Pin | memoryview) -> tuple[int, Words]:
-        """The token in `out` at which block `first + index` starts, and the block as an array."""
-        return (first + index) * self.layout.block_tokens, kv_of(memoryview(value), self.layout)
 
     def pin(self, keys: Sequence[bytes]) -> tuple[list[Pin | None], list[int]]:
         """Pin the blocks that are in memory, in the order in which the policy evicts the head last.
@@ -220,8 +223,3 @@ def release(pins: Sequence[Pin | None]) -> None:
     for pin in pins:
         if pin is not None:
             pin.release()
-
-
-def _scatter(place: tuple[int, Words], out: Words) -> None:
-    token, block = place
-    np.copyto(out[:, :, :, token : token + block.shape[3]], block)

@@ -8,13 +8,12 @@ again, it isn't asked any more but now and then: meanwhile records stay in memor
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvstrata.errors import TierFull, TierUnavailable, VersionConflict
+from kvstrata.errors import TierUnavailable, VersionConflict
 from kvstrata.record import PAGE, NamespaceInfo, build_descriptor
 from kvstrata.tiers.base import Arrived, Key, Later, NamespaceState, Stats, at_once
 from kvstrata.tiers.blockio import page_ceil
@@ -31,6 +30,7 @@ from kvstrata.tiers.quotas import Quotas
 from kvstrata.tiers.recovery import Recovery
 from kvstrata.tiers.segments import SegmentSet, segment_bytes_for
 from kvstrata.tiers.wear import WriteLimit
+from kvstrata.tiers.writing import Writer
 
 if TYPE_CHECKING:
     from kvstrata._core import DirtyRecord, Store
@@ -41,7 +41,6 @@ __all__ = ["DiskTier"]
 
 SYNC_S = 5.0  # after so long what was committed is synced, as file systems do with their journals
 _FIRST_EPOCH = 1  # as in the store
-_POSTPONED_AT_ONCE = 32 << 20  # bytes
 _COUNTERS = (
     "written_records",
     "written_bytes",
@@ -143,7 +142,20 @@ class DiskTier:
         # A full or read-only file system can still be read.
         self._writing = Breaker(f"writing to {directory}")
         self._reading = Breaker(f"reading from {directory}")
-        self._owed = False  # whether anything was postponed, as far as this process knows
+        self._writer = Writer(
+            store,
+            self._segments,
+            self._catalog,
+            self._ledger,
+            self._recovery,
+            self._quotas,
+            self._write_limit,
+            self._counters,
+            self._writing,
+            self.encodings,
+            known=self._known,
+            register=self._raise,
+        )
         self._loader = Loader(
             store,
             self._segments,
@@ -188,7 +200,7 @@ class DiskTier:
     def tend(self) -> None:
         """Sync what has waited for it long enough, and have written what was postponed."""
         if self._writing.due:
-            self._write_postponed()
+            self._writer.write_postponed()
         since = self._catalog.unsynced_since
         if since is not None and time.monotonic() - since >= SYNC_S and self._writing.state == "closed":
             try:
@@ -204,16 +216,7 @@ class DiskTier:
         """
         if now:
             self._writing.hurry()
-        return self._write_postponed() if now or self._writing.well else 0
-
-    def _write_postponed(self) -> int:
-        queued = 0
-        if self._owed:
-            with contextlib.suppress(TierUnavailable):  # somebody holds a lock
-                queued = self._store.write_postponed(_POSTPONED_AT_ONCE if self._writing.well else 1)  # one, to see
-                self._counters.add("retried_records", queued)
-                self._owed = queued > 0
-        return queued
+        return self._writer.write_postponed() if now or self._writing.well else 0
 
     # ---- Namespaces
 
@@ -270,57 +273,7 @@ class DiskTier:
 
         `later(settle)` may have the rows of what is on the device committed while the next bytes are on their way.
         """
-        alive = self._store.still_live(list(records))
-        left = [record for record, lives in zip(records, alive, strict=True) if lives]
-        self._store.mark_failed([record for record, lives in zip(records, alive, strict=True) if not lives])
-        for record in left:
-            self.encodings.apply(record, self._store.seed)
-        left = self._within_limit(self._within_quota(left))
-        if not left:
-            return
-        if not self._writing.allow():
-            self._postpone(left)
-            self._counters.add("refused_records", len(left))
-        else:
-            self._write(left, later)
-
-    def _within_quota(self, records: list[DirtyRecord]) -> list[DirtyRecord]:
-        """Return those that a quota can hold at all, and leave the others to memory."""
-        fits = self._quotas.hold(records)
-        for record, may in zip(records, fits, strict=True):
-            if not may:
-                self._failed("quota", f"a record of {record.length:,} bytes is larger than its namespace's", [record])
-        return [record for record, may in zip(records, fits, strict=True) if may]
-
-    def _within_limit(self, records: list[DirtyRecord]) -> list[DirtyRecord]:
-        """Return those that may be written now, and leave the others to memory."""
-        admitted = [self._write_limit.admits(record.length) for record in records]
-        over = [record for record, may in zip(records, admitted, strict=True) if not may]
-        if over:
-            self._store.mark_failed(over)
-            self._counters.add("limited_records", len(over))
-        return [record for record, may in zip(records, admitted, strict=True) if may]
-
-    def _write(self, left: list[DirtyRecord], later: Later) -> None:
-        """Store records, and tell what commits their rows."""
-        told = False
-        while left:
-            try:
-                segment, offsets = self._append(left)
-            except TierFull as error:
-                self._failed("full", error, left[:1])  # the others may be smaller
-                left = left[1:]
-            except (OSError, TierUnavailable) as error:
-                self._counters.fault(reason(error), error)
-                self._postpone(left)
-                self._writing.failure(reason(error), error)
-                return
-            else:
-                written, left = left[: len(offsets)], left[len(offsets) :]
-                later(functools.partial(self._settle, written, segment, offsets))
-                told = True
-        if not told:
-            self._writing.success()
+        self._writer.write(records, later)
 
     def load(self, ns: int, keys: Sequence[Key], arrived: Arrived | None = None) -> Loaded:
         """Return the values: promoted to memory and pinned, or in private memory where the tier has no room.
@@ -384,71 +337,7 @@ class DiskTier:
             **{f"read_{name}": value for name, value in self._reading.stats().items()},
         }
 
-    # ---- Inside: writing
-
-    def _append(self, records: list[DirtyRecord]) -> tuple[int, list[int]]:
-        return self._recovery.mended(lambda: self._segments.append(records, hold=True))
-
-    def _settle(self, records: list[DirtyRecord], segment: int, offsets: list[int]) -> None:
-        """Commit rows of records that are written, settle them, and let go of their segment."""
-        try:
-            if self._commit(records, segment, offsets):
-                self._writing.success()
-        finally:
-            self._segments.release(segment)
-
-    def _commit(self, records: list[DirtyRecord], segment: int, offsets: list[int]) -> bool:
-        """Make rows of records that are written, and settle them; returns False when the catalog fails."""
-        start = 0
-        while start < len(records):
-            part = self._quotas.part(records[start : start + self._catalog.batch_rows])
-            places = offsets[start : start + len(part)]
-            try:
-                with self._ledger.hold():  # nobody else adds between
-                    self._quotas.make_room(part)
-                    alive = self._add(part, segment, places)
-            except TierFull as error:
-                self._failed("full", error, records[start:])
-                return True
-            except TierUnavailable as error:
-                self._counters.fault(reason(error), error)
-                self._postpone(records[start:])
-                self._writing.failure(reason(error), error)
-                return False
-            durable = [(r, at) for r, at, lives in zip(part, places, alive, strict=True) if lives]
-            self._counters.add("written_records", len(durable))
-            self._counters.add("written_bytes", sum(record.length for record, _ in durable))
-            self._store.mark_durable([record for record, _ in durable], segment, [at for _, at in durable])
-            self._store.mark_failed([r for r, lives in zip(part, alive, strict=True) if not lives])
-            start += len(part)
-        return True
-
-    def _add(self, records: list[DirtyRecord], segment: int, offsets: list[int]) -> list[bool]:
-        """Commit rows; the store is asked which records still count. Returns which do."""
-        for ns, version, epoch in {(r.ns, r.version, r.epoch) for r in records}:
-            # The catalog must not fall behind the store, or the rows would be stale after a restart.
-            known = self._known(ns)
-            if epoch > known.epoch or version > known.version:
-                self._raise(NamespaceInfo(ns, known.name, version, epoch, known.immutable))
-        rows = [
-            (r.ns, r.key, r.seq, segment, at, r.length, r.expires, r.version, r.epoch, r.flags, r.tags)
-            for r, at in zip(records, offsets, strict=True)
-        ]
-        return self._recovery.mended(lambda: self._catalog.add(rows, lambda: self._store.still_live(records)))
-
-    def _postpone(self, records: list[DirtyRecord]) -> None:
-        """Let records stay in memory, until a write succeeds; those that are still there are then written."""
-        self._store.postpone(records)
-        self._counters.add("failed_records", len(records))
-        self._owed = True
-
-    def _failed(self, kind: str, error: object, records: list[DirtyRecord]) -> None:
-        """Let records stay in memory only."""
-        if not records:
-            return
-        self._store.mark_failed(records)
-        self._counters.add("failed_records", len(records))
-        self._counters.fault(kind, error)
+    # ---- Inside: what proved to be wrong
 
     def _forget(self, ns: int, records: list[tuple[bytes, int]]) -> bool:
         """Drop records that proved to be wrong from catalog and index.

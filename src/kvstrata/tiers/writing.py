@@ -1,0 +1,194 @@
+"""What writes records to a disk tier: to segments first, then their rows, and what becomes of those that can't be."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from kvstrata.errors import TierFull, TierUnavailable
+from kvstrata.record import NamespaceInfo
+from kvstrata.tiers.base import Later
+from kvstrata.tiers.counters import reason
+
+if TYPE_CHECKING:
+    from kvstrata._core import DirtyRecord, Store
+    from kvstrata.tiers.breaker import Breaker
+    from kvstrata.tiers.catalog import Catalog
+    from kvstrata.tiers.counters import Counters
+    from kvstrata.tiers.encodings import Encodings
+    from kvstrata.tiers.ledger import Ledger
+    from kvstrata.tiers.quotas import Quotas
+    from kvstrata.tiers.recovery import Recovery
+    from kvstrata.tiers.segments import SegmentSet
+    from kvstrata.tiers.wear import WriteLimit
+
+__all__ = ["Writer"]
+
+_POSTPONED_AT_ONCE = 32 << 20  # bytes
+
+
+class Writer:
+    """Settles every record that it is given with the store: durable, failed, or postponed until the device does."""
+
+    def __init__(
+        self,
+        store: Store,
+        segments: SegmentSet,
+        catalog: Catalog,
+        ledger: Ledger,
+        recovery: Recovery,
+        quotas: Quotas,
+        limit: WriteLimit,
+        counters: Counters,
+        breaker: Breaker,
+        encodings: Encodings,
+        *,
+        known: Callable[[int], NamespaceInfo],
+        register: Callable[[NamespaceInfo], None],
+    ) -> None:
+        """Prepare; `known(ns)` is what the catalog has of a namespace, and `register` raises its version or epoch."""
+        self._store = store
+        self._segments = segments
+        self._catalog = catalog
+        self._ledger = ledger
+        self._recovery = recovery
+        self._quotas = quotas
+        self._limit = limit
+        self._counters = counters
+        self._breaker = breaker
+        self._encodings = encodings
+        self._known = known
+        self._register = register
+        self._owed = False  # whether anything was postponed, as far as this process knows
+
+    def write(self, records: Sequence[DirtyRecord], later: Later) -> None:
+        """Store records that are pinned in memory, and settle each; see `DiskTier.write`."""
+        alive = self._store.still_live(list(records))
+        left = [record for record, lives in zip(records, alive, strict=True) if lives]
+        self._store.mark_failed([record for record, lives in zip(records, alive, strict=True) if not lives])
+        for record in left:
+            self._encodings.apply(record, self._store.seed)
+        left = self._within_limit(self._within_quota(left))
+        if not left:
+            return
+        if not self._breaker.allow():
+            self._postpone(left)
+            self._counters.add("refused_records", len(left))
+        else:
+            self._write(left, later)
+
+    def write_postponed(self) -> int:
+        """Have what was postponed taken once more; returns how many records that is."""
+        queued = 0
+        if self._owed:
+            with contextlib.suppress(TierUnavailable):  # somebody holds a lock
+                queued = self._store.write_postponed(_POSTPONED_AT_ONCE if self._breaker.well else 1)  # one, to see
+                self._counters.add("retried_records", queued)
+                self._owed = queued > 0
+        return queued
+
+    def _within_quota(self, records: list[DirtyRecord]) -> list[DirtyRecord]:
+        """Return those that a quota can hold at all, and leave the others to memory."""
+        fits = self._quotas.hold(records)
+        for record, may in zip(records, fits, strict=True):
+            if not may:
+                self._failed("quota", f"a record of {record.length:,} bytes is larger than its namespace's", [record])
+        return [record for record, may in zip(records, fits, strict=True) if may]
+
+    def _within_limit(self, records: list[DirtyRecord]) -> list[DirtyRecord]:
+        """Return those that may be written now, and leave the others to memory."""
+        admitted = [self._limit.admits(record.length) for record in records]
+        over = [record for record, may in zip(records, admitted, strict=True) if not may]
+        if over:
+            self._store.mark_failed(over)
+            self._counters.add("limited_records", len(over))
+        return [record for record, may in zip(records, admitted, strict=True) if may]
+
+    def _write(self, left: list[DirtyRecord], later: Later) -> None:
+        """Store records, and tell what commits their rows."""
+        told = False
+        while left:
+            try:
+                segment, offsets = self._append(left)
+            except TierFull as error:
+                self._failed("full", error, left[:1])  # the others may be smaller
+                left = left[1:]
+            except (OSError, TierUnavailable) as error:
+                self._broken(error, left)
+                return
+            else:
+                written, left = left[: len(offsets)], left[len(offsets) :]
+                later(functools.partial(self._settle, written, segment, offsets))
+                told = True
+        if not told:
+            self._breaker.success()
+
+    def _append(self, records: list[DirtyRecord]) -> tuple[int, list[int]]:
+        return self._recovery.mended(lambda: self._segments.append(records, hold=True))
+
+    def _settle(self, records: list[DirtyRecord], segment: int, offsets: list[int]) -> None:
+        """Commit rows of records that are written, settle them, and let go of their segment."""
+        try:
+            if self._commit(records, segment, offsets):
+                self._breaker.success()
+        finally:
+            self._segments.release(segment)
+
+    def _commit(self, records: list[DirtyRecord], segment: int, offsets: list[int]) -> bool:
+        """Make rows of records that are written, and settle them; returns False when the catalog fails."""
+        start = 0
+        while start < len(records):
+            part = self._quotas.part(records[start : start + self._catalog.batch_rows])
+            places = offsets[start : start + len(part)]
+            try:
+                with self._ledger.hold():  # nobody else adds between
+                    self._quotas.make_room(part)
+                    alive = self._add(part, segment, places)
+            except TierFull as error:
+                self._failed("full", error, records[start:])
+                return True
+            except TierUnavailable as error:
+                self._broken(error, records[start:])
+                return False
+            durable = [(r, at) for r, at, lives in zip(part, places, alive, strict=True) if lives]
+            self._counters.add("written_records", len(durable))
+            self._counters.add("written_bytes", sum(record.length for record, _ in durable))
+            self._store.mark_durable([record for record, _ in durable], segment, [at for _, at in durable])
+            self._store.mark_failed([r for r, lives in zip(part, alive, strict=True) if not lives])
+            start += len(part)
+        return True
+
+    def _add(self, records: list[DirtyRecord], segment: int, offsets: list[int]) -> list[bool]:
+        """Commit rows; the store is asked which records still count. Returns which do."""
+        for ns, version, epoch in {(r.ns, r.version, r.epoch) for r in records}:
+            # The catalog must not fall behind the store, or the rows would be stale after a restart.
+            known = self._known(ns)
+            if epoch > known.epoch or version > known.version:
+                self._register(NamespaceInfo(ns, known.name, version, epoch, known.immutable))
+        rows = [
+            (r.ns, r.key, r.seq, segment, at, r.length, r.expires, r.version, r.epoch, r.flags, r.tags)
+            for r, at in zip(records, offsets, strict=True)
+        ]
+        return self._recovery.mended(lambda: self._catalog.add(rows, lambda: self._store.still_live(records)))
+
+    def _broken(self, error: OSError | TierUnavailable, records: list[DirtyRecord]) -> None:
+        """Count a fault of the device, and postpone what it didn't take."""
+        self._counters.fault(reason(error), error)
+        self._postpone(records)
+        self._breaker.failure(reason(error), error)
+
+    def _postpone(self, records: list[DirtyRecord]) -> None:
+        """Let records stay in memory, until a write succeeds; those that are still there are then written."""
+        self._store.postpone(records)
+        self._counters.add("failed_records", len(records))
+        self._owed = True
+
+    def _failed(self, kind: str, error: object, records: list[DirtyRecord]) -> None:
+        """Let records stay in memory only."""
+        if not records:
+            return
+        self._store.mark_failed(records)
+        self._counters.add("failed_records", len(records))
+        self._counters.fault(kind, error)
