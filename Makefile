@@ -188,8 +188,9 @@ $(ENGINE_STEPS)/sglang: tests/engines/constraints.txt | $(ENGINE_STEPS)/vllm
 	$(ENGINE_INSTALL) ipython orjson pybase64
 	touch $@
 
-# It has no wheels.
-$(ENGINE_STEPS)/llama-cpp: tests/engines/constraints.txt | $(ENGINE_STEPS)/venv
-	@echo "==> compiling llama.cpp (the first time takes minutes)"
-	$(ENGINE_INSTALL) llama-cpp-python
+# It has no wheels. Of what it is compiled to here a part is left out, so nobody else should find that in pip's cache.
+$(ENGINE_STEPS)/llama-cpp: tests/engines/constraints.txt tests/engines/llama-cpp.cmake | $(ENGINE_STEPS)/venv
+	@echo "==> compiling llama.cpp (takes minutes)"
+	export CMAKE_ARGS="-DCMAKE_PROJECT_llama_cpp_INCLUDE=$(CURDIR)/tests/engines/llama-cpp.cmake -DLLAVA_BUILD=OFF"
+	$(ENGINE_INSTALL) --no-cache-dir llama-cpp-python
 	touch $@
