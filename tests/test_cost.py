@@ -170,7 +170,7 @@ class SlowDisk:
     def __init__(self, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
         self.seconds = 0.001
-        cache.cost.clock = lambda: self.now
+        cache.tiers.cost.clock = lambda: self.now
         read, read_pieces = SegmentSet.read, _core.read_pieces
 
         def slow(segments: SegmentSet, reads: Sequence[Any], done: Any) -> None:

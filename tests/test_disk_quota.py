@@ -30,7 +30,7 @@ def fill(ns: kvstrata.Namespace, cache: kvstrata.Cache, keys: range, size: int =
 def kept(cache: kvstrata.Cache, ns: kvstrata.Namespace, count: int) -> list[int]:
     keys = [f"{i}" for i in range(count)]
     cache.demote()
-    return [i for i, at in enumerate(cache.live_store().find_on_disk(ns._space.id, keys)) if at is not None]
+    return [i for i, at in enumerate(cache.tiers.live_store().find_on_disk(ns._space.id, keys)) if at is not None]
 
 
 def test_what_a_namespace_has_on_disk_is_counted_exactly_and_again_after_a_restart(open_cache: OpenCache) -> None:

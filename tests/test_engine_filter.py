@@ -43,7 +43,7 @@ def small_filters(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tier_of(cache: kvstrata.Cache) -> Any:
-    return cache._remotes.tier  # type: ignore[union-attr]
+    return cache.tiers.remotes.tier  # type: ignore[union-attr]
 
 
 def figures(cache: kvstrata.Cache) -> dict[str, Any]:
@@ -395,7 +395,7 @@ def test_after_a_kill_all_that_was_acknowledged_is_found(tmp_path: Path, engine:
 def test_a_fill_that_was_killed_is_done_by_another(tmp_path: Path, engine: str) -> None:
     writer = Process()
     writer.run(WRITER, path=str(tmp_path), engine=engine)
-    writer.run("cache._remotes.tier.store.filter.begin(0)")
+    writer.run("cache.tiers.remotes.tier.store.filter.begin(0)")
     writer.run("write(500, 600)")
     writer.kill()
     with open_at(tmp_path, engine, shared=False) as cache:

@@ -400,7 +400,7 @@ def test_a_write_that_fails_is_raised_and_leaves_memory_too(
 
     with open_at(tmp_path, engine) as cache:
         cache.put("a", b"old")
-        store = cache._remotes.engine  # type: ignore[union-attr]
+        store = cache.tiers.remotes.engine  # type: ignore[union-attr]
 
         def refuse(*_: Any, **__: Any) -> None:
             raise StoreFault("ENOSPC", "the disk is full", sent=False)

@@ -93,7 +93,7 @@ def test_each_refusal_has_its_own_advice(
     read = Path.read_text
     monkeypatch.setattr(Path, "read_text", lambda path: setting if path == SHMEM else read(path))
     monkeypatch.setattr(Path, "exists", lambda path: True)
-    monkeypatch.setattr(cache._memory, "store", type("Refusing", (), {"use_huge_pages": refuse})())
+    monkeypatch.setattr(cache.tiers.memory, "store", type("Refusing", (), {"use_huge_pages": refuse})())
     with pytest.raises(ConfigError, match=advice):
-        tiers.memory.MemoryTier.use_huge_pages(cache._memory)
+        tiers.memory.MemoryTier.use_huge_pages(cache.tiers.memory)
     monkeypatch.undo()

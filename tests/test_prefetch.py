@@ -162,7 +162,7 @@ def test_nothing_goes_on_after_the_cache_is_closed(cache: Cache, monkeypatch: py
     assert not [thread for thread in threading.enumerate() if thread.name == "kvstrata-prefetch"]
     with pytest.raises(CacheClosed):
         cache.prefetch(KEYS)
-    assert cache.prefetcher.request(1, [], 1).done
+    assert cache.tiers.prefetcher.request(1, [], 1).done
     reopened = kvstrata.open(cache.path, memory="16MiB", disk="64MiB")
     assert reopened.get_many(KEYS) == list(VALUES.values())
     reopened.close()

@@ -89,7 +89,7 @@ def test_the_death_of_a_parent_is_seen_while_its_child_lives(shm: Path, tmp_path
         child = parent.eval("child")
         parent.kill()
         try:
-            other.run("cache._memory.store.reap()")
+            other.run("cache.tiers.memory.store.reap()")
             assert other.eval("cache.stats()['memory']['reaped_pins']") == 1
             assert other.eval("cache.stats()['memory']['clients']") == 1
         finally:

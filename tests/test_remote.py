@@ -427,7 +427,7 @@ def test_what_a_killed_process_had_not_sent_does_not_come_back_in_an_older_state
                 server.pause()
                 # What is being sent may arrive all the same; the next record isn't under way.
                 child.run("cache.put('another', b'x')")
-                child.run("while not cache._remotes.writers[0]._busy: pass")
+                child.run("while not cache.tiers.remotes.writers[0]._busy: pass")
                 child.run("cache.put('key', b'new')")
                 child.kill()
             server.resume()
@@ -487,8 +487,8 @@ def test_a_full_queue_drops_records_and_counts_them_and_distrusts_what_they_repl
     cache = host("a")
     cache.put("key", b"old")
     cache.flush()
-    assert cache._remotes is not None
-    (writer,) = cache._remotes.writers
+    assert cache.tiers.remotes is not None
+    (writer,) = cache.tiers.remotes.writers
     writer._limit = 5
     keep_busy(cache, slow)
     for i in range(20):
@@ -647,7 +647,7 @@ def test_secrets_are_told_to_nobody(
                 cache.delete("key")
             except TierUnavailable as error:
                 told.append(repr(error) + repr(error.__cause__))
-            told += [repr(cache), repr(cache._remote_urls), str(cache.stats()["remote"])]
+            told += [repr(cache), repr(cache.tiers._settings), str(cache.stats()["remote"])]
             cache.close()
         monkeypatch.setenv("MY_PASSWORD", "hunter2")
         cache = open_cache(tmp_path / "b", remote=f"redis://tester@{where}?password_env=MY_PASSWORD&lookup_timeout=10")

@@ -324,7 +324,7 @@ KV = np.random.default_rng(0).random((2, 2, 1, 40, 4), np.float32)
 
 def prefixes_of(host: kvstrata.Cache, store: Store, seconds: float, tokens_per_s: float | None) -> PrefixCache:
     """The prefixes of a host that has learned that each record takes so many seconds to come."""
-    host.cost.clock = lambda: store.now
+    host.tiers.cost.clock = lambda: store.now
     store.seconds = seconds
     for number in range(20):
         host.get(f"{number}")

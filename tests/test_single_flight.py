@@ -50,7 +50,7 @@ def test_who_finds_a_key_being_loaded_elsewhere_waits_for_it(shm: Path, tmp_path
         cache.put("key", b"value" * 1000)
         cache.flush()
         cache.demote()
-        store = cache.live_store()
+        store = cache.tiers.live_store()
         space = cache._space.id
         (location,) = store.find_on_disk(space, ["key"])
         assert location is not None
@@ -74,7 +74,9 @@ def test_what_a_process_was_loading_when_it_was_killed_is_loaded_by_the_next(shm
         cache.demote()
         with Process() as other:
             other.run("cache = kvstrata.open(path, **options)", path=tmp_path, options=OPTIONS)
-            other.run("store = cache.live_store(); entry, seq, _, _, length, _ = store.find_on_disk(1, ['key'])[0]")
+            other.run(
+                "store = cache.tiers.live_store(); entry, seq, _, _, length, _ = store.find_on_disk(1, ['key'])[0]"
+            )
             other.run("load = store.begin_load(1, 'key', entry, seq, length)")
             assert other.eval("type(load).__name__") == "Write"
             other.kill()

@@ -41,7 +41,7 @@ def test_a_put_through_that_the_disk_does_not_take_raises_and_is_in_memory(
             raise OSError(28, "No space left on device")
 
         assert cache.below.tier is not None
-        monkeypatch.setattr(cache.below.tier, "_append", refuse)
+        monkeypatch.setattr(cache.below.tier._writer, "_append", refuse)
         with pytest.raises(TierUnavailable, match="in memory, but the disk did not take"):
             ns.put("a", b"1")
         assert ns.get("a") == b"1"
@@ -53,7 +53,7 @@ def test_what_is_written_back_stays_in_memory_only_until_it_has_to_leave(shm: Pa
         for round_number in range(20):
             ns.put_many({f"key {i}": bytes([round_number]) * 50_000 for i in range(30)})
         cache.put("other", b"of the default namespace")
-        cache._writer._store.wait_until_settled(60.0)  # type: ignore[union-attr]
+        cache.tiers.writer._store.wait_until_settled(60.0)  # type: ignore[union-attr]
         assert written(cache) == 1  # however often they were overwritten
 
         ns.put_many({f"more {i}": bytes(50_000) for i in range(100)})

@@ -31,7 +31,7 @@ class Holder:
 
     @property
     def _store(self) -> Store:
-        return self._cache.live_store()
+        return self._cache.tiers.live_store()
 
     def __repr__(self) -> str:
         return f"<kvstrata holder {self.name!r}, {self.held_bytes:,} of {self.limit:,} bytes>"

@@ -72,7 +72,7 @@ class Namespace(TieredSpace):
         tags: Sequence[Key] | None = None,
     ) -> None:
         """Store values in the order given. When one fails the ones before it are stored."""
-        limit = self._cache.written_at_once
+        limit = self._cache.tiers.written_at_once
         if limit and len(items) > 1:  # each is to be in memory still when it is written
             for some in _parted(items, *limit):
                 self._put_some(some, ttl=ttl, cost=cost, tags=tags)
@@ -138,10 +138,10 @@ class Namespace(TieredSpace):
         It ends early after `time_limit` seconds, and when as much has come as the memory, or the quota, holds.
         `progress` is called after each batch with what was done so far.
         """
-        room = self._cache.room_to_warm(self._options.quota)
+        room = self._cache.tiers.room_to_warm(self._options.quota)
         at_once = AT_ONCE if self._remote is None else _FETCHED_TO_WARM
         return warm(
-            self._cache.live_store(), [(self._space, self._bring, keys)],
+            self._cache.tiers.live_store(), [(self._space, self._bring, keys)],
             room=room, time_limit=time_limit, progress=progress, at_once=at_once,
         )  # fmt: skip
 
@@ -154,10 +154,10 @@ class Namespace(TieredSpace):
         InvalidKey and CacheClosed.
         """
         wanted = [_checked(key) for key in keys]
-        self._cache.live_store()
-        room = self._cache.room_to_warm(self._options.quota) // 2
+        self._cache.tiers.live_store()
+        room = self._cache.tiers.room_to_warm(self._options.quota) // 2
         fetch = None if self._remote is None else self._fetch_ahead
-        return self._cache.prefetcher.request(self._space.id, wanted, room, fetch)
+        return self._cache.tiers.prefetcher.request(self._space.id, wanted, room, fetch)
 
     # ---- Reading; `get` is native
 
@@ -220,7 +220,7 @@ class Namespace(TieredSpace):
         It looks through the whole index of the cache, a part at a time: what is stored meanwhile may be among them.
         """
         start = _prefix_bytes(prefix)
-        for shard in range(self._cache.live_store().shards):
+        for shard in range(self._cache.tiers.live_store().shards):
             yield from self._space.keys_of(shard, start)
 
     # ---- Removing

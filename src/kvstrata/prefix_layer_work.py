@@ -90,7 +90,7 @@ class LayerWork:
         if not self._keys:
             self._finished = True
             return
-        if not self._ns._cache.running.add(self):
+        if not self._ns._cache.tiers.running.add(self):
             raise CacheClosed("this cache is closed")
         self._thread.start()
 
@@ -164,7 +164,7 @@ class LayerWork:
             self._end()
 
     def _run_measured(self, source: PartLoader, jobs: list[Callable[[], None]]) -> None:
-        cost = self._ns._cache.cost
+        cost = self._ns._cache.tiers.cost
         started = cost.clock()
         source.run(jobs)
         if not self.closed and self.good == len(self._keys):  # else not all was read

@@ -101,7 +101,7 @@ class PrefixLoader:
         for index, tier in elsewhere.items():
             if index < len(keys) and places[index] is None and not self.ns._space.contains(keys[index]):
                 places[index] = tier, self.layout.value_bytes
-        count = worth_loading(places, cache.cost.seconds, token_s * self.layout.block_tokens)
+        count = worth_loading(places, cache.tiers.cost.seconds, token_s * self.layout.block_tokens)
         if count < len(keys) and next(self._skips) % _PROBE_EVERY == 0:
             below = [index for index in range(count, len(keys)) if places[index]][:_PROBE_BLOCKS]
             count = below[-1] + 1

@@ -34,11 +34,11 @@ class TieredSpace(_core.QuickVerbs):
     ) -> None:
         self._cache = cache
         self._options = options
-        self._space = cache._open_space(options)
+        self._space = cache.tiers.open_space(options)
         self._ttl_ms = ttl_ms
         self._jitter = jitter
         self._through = through
-        self._remote: RemoteSpace | None = cache._remote_space(self) if options.remote else None
+        self._remote: RemoteSpace | None = cache.tiers.open_remote_space(options, self._native)
         self._set_plain(self._remote is None, self._remote is None and not through and not ttl_ms)
 
     # ---- Writing

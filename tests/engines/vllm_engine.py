@@ -210,7 +210,7 @@ class Engine:
         """Change a byte in the middle of a record on disk."""
         ns = self.sides[group].ns
         nbytes = BLOCK_BYTES if self.tier else self.worker.parts[group].memory.block_bytes
-        (at,) = self.cache._memory.store.find_on_disk(ns._space.id, [key])
+        (at,) = self.cache.tiers.memory.store.find_on_disk(ns._space.id, [key])
         path = self.cache.below.tier._segments.path_of(at[2])
         with Path(path).open("r+b") as file:
             file.seek(at[3] + nbytes // 2)

@@ -126,7 +126,7 @@ class Scheduler:
         if token_s is not None:
             below = self._cache.below.name
             places = [(below, size) if size else None for size in sizes]
-            worth = worth_loading(places, self._cache.cost.seconds, token_s * self._block_tokens)
+            worth = worth_loading(places, self._cache.tiers.cost.seconds, token_s * self._block_tokens)
             if worth < len(sizes):  # behind which not all windows may be there
                 keys = keys[: self._longest(keys[: start + worth], start)]
                 sizes = self._sizes_below(keys, start)
