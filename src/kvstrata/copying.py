@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from typing import TypeVar
 
-from kvstrata.threads import cores, thread_pool
-from kvstrata.tiers.ledger import after_fork
+from kvstrata.threads import LazyPool, cores
 
 __all__ = ["Copiers"]
 
@@ -27,9 +25,7 @@ class Copiers:
 
     def __init__(self, threads: int | None = None) -> None:
         self._threads = threads
-        self._pool: ThreadPoolExecutor | None = None
-        self._lock = threading.Lock()
-        after_fork(self)
+        self._pool = LazyPool(lambda: max(1, self._count() - 1), "kvstrata-copy")
 
     def share(self, copy: Callable[[T], object], items: Sequence[T], nbytes: int) -> None:
         """Call `copy` with each of the items, which are `nbytes` together.
@@ -45,9 +41,8 @@ class Copiers:
         others: list[Future[None]] = []
         if nbytes >= max(_WORTH_BYTES, len(items) * _WORTH_EACH):
             with suppress(RuntimeError):  # the interpreter ends, or the system has no more threads
-                pool, threads = self._started()
-                for _ in range(min(threads, len(items)) - 1):
-                    others += [pool.submit(work)]
+                for _ in range(min(self._count(), len(items)) - 1):
+                    others += [self._pool.executor().submit(work)]
         try:
             work()
         finally:
@@ -55,14 +50,7 @@ class Copiers:
         for other in others:
             other.result()
 
-    def _started(self) -> tuple[ThreadPoolExecutor, int]:
-        with self._lock:
-            if self._threads is None:
-                self._threads = min(4, len(cores()))
-            if self._pool is None:
-                self._pool = thread_pool(max(1, self._threads - 1), "kvstrata-copy")
-            return self._pool, self._threads
-
-    def _forget_parent(self) -> None:
-        self._lock = threading.Lock()
-        self._pool = None
+    def _count(self) -> int:
+        if self._threads is None:
+            self._threads = min(4, len(cores()))
+        return self._threads

@@ -10,7 +10,7 @@ import struct
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
@@ -18,6 +18,7 @@ import numpy as np
 from blake3 import blake3
 
 from kvstrata.errors import ConfigError, InvalidKey, TierError, VersionConflict
+from kvstrata.forking import after_fork
 from kvstrata.objects import ObjectCache
 
 if TYPE_CHECKING:
@@ -245,10 +246,10 @@ class _Flights:
 
     def __init__(self) -> None:
         self.started = self.joined = 0
-        self._reset()
-        _all_flights.add(self)
+        self._forget_parent()
+        after_fork(self)
 
-    def _reset(self) -> None:
+    def _forget_parent(self) -> None:
         """Also in a forked child: the threads that were computing are the parent's."""
         self._lock = threading.Lock()
         self._threads: dict[bytes, _Flight] = {}
@@ -294,14 +295,3 @@ class _Flights:
         if task is asyncio.current_task():
             return await compute()  # a function that asks for its own result would wait for itself
         return await asyncio.shield(task)  # whoever is cancelled doesn't take it from the others
-
-
-_all_flights: weakref.WeakSet[_Flights] = weakref.WeakSet()
-
-
-def _after_fork(flights: Iterable[_Flights] = _all_flights) -> None:
-    for each in list(flights):
-        each._reset()
-
-
-os.register_at_fork(after_in_child=_after_fork)

@@ -14,7 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["cores", "new_thread", "thread_pool"]
+from kvstrata.forking import after_fork
+
+__all__ = ["LazyPool", "cores", "new_thread", "thread_pool"]
 
 
 def cores() -> set[int]:
@@ -31,6 +33,35 @@ def cores() -> set[int]:
 def thread_pool(threads: int, name: str) -> ThreadPoolExecutor:
     """Return an executor of at most so many threads."""
     return ThreadPoolExecutor(threads, name, initializer=_spread)
+
+
+class LazyPool:
+    """An executor that is made when it is first needed, of `count()` threads, and again in a forked child."""
+
+    def __init__(self, count: Callable[[], int], name: str) -> None:
+        self._count = count
+        self._name = name
+        self._lock = threading.Lock()
+        self._executor: ThreadPoolExecutor | None = None
+        after_fork(self)
+
+    def executor(self) -> ThreadPoolExecutor:
+        """Return it."""
+        with self._lock:
+            if self._executor is None:
+                self._executor = thread_pool(self._count(), self._name)
+            return self._executor
+
+    def close(self) -> None:
+        """Wait for what its threads do, and stop them."""
+        with self._lock:
+            executor, self._executor = self._executor, None
+        if executor is not None:
+            executor.shutdown()
+
+    def _forget_parent(self) -> None:
+        self._lock = threading.Lock()
+        self._executor = None
 
 
 def new_thread(target: Callable[..., None], name: str, *args: Any) -> threading.Thread:

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import os
 import struct
-import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 from kvstrata import _core
 from kvstrata.codecs.base import Codec, TensorInfo, bytes_of, check_out, corrupt
 from kvstrata.config import parse_size
 from kvstrata.errors import ConfigError
-from kvstrata.threads import cores, thread_pool
+from kvstrata.threads import LazyPool, cores
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -180,29 +179,7 @@ def _checksum(head: memoryview) -> int:
 # ---- Threads
 
 
-class _Pool:
-    """Threads for chunks, made at the first use and anew in a child process."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._executor: ThreadPoolExecutor | None = None
-
-    def get(self) -> ThreadPoolExecutor:
-        with self._lock:
-            if self._executor is None:
-                self._executor = thread_pool(max(2, os.cpu_count() or 2), "kvstrata-codec")
-            return self._executor
-
-
-_pool = _Pool()
-
-
-def _forget_pool() -> None:
-    global _pool
-    _pool = _Pool()
-
-
-os.register_at_fork(after_in_child=_forget_pool)
+_pool = LazyPool(lambda: max(2, os.cpu_count() or 2), "kvstrata-codec")
 
 
 def _in_order(run: Callable[[int], _Result], of: range, threads: int) -> Iterator[_Result]:
@@ -210,7 +187,7 @@ def _in_order(run: Callable[[int], _Result], of: range, threads: int) -> Iterato
     if threads == 1 or len(of) < 2:
         yield from map(run, of)
         return
-    executor = _pool.get()
+    executor = _pool.executor()
     pending: deque[Future[_Result]] = deque()
     try:
         for i in of:

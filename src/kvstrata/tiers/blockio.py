@@ -13,14 +13,13 @@ import mmap
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from kvstrata.record import PAGE
-from kvstrata.threads import thread_pool
-from kvstrata.tiers.ledger import after_fork
+from kvstrata.threads import LazyPool
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -117,9 +116,7 @@ class Workers:
 
     def __init__(self, count: int) -> None:
         self._count = count
-        self._lock = threading.Lock()
-        self._pool: ThreadPoolExecutor | None = None
-        after_fork(self)
+        self._pool = LazyPool(lambda: count, "kvstrata-disk")
 
     def run(self, jobs: Sequence[Callable[[], None]]) -> None:
         """Run all jobs, the caller helping; returns when none is running.
@@ -140,7 +137,7 @@ class Workers:
 
         helpers: list[Future[None]] = []
         with contextlib.suppress(RuntimeError):  # at shutdown the interpreter starts no more threads
-            helpers.extend(self._started().submit(work) for _ in range(min(self._count, len(jobs)) - 1))
+            helpers.extend(self._pool.executor().submit(work) for _ in range(min(self._count, len(jobs)) - 1))
         try:
             work()
         finally:
@@ -150,20 +147,7 @@ class Workers:
 
     def close(self) -> None:
         """Stop the threads."""
-        with self._lock:
-            pool, self._pool = self._pool, None
-        if pool is not None:
-            pool.shutdown()
-
-    def _started(self) -> ThreadPoolExecutor:
-        with self._lock:
-            if self._pool is None:
-                self._pool = thread_pool(self._count, "kvstrata-disk")
-            return self._pool
-
-    def _forget_parent(self) -> None:
-        self._lock = threading.Lock()
-        self._pool = None
+        self._pool.close()
 
 
 class Read(NamedTuple):

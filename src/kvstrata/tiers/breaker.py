@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
+from kvstrata.forking import after_fork
 from kvstrata.tiers.base import Stats
-from kvstrata.tiers.ledger import after_fork
 
 __all__ = ["Breaker", "State"]
 

@@ -14,9 +14,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kvstrata.errors import TierError, TierFull
+from kvstrata.forking import after_fork
 from kvstrata.threads import new_thread
 from kvstrata.tiers.blockio import page_ceil
-from kvstrata.tiers.ledger import Ledger, after_fork
+from kvstrata.tiers.ledger import Ledger
 from kvstrata.tiers.segments import Segment, SegmentSet
 
 if TYPE_CHECKING:

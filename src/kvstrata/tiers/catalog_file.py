@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Literal
 
 from kvstrata.errors import TierFull, TierUnavailable
+from kvstrata.forking import after_fork, before_fork
 from kvstrata.record import PAGE, NamespaceInfo
 from kvstrata.tiers import catalog_schema as schema
 from kvstrata.tiers.blockio import sync_directory
 from kvstrata.tiers.catalog_schema import CatalogDamaged, Row
-from kvstrata.tiers.ledger import Ledger, Mark, after_fork, before_fork, boot_id
+from kvstrata.tiers.ledger import Ledger, Mark, boot_id
 
 __all__ = ["CatalogFile", "Lasting"]
 

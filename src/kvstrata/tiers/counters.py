@@ -8,7 +8,7 @@ import sqlite3
 import threading
 from collections import Counter
 
-from kvstrata.tiers.ledger import after_fork
+from kvstrata.forking import after_fork
 
 __all__ = ["Counters", "errno_name", "reason"]
 

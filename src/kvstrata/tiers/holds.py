@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import threading
 
-from kvstrata.tiers.ledger import after_fork
+from kvstrata.forking import after_fork
 
 __all__ = ["Holds"]
 

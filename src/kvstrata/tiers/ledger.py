@@ -18,17 +18,17 @@ import os
 import struct
 import threading
 import time
-import weakref
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvstrata import _core
 from kvstrata.errors import FormatError, TierUnavailable
+from kvstrata.forking import after_fork
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Ledger", "Mark", "after_fork", "before_fork", "boot_id"]
+__all__ = ["Ledger", "Mark", "boot_id"]
 
 # magic, format, commits, segment, seed, boot, safe, unsynced, checksum of the 60 bytes before
 _LAYOUT = struct.Struct("<4sIQQI16sQI4xI")
@@ -194,48 +194,3 @@ class Ledger:
         self._thread_lock = threading.RLock()
         self._depth = 0
         self._close_file()
-
-
-class _Forkable(Protocol):
-    def _forget_parent(self) -> None: ...
-
-
-class _Preparing(Protocol):
-    def _prepare_fork(self) -> None: ...
-
-    def _go_on_after_fork(self) -> None: ...
-
-
-_forkable: weakref.WeakSet[_Forkable] = weakref.WeakSet()
-_preparing: weakref.WeakSet[_Preparing] = weakref.WeakSet()
-_prepared = threading.local()
-
-
-def after_fork(resource: _Forkable) -> None:
-    """Have `resource._forget_parent()` called in each forked child, for as long as it exists."""
-    _forkable.add(resource)
-
-
-def before_fork(resource: _Preparing) -> None:
-    """Have `resource._prepare_fork()` called before each fork, and `_go_on_after_fork()` after it in the parent."""
-    _preparing.add(resource)
-
-
-def _before() -> None:
-    _prepared.resources = []
-    for resource in list(_preparing):
-        resource._prepare_fork()
-        _prepared.resources.append(resource)
-
-
-def _in_parent() -> None:
-    for resource in _prepared.__dict__.pop("resources", []):
-        resource._go_on_after_fork()
-
-
-def _in_child() -> None:
-    for resource in list(_forkable):
-        resource._forget_parent()
-
-
-os.register_at_fork(before=_before, after_in_parent=_in_parent, after_in_child=_in_child)

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 from kvstrata import _core
 from kvstrata.errors import CorruptRecord, FormatError, TierUnavailable
+from kvstrata.forking import after_fork
 from kvstrata.record import PAGE, Record, parse_record
 from kvstrata.tiers.base import Key
 from kvstrata.tiers.blockio import aligned_buffer, is_aligned
 from kvstrata.tiers.counters import Counters
-from kvstrata.tiers.ledger import after_fork
 from kvstrata.tiers.loading import Load, Loader, key_bytes
 from kvstrata.tiers.segments import SegmentSet
 

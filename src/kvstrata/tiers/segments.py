@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from kvstrata.errors import TierFull, TierUnavailable
+from kvstrata.forking import after_fork
 from kvstrata.record import LARGE_PAYLOAD, PAGE, Record
 from kvstrata.tiers.blockio import (
     Read,
@@ -29,7 +30,7 @@ from kvstrata.tiers.blockio import (
     try_direct,
 )
 from kvstrata.tiers.holds import Holds
-from kvstrata.tiers.ledger import Ledger, after_fork
+from kvstrata.tiers.ledger import Ledger
 from kvstrata.tiers.segment_format import MAX_NUMBER, NAME, pack_header, read_header, scan
 
 if TYPE_CHECKING:

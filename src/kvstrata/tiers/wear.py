@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from kvstrata.tiers.ledger import after_fork
+from kvstrata.forking import after_fork
 
 __all__ = ["WriteLimit"]
 
