@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 import kvstrata
+from kvstrata.tiers.breaker import Breaker
+from kvstrata.tiers.disk import DiskTier
 from kvstrata.tiers.segments import SegmentSet
 from kvstrata.tiers.writing import Writer
 
@@ -46,6 +48,51 @@ def test_rows_are_committed_while_the_next_records_are_being_written(
         cache.demote()
         assert cache.get_many(["first", "second"]) == [b"1", b"2"]
     assert overlapped == [True]
+
+
+def test_a_commit_that_began_before_the_device_failed_does_not_say_that_it_works_again(
+    shm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append, commit, release, failure = SegmentSet.append, Writer._commit, SegmentSet.release, Breaker.failure
+    committing, failed, opened, settled = (threading.Event() for _ in range(4))
+
+    def failing(self: SegmentSet, records: Any, **options: Any) -> Any:
+        if committing.is_set():
+            raise OSError(errno.EIO, "broken")
+        return append(self, records, **options)
+
+    def slowly(self: Writer, *what: Any) -> bool:
+        committing.set()
+        assert opened.wait(30)
+        return commit(self, *what)
+
+    def releasing(self: SegmentSet, number: int) -> None:
+        release(self, number)
+        settled.set()
+
+    def telling(self: Breaker, *what: Any) -> None:
+        failure(self, *what)
+        failed.set()
+
+    with kvstrata.open(tmp_path, **OPTIONS) as cache:
+        assert isinstance(cache.below.tier, DiskTier)
+        breaker = cache.below.tier._writing
+        with monkeypatch.context() as patched:
+            patched.setattr(SegmentSet, "append", failing)
+            patched.setattr(SegmentSet, "release", releasing)
+            patched.setattr(Writer, "_commit", slowly)
+            patched.setattr(Breaker, "failure", telling)
+            cache.put("first", b"1")
+            assert committing.wait(30)
+            for number in range(3):
+                failed.clear()
+                cache.put(f"more {number}", b"2")
+                assert failed.wait(30)
+            assert breaker.state != "closed"
+            opened.set()
+            assert settled.wait(30)
+            assert breaker.state != "closed"
+        assert cache.get("first") == b"1"
 
 
 def test_a_defect_in_committing_leaves_its_records_to_memory_and_the_next_ones_are_written(

@@ -65,6 +65,11 @@ class Breaker:
         return self._state == "closed" and not self._failures
 
     @property
+    def openings(self) -> int:
+        """How often it has opened."""
+        return self._opened
+
+    @property
     def due(self) -> bool:
         """Whether `allow` would let a call through."""
         return self._state == "closed" or self._clock() >= self._until

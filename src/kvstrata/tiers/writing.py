@@ -109,6 +109,7 @@ class Writer:
     def _write(self, left: list[DirtyRecord], later: Later) -> None:
         """Store records, and tell what commits their rows."""
         told = False
+        openings = self._breaker.openings
         while left:
             try:
                 segment, offsets = self._append(left)
@@ -120,7 +121,7 @@ class Writer:
                 return
             else:
                 written, left = left[: len(offsets)], left[len(offsets) :]
-                later(functools.partial(self._settle, written, segment, offsets))
+                later(functools.partial(self._settle, written, segment, offsets, openings))
                 told = True
         if not told:
             self._breaker.success()
@@ -128,10 +129,11 @@ class Writer:
     def _append(self, records: list[DirtyRecord]) -> tuple[int, list[int]]:
         return self._recovery.mended(lambda: self._segments.append(records, hold=True))
 
-    def _settle(self, records: list[DirtyRecord], segment: int, offsets: list[int]) -> None:
+    def _settle(self, records: list[DirtyRecord], segment: int, offsets: list[int], openings: int) -> None:
         """Commit rows of records that are written, settle them, and let go of their segment."""
         try:
-            if self._commit(records, segment, offsets):
+            # Else the device has failed since they were written: what was under way says nothing against that.
+            if self._commit(records, segment, offsets) and self._breaker.openings == openings:
                 self._breaker.success()
         finally:
             self._segments.release(segment)
