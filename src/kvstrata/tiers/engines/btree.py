@@ -21,6 +21,7 @@ from kvstrata.errors import ConfigMismatch, CorruptRecord, MissingExtra, TierUna
 from kvstrata.tiers.base import NamedRecord, Stats, StoreFault
 from kvstrata.tiers.engines.directory import FileLock, boot_id, set_aside
 from kvstrata.tiers.engines.filter_file import FilterFile
+from kvstrata.tiers.engines.names import SCAN_S, some_of
 from kvstrata.tiers.engines.turns import Turns
 
 if TYPE_CHECKING:
@@ -42,8 +43,6 @@ _EVICTED_AT_ONCE = 32
 _CHECKED_EACH = 256  # part of the map that is written until its pages are counted again
 _SYNC_S = 5.0
 _SETUP_S = 10.0
-_SCAN_S, _SCAN_TURN_S = 2.0, 0.005
-_NAMES_AT_ONCE = 1000
 _MARK = "unsynced"
 
 T = TypeVar("T")
@@ -297,14 +296,14 @@ class BtreeStore:
                 entries: int = txn.stat(self._records)["entries"]
                 return entries
 
-        with self._turn(_SCAN_S):
+        with self._turn(SCAN_S):
             return self._ask(count)
 
     def scan(self) -> Iterator[list[bytes]]:
         """See NamedStore."""
         last: bytes | None = b""
         while last is not None:
-            with self._turn(_SCAN_S):
+            with self._turn(SCAN_S):
                 names = self._ask(partial(self._names_after, last))
             yield names
             last = names[-1] if names else None
@@ -314,13 +313,7 @@ class BtreeStore:
             cursor = txn.cursor()
             if not cursor.set_range(last + b"\0"):
                 return []
-            names = []
-            until = time.monotonic() + _SCAN_TURN_S  # each step lets the GIL go, and may wait long to have it back
-            for name in cursor.iternext(keys=True, values=False):
-                names.append(name)
-                if len(names) == _NAMES_AT_ONCE or time.monotonic() > until:
-                    break
-            return names
+            return some_of(cursor.iternext(keys=True, values=False))
 
     # ---- The oldest leave
 
@@ -370,7 +363,7 @@ class BtreeStore:
         """See RecordStore."""
         try:
             records = self.count()
-            with self._turn(_SCAN_S):
+            with self._turn(SCAN_S):
                 used = int(self._ask(self._used) * self._size)
         except StoreFault:
             records = used = 0

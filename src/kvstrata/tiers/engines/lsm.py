@@ -21,6 +21,7 @@ from kvstrata.tiers.base import NamedRecord, Stats, StoreFault
 from kvstrata.tiers.engines.directory import FileLock, set_aside
 from kvstrata.tiers.engines.filter_file import FilterFile
 from kvstrata.tiers.engines.manifest import check_manifest
+from kvstrata.tiers.engines.names import SCAN_S, some_of
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -29,8 +30,6 @@ __all__ = ["LsmStore"]
 
 _SLICES = 8  # parts of the directory's bytes
 _MIB = 1 << 20
-_NAMES_AT_ONCE = 1000
-_SCAN_S, _SCAN_TURN_S = 2.0, 0.005
 _EXPIRES = struct.Struct("<Q")  # before each record: when its time is over, ms since the Unix epoch, 0 = never
 _abandoned: list[Any] = []  # handles of a parent: their threads aren't in this process, so they are never closed
 
@@ -237,7 +236,7 @@ class LsmStore:
             while last is not None:
                 # No slice is dropped meanwhile, and none is kept between: then its files would stay, and others would
                 # have to go in their place.
-                with self._locked(_SCAN_S):
+                with self._locked(SCAN_S):
                     names, last = self._ask(partial(self._names_after, number, last))
                 yield names
 
@@ -250,13 +249,9 @@ class LsmStore:
         options.fill_cache(False)
         iterator = handle.iter(options)
         iterator.seek(last + b"\0")
-        names: list[bytes] = []
-        until = time.monotonic() + _SCAN_TURN_S  # where values are large, each step reads much
-        while iterator.valid():
-            names.append(iterator.key())
-            if len(names) == _NAMES_AT_ONCE or time.monotonic() > until:
-                return names, names[-1]
-            iterator.next()
+        names = some_of(_names_from(iterator))
+        if iterator.valid():
+            return names, names[-1]
         iterator.status()  # raises where it ended early
         return names, None
 
@@ -311,3 +306,9 @@ def _over(data: bytes, now: float) -> bool:
 
 def _records(found: list[bytes | None]) -> list[Buffer | None]:
     return [None if data is None else memoryview(data)[_EXPIRES.size :] for data in found]
+
+
+def _names_from(iterator: Any) -> Iterator[bytes]:
+    while iterator.valid():
+        yield iterator.key()
+        iterator.next()
