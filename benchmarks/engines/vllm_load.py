@@ -11,7 +11,7 @@ from benchmarks.engines.processes import shared_memory
 from benchmarks.measure import Sample, Settings
 from benchmarks.table import Row
 
-PROMPTS, PROMPT, ANSWER = 16, 512, 32
+PROMPTS, PROMPT, ANSWER = 2, 512, 32
 USERS, TURNS, DOCUMENTS, DOCUMENT = 20, 5, 10, 512
 TOKEN_BYTES = 23_040
 ENGINE_TOKENS = 4096
@@ -37,7 +37,7 @@ def _nothing_found(model: Any, settings: Settings) -> list[Row]:
             "alone": stack.enter_context(ways.engine(model)),
             "ours": stack.enter_context(ways.engine(model, ways.kvstrata(settings.directory / "unique"))),
         }
-        for turn in range(settings.repeats(8) + 1):
+        for turn in range(settings.repeats(36) + 1):
             for name in sorted(engines, reverse=bool(turn % 2)):
                 given = {"requests": PROMPTS, "length": PROMPT, "count": ANSWER}
                 taken = engines[name].ask("unique", seed=1 + turn, **given)
