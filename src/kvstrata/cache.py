@@ -35,7 +35,7 @@ class Cache(Namespace):
         self.options = settings.options
         self.tiers = TierStack(settings)
         self._opened: weakref.WeakSet[Namespace] = weakref.WeakSet()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         try:
             super().__init__(self, SpaceOptions("default"), 0, 0.0)
         except BaseException:
@@ -220,8 +220,9 @@ class Cache(Namespace):
 
     def close(self) -> None:
         """Write what is not on disk yet, and let go of the cache. The last process out frees the shared memory."""
-        _open_caches.discard(self)
-        self.tiers.close()
+        with self._lock:  # no namespace is being opened meanwhile
+            _open_caches.discard(self)
+            self.tiers.close()
 
     def __enter__(self) -> Cache:
         return self
@@ -235,7 +236,7 @@ class Cache(Namespace):
 
     def leave_to_parent(self) -> None:
         """In a forked child: let go of the parent's place; the first use of a namespace takes one of its own."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         for namespace in list(self._opened):
             namespace._space = _Forked(namespace)  # type: ignore[assignment]
             if namespace._remote is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,24 +18,21 @@ from kvstrata import _core
 from kvstrata.errors import CorruptRecord, InvalidValue
 from kvstrata.keys import KVLayout
 
-__all__ = ["Layers", "Words", "as_layers", "check_out", "fill_block", "kv_of", "layer_sums", "trailer_of"]
+if TYPE_CHECKING:
+    from kvstrata._core import Pin
+
+__all__ = ["Layers", "Words", "as_layers", "check_out", "fill_block", "layer_sums", "place_blocks", "trailer_of"]
 
 Words: TypeAlias = npt.NDArray[Any]
 Layers: TypeAlias = list[tuple[Words, Words]]
 """(keys, values) of each layer, [kv_heads, tokens, head_dim] each."""
 
 
-def kv_of(value: Any, layout: KVLayout) -> Words:
-    """View the KV in a block's value, any buffer, as [layers, 2, kv_heads, block_tokens, head_dim]."""
-    count = layout.block_bytes // layout.words.itemsize
-    words: Words = np.frombuffer(value, layout.words, count)
-    return words.reshape(layout.block_shape)
-
-
 def fill_block(value: memoryview, key: bytes, layers: Layers, start: int, layout: KVLayout) -> None:
     """Write the value of the block that starts at token `start` of `layers`."""
     stop = start + layout.block_tokens
-    block = kv_of(value, layout)
+    block: Words = np.frombuffer(value, layout.words, layout.block_bytes // layout.words.itemsize)
+    block = block.reshape(layout.block_shape)
     size = layout.layer_bytes
     sums = np.empty(layout.layers + 1, "<u4")
     for number, (keys, values) in enumerate(layers):
@@ -44,6 +41,18 @@ def fill_block(value: memoryview, key: bytes, layers: Layers, start: int, layout
         sums[number] = _core.crc32c(value[number * size : (number + 1) * size])  # while it is in the cache
     sums[-1] = _sum_of_sums(sums, key)
     value[layout.block_bytes :] = sums.tobytes()
+
+
+def place_blocks(
+    out: Words, blocks: Sequence[tuple[int, Pin | memoryview]], layout: KVLayout, layers: range | None = None
+) -> None:
+    """Copy values of blocks, (index, value), to their places in `out`: those layers, by default all.
+
+    They were checked when they came into memory.
+    """
+    first, stop = (0, layout.layers) if layers is None else (layers.start, layers.stop)
+    tokens = layout.block_tokens
+    _core.place_layers(out, [(value, None, index * tokens) for index, value in blocks], tokens, first, stop)
 
 
 def trailer_of(kv: memoryview, key: bytes, layout: KVLayout) -> bytes:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from kvstrata import _core
 from kvstrata.errors import CacheClosed, CorruptRecord, TierError
-from kvstrata.prefix_blocks import Words, layer_sums
+from kvstrata.prefix_blocks import Words, layer_sums, place_blocks
 from kvstrata.prefix_loading import PrefixLoader, release
 from kvstrata.record import PAGE
 from kvstrata.threads import new_thread
@@ -217,14 +217,8 @@ class LayerWork:
     def _copy(self, group: int, members: list[int]) -> None:
         """Copy layers of blocks that are pinned."""
         pins = [(index, pin) for index in members if index < self.good and (pin := self._pins[index]) is not None]
-        self._place(pins, self._layers_of(group))
+        place_blocks(self._out, pins, self._layout, self._layers_of(group))
         self._done(group)
-
-    def _place(self, pins: Sequence[tuple[int, Pin]], layers: range) -> None:
-        """Copy layers of blocks that were checked before."""
-        tokens = self._layout.block_tokens
-        blocks = [(pin, None, index * tokens) for index, pin in pins]
-        _core.place_layers(self._out, blocks, tokens, layers.start, layers.stop)
 
     def _read(self, group: int, run: _Run, pieces: Pieces, source: PartLoader) -> None:
         """Read layers of blocks that lie in the same segment; check and copy what has come in a row."""
@@ -300,7 +294,7 @@ class LayerWork:
                 if pin is None or len(pin) != self._layout.value_bytes:
                     self._lose(index)
                     break
-                self._place([(index, pin)], range(self._layout.layers))
+                place_blocks(self._out, [(index, pin)], self._layout)
         except TierError:
             self._loader.tally.add(load_errors=1)
             self._lose(wave[0])

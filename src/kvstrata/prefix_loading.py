@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvstrata import _core
 from kvstrata.copying import Copiers
 from kvstrata.errors import TierError
 from kvstrata.keys import KVLayout
 from kvstrata.movement.cost import Prefill, worth_loading
-from kvstrata.prefix_blocks import Words, check_out
+from kvstrata.prefix_blocks import Words, check_out, place_blocks
 
 if TYPE_CHECKING:
     from kvstrata._core import Pin
@@ -154,15 +153,10 @@ class PrefixLoader:
         layout = self.layout
         copied: set[int] = set()
 
-        def place(index: int, value: Pin | memoryview) -> None:
-            """Copy a block, which was checked before, to its place in `out`."""
-            block = value, None, index * layout.block_tokens
-            _core.place_layers(out, [block], layout.block_tokens, 0, layout.layers)
-
         def arrived(position: int, value: Pin | memoryview) -> None:
             """Copy a block while others are still being read."""
             if len(value) == layout.value_bytes:
-                place(first + below[position], value)
+                place_blocks(out, [(first + below[position], value)], layout)
                 copied.add(below[position])
 
         try:
@@ -179,7 +173,7 @@ class PrefixLoader:
                 if run not in copied:
                     left.append((first + run, pin))
                 run += 1
-            self._copiers.share(lambda block: place(*block), left, len(left) * layout.value_bytes)
+            self._copiers.share(lambda block: place_blocks(out, [block], layout), left, len(left) * layout.value_bytes)
             return run, sum(index < run for index in below)
         finally:
             release(pins)
