@@ -38,7 +38,7 @@ ENGINE_STEPS := $(ENGINES)/.steps
 ENGINE_BIN := $(CURDIR)/$(ENGINES)/bin
 ENGINE_PIP := PATH="$(ENGINE_BIN):$$PATH" $(ENGINE_BIN)/python -m pip --disable-pip-version-check --no-input
 ENGINE_INSTALL := $(ENGINE_PIP) $(PIP_INSTALL) --constraint tests/engines/constraints.txt
-ENGINE_NEEDS := $(addprefix $(ENGINE_STEPS)/,package model test-tools vllm lmcache sglang llama-cpp)
+LLAMA_WHEELS := build/llama-cpp
 
 SOURCES := CMakeLists.txt pyproject.toml $(shell find core src -type f \
   \( -name '*.[ch]pp' -o -name '*.inl' -o -name 'CMakeLists.txt' -o -path 'src/*' \) \
@@ -47,7 +47,7 @@ SOURCES := CMakeLists.txt pyproject.toml $(shell find core src -type f \
 # What pip needs to hear about C++ and Python, checked before anything is downloaded.
 preflight = found=$$(PYTHON="$(PYTHON)" CXX="$(if $(filter default,$(origin CXX)),,$(CXX))" scripts/preflight)
 
-.PHONY: help demo test test-engines bench bench-engines quality check core core-plain core-address core-thread sanitize clean
+.PHONY: help demo test test-ready test-engines engines engine-packages bench bench-engines quality check core core-plain core-address core-thread sanitize clean
 
 help:
 	@echo "make demo      install into $(VENV) and let a real model skip its prefill (DEMO_ARGS=--json, ...)"
@@ -65,12 +65,16 @@ demo: $(STEPS)/package $(STEPS)/model
 	@echo "==> kvstrata demo"
 	@$(BIN)/kvstrata demo $(DEMO_ARGS)
 
-test: $(STEPS)/package $(STEPS)/model $(STEPS)/test-tools $(STEPS)/lint-tools
-	@$(MAKE) --jobs 2 --output-sync check core # each of them keeps only one core busy now and then
+test: $(STEPS)/build-tools
+	@$(MAKE) --jobs 2 --output-sync core test-ready # each of them keeps only one core busy now and then
 	@echo "==> pytest"
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(IN_PARALLEL) $(PYTEST_ARGS)
 
-test-engines: $(ENGINE_NEEDS)
+# One after the other: two pips at a time would be in each other's way.
+test-ready:
+	@for step in $(addprefix $(STEPS)/,package model test-tools) check; do $(MAKE) $$step; done
+
+test-engines: engines
 	@echo "==> pytest, in the engines"
 	@HF_HUB_OFFLINE=1 KVSTRATA_ENGINES=required $(ENGINE_BIN)/python -m pytest tests/engines $(ENGINES_IN_PARALLEL) $(PYTEST_ARGS)
 
@@ -78,7 +82,7 @@ bench: $(STEPS)/package $(STEPS)/model $(STEPS)/bench-tools
 	@echo "==> benchmarks"
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks $(BENCH_ARGS)
 
-bench-engines: $(ENGINE_NEEDS)
+bench-engines: engines
 	@echo "==> benchmarks, in the engines"
 	@HF_HUB_OFFLINE=1 $(ENGINE_BIN)/python -m benchmarks.engines $(BENCH_ARGS)
 
@@ -138,6 +142,13 @@ $(STEPS)/test-tools $(STEPS)/lint-tools $(STEPS)/bench-tools: $(STEPS)/%-tools: 
 
 # ---- The engines
 
+engines: $(ENGINE_STEPS)/venv
+	@$(MAKE) --jobs 2 --output-sync $(ENGINE_STEPS)/llama-cpp-wheel engine-packages
+	@$(MAKE) $(ENGINE_STEPS)/llama-cpp
+
+engine-packages:
+	@for step in $(addprefix $(ENGINE_STEPS)/,package vllm model test-tools lmcache sglang); do $(MAKE) $$step; done
+
 $(ENGINE_STEPS)/venv:
 	@$(preflight)
 	echo "==> making $(ENGINES) with $${found%%$$'\t'*}"
@@ -189,8 +200,16 @@ $(ENGINE_STEPS)/sglang: tests/engines/constraints.txt | $(ENGINE_STEPS)/vllm
 	touch $@
 
 # It has no wheels. Of what it is compiled to here a part is left out, so nobody else should find that in pip's cache.
-$(ENGINE_STEPS)/llama-cpp: tests/engines/constraints.txt tests/engines/llama-cpp.cmake | $(ENGINE_STEPS)/venv
+$(ENGINE_STEPS)/llama-cpp-wheel: tests/engines/constraints.txt tests/engines/llama-cpp.cmake | $(ENGINE_STEPS)/venv
 	@echo "==> compiling llama.cpp (takes minutes)"
 	export CMAKE_ARGS="-DCMAKE_PROJECT_llama_cpp_INCLUDE=$(CURDIR)/tests/engines/llama-cpp.cmake -DLLAVA_BUILD=OFF"
-	$(ENGINE_INSTALL) --no-cache-dir llama-cpp-python
+	rm -rf $(LLAMA_WHEELS)
+	$(ENGINE_PIP) wheel --quiet --no-deps --no-cache-dir --constraint tests/engines/constraints.txt \
+	    --wheel-dir $(LLAMA_WHEELS) llama-cpp-python
+	touch $@
+
+$(ENGINE_STEPS)/llama-cpp: $(ENGINE_STEPS)/llama-cpp-wheel | $(ENGINE_STEPS)/vllm
+	@echo "==> installing llama.cpp"
+	$(ENGINE_INSTALL) --force-reinstall --no-deps $(LLAMA_WHEELS)/*.whl
+	$(ENGINE_INSTALL) $(LLAMA_WHEELS)/*.whl
 	touch $@

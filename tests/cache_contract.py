@@ -452,6 +452,9 @@ class NamespaceContract:
             ns.put(f"key {i}", pattern(10_000, i))
             assert cache.stats()["namespaces"]["small"]["memory_bytes"] <= 256 * 1024
         assert ns.get("key 99") == pattern(10_000, 99)
+        for i in range(20):
+            ns.put_many({f"small {i} {n}": bytes(3000) for n in range(i + 1)})
+            assert cache.stats()["namespaces"]["small"]["memory_bytes"] <= 256 * 1024
         with pytest.raises(TierFull):
             ns.put("key", bytes(256 * 1024))
 

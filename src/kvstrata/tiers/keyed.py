@@ -22,6 +22,7 @@ from kvstrata.tiers.base import Key, NamedRecord, RecordStore, Stats, StoreFault
 from kvstrata.tiers.breaker import Breaker
 from kvstrata.tiers.encodings import Encoding
 from kvstrata.tiers.filters import Filters
+from kvstrata.tiers.keyed_records import addressed, decode
 from kvstrata.tiers.keyed_space import GENERATION, GENERATION_NUMBER, KeyedSpace
 from kvstrata.tiers.presence import FilterOptions, Names, Roll
 
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Found", "KeyedTier"]
 
-_LEAST_RATIO, _SMALL = 1024, 65536
 _log = logging.getLogger("kvstrata")
 _COUNTERS = (
     "sealed_records",
@@ -42,11 +42,6 @@ _COUNTERS = (
 
 T = TypeVar("T")
 _Question = Callable[[Sequence[bytes], float], list[Any]]  # names and seconds -> an answer to each
-
-
-def _identity(name: bytes, written: int) -> bytes:
-    """What a sealed payload belongs to."""
-    return name + GENERATION_NUMBER.pack(written)
 
 
 class Found(NamedTuple):
@@ -150,25 +145,17 @@ class KeyedTier:
         self._count(hits=hits, misses=len(keys) - hits)
         return result
 
-    def _decoded(
-        self, space: KeyedSpace, key: Key, generation: int, written: int, number: int, payload: memoryview, length: int
-    ) -> memoryview | None:
+    def _decoded(self, space: KeyedSpace, key: Key, generation: int, *encoded: Any) -> memoryview | None:
         """Return the value of a record that is encoded; None, counted, where that can't be done."""
-        if length > _LEAST_RATIO * max(len(payload), _SMALL):  # nothing can be that much smaller than its value
-            self._count(rejected_records=1)
-            return None
-        out = bytearray(length)
         try:
-            space.encoding.decode_into(number, payload, _identity(space.names([key], generation)[0], written), out)
+            return decode(space, space.names([key], generation)[0], *encoded)
         except CorruptRecord:
             self._count(rejected_records=1)
-            return None
         except WrongKey as wrong:
             if not self._numbers["sealed_records"]:
                 _log.error("kvstrata: %s: %s", self.name, wrong)
             self._count(sealed_records=1)
-            return None
-        return memoryview(out).toreadonly()
+        return None
 
     def contains(self, space: KeyedSpace, keys: Sequence[Key], state: object) -> list[bool]:
         """Say which keys seem to be there; only a load checks."""
@@ -262,7 +249,7 @@ class KeyedTier:
         assert generation is not None
         names = space.names([record.key for record in records], generation)
         now = time.time_ns()
-        items = [_addressed(name, record, space, generation, now) for name, record in zip(names, records, strict=True)]
+        items = [addressed(name, record, space, generation, now) for name, record in zip(names, records, strict=True)]
         self._publish(space, generation, names, records)
         asked_at = time.monotonic()
         current = self._change(lambda: self.store.write(items, self._change_s, then_read=space.generation_name))
@@ -419,21 +406,3 @@ class KeyedTier:
     def _failed(self, fault: StoreFault) -> None:
         self._count(**{f"error {fault.kind}": 1})
         self.breaker.failure(fault.kind, fault)
-
-
-def _addressed(name: bytes, record: DirtyRecord, space: KeyedSpace, generation: int, now: int) -> NamedRecord:
-    """A record under its name there; unless it is encoded, its payload is sent from where it lies."""
-    view = record.view
-    epoch = generation & 0xFFFFFFFF
-    if not space.encoding.plain:
-        start = record.payload_offset
-        number, payload = space.encoding.encode(
-            view[start : start + record.stored_len], _identity(name, now), record.key
-        )
-        if number:
-            whole = _core.encode_record(
-                view, payload, codec=number, seed=space.seed, ns=0, version=space.version, epoch=epoch, seq=now
-            )
-            return NamedRecord(name, (whole,), record.expires)
-    frame = _core.readdressed_frame(view, seed=space.seed, ns=0, version=space.version, epoch=epoch, seq=now)
-    return NamedRecord(name, (frame, view[len(frame) :]), record.expires)

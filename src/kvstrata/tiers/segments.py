@@ -12,36 +12,32 @@ import fcntl
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvstrata.errors import TierFull, TierUnavailable
 from kvstrata.forking import after_fork
-from kvstrata.record import LARGE_PAYLOAD, PAGE, Record
+from kvstrata.record import PAGE, Record
+from kvstrata.tiers.appending import Active, Appender, Outgoing
 from kvstrata.tiers.blockio import (
     Read,
     Reader,
     Workers,
-    aligned_buffer,
-    is_aligned,
     log,
     page_ceil,
     sync_directory,
-    transfer,
     try_direct,
 )
 from kvstrata.tiers.holds import Holds
 from kvstrata.tiers.ledger import Ledger
-from kvstrata.tiers.segment_format import MAX_NUMBER, NAME, pack_header, read_header, scan
+from kvstrata.tiers.segment_format import MAX_NUMBER, NAME, read_header, scan
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["Outgoing", "Segment", "SegmentSet", "segment_bytes_for"]
+__all__ = ["Segment", "SegmentSet", "segment_bytes_for"]
 
 MAX_SEGMENT = 64 << 20
 MIN_SEGMENT = 256 << 10
-_LARGE_RECORD = PAGE + LARGE_PAYLOAD  # bytes; no small record is as long
-_WRITE_BYTES = 1 << 20  # of one transfer
 
 
 def segment_bytes_for(capacity: int) -> int:
@@ -50,62 +46,11 @@ def segment_bytes_for(capacity: int) -> int:
     return page_ceil(max(wanted, capacity // 1024))  # no more than about a thousand files
 
 
-class Outgoing(Protocol):
-    """A record on its way to disk."""
-
-    @property
-    def ns(self) -> int:
-        """Number of its namespace."""
-
-    @property
-    def version(self) -> int:
-        """Of the namespace."""
-
-    @property
-    def epoch(self) -> int:
-        """Of the namespace."""
-
-    @property
-    def view(self) -> memoryview:
-        """The whole record."""
-
-    @property
-    def length(self) -> int:
-        """Bytes of the whole record."""
-
-
 class Segment(NamedTuple):
     """A segment file that is there; `size` in bytes."""
 
     number: int
     size: int
-
-
-class _Plan(NamedTuple):
-    """Where the first records of a batch go."""
-
-    stream: list[memoryview | bytes]  # small ones, to lie one after the other from the end of the segment
-    large: list[memoryview]  # on pages, after them
-    offsets: list[int]
-    described: set[tuple[int, int, int]]
-    end: int
-
-
-class _Active:
-    """The segment that this process appends to."""
-
-    def __init__(self, number: int, path: Path, fd: int, data_fd: int, size: int) -> None:
-        self.number = number
-        self.path = path
-        self.fd = fd  # holds the lock
-        self.data_fd = data_fd
-        self.size = size
-        self.end = PAGE
-        self.described: set[tuple[int, int, int]] = set()  # namespaces whose descriptor it holds
-
-    def close(self) -> None:
-        for fd in {self.fd, self.data_fd}:
-            os.close(fd)
 
 
 class SegmentSet:
@@ -132,10 +77,9 @@ class SegmentSet:
         self._segment_bytes = segment_bytes
         self._ledger = ledger
         self._make_room = make_room
-        self._describe = describe
         self._holds = Holds()
         self._lock = threading.Lock()
-        self._active: _Active | None = None
+        self._active: Active | None = None
         self._unsynced: set[int] = set()  # segments that this process wrote to since the last sync
         self._workers = Workers(depth)
         refusal = try_direct(directory) if direct else None
@@ -149,7 +93,7 @@ class SegmentSet:
                 refusal.strerror,
             )
         self._reader = Reader(self.path_of, self._workers, direct=direct and refusal is None)
-        self._stream_buffer: memoryview | None = None
+        self._appender = Appender(seed=seed, describe=describe, reader=self._reader, workers=self._workers)
         after_fork(self)
 
     # ---- What is there
@@ -208,13 +152,13 @@ class SegmentSet:
             if active is not None and os.fstat(active.fd).st_nlink == 0:
                 self._seal()  # somebody deleted the file
                 active = None
-            plan = self._plan(active, records) if active else None
+            plan = self._appender.plan(active, records) if active else None
             if active is None or plan is None or not plan.offsets:
                 self._seal()
                 active = self._active = self._allocate(records[0])
-                plan = self._plan(active, records)
+                plan = self._appender.plan(active, records)
             try:
-                self._write(active, plan)
+                self._appender.write(active, plan)
             except OSError:
                 # A scan ends at what may now be there, so nothing may follow.
                 self._seal()
@@ -303,96 +247,8 @@ class SegmentSet:
                     continue
                 yield int(match[1]), size
 
-    def _plan(self, active: _Active, records: Sequence[Outgoing]) -> _Plan:
-        stream: list[memoryview | bytes] = []
-        large: list[memoryview] = []
-        places: list[tuple[bool, int]] = []  # among the large ones?, bytes before
-        small_bytes = large_bytes = 0
-        described = set(active.described)
-        for record in records:
-            identity = (record.ns, record.version, record.epoch)
-            descriptor = b"" if identity in described else self._describe(*identity)
-            is_large = record.length >= _LARGE_RECORD
-            small_after = small_bytes + len(descriptor) + (0 if is_large else record.length)
-            large_after = large_bytes + (record.length if is_large else 0)
-            if active.end + page_ceil(small_after) + large_after > active.size:
-                break
-            if descriptor:
-                stream.append(descriptor)
-                described.add(identity)
-            if is_large:
-                places.append((True, large_bytes))
-                large.append(record.view)
-            else:
-                places.append((False, small_bytes + len(descriptor)))
-                stream.append(record.view)
-            small_bytes, large_bytes = small_after, large_after
-        start_of_large = active.end + page_ceil(small_bytes)
-        offsets = [(start_of_large if is_large else active.end) + before for is_large, before in places]
-        return _Plan(stream, large, offsets, described, start_of_large + large_bytes)
-
-    def _write(self, active: _Active, plan: _Plan) -> None:
-        at = self._write_stream(active, plan.stream, active.end)
-        jobs: list[tuple[int, list[memoryview]]] = []
-        joined = 0
-        for view in plan.large:
-            if self.direct and not is_aligned(view):
-                at = self._write_stream(active, [view], at)
-                joined = _WRITE_BYTES
-                continue
-            if jobs and joined + len(view) <= _WRITE_BYTES:
-                jobs[-1][1].append(view)
-                joined += len(view)
-            else:
-                jobs.append((at, [view]))
-                joined = len(view)
-            at += len(view)
-
-        def job(offset: int, views: list[memoryview]) -> Callable[[], None]:
-            return lambda: self._write_at(active, views, offset)
-
-        self._workers.run([job(*one) for one in jobs])
-
-    def _write_stream(self, active: _Active, parts: Sequence[memoryview | bytes], at: int) -> int:
-        """Write parts one after the other by way of an aligned buffer, zeros behind.
-
-        Returns the end of the last page.
-        """
-        if self._stream_buffer is None:
-            self._stream_buffer = aligned_buffer(_WRITE_BYTES)
-        buffer, filled = self._stream_buffer, 0
-        for part in parts:
-            rest = memoryview(part)
-            while len(rest):
-                moved = min(len(rest), len(buffer) - filled)
-                buffer[filled : filled + moved] = rest[:moved]
-                rest = rest[moved:]
-                filled += moved
-                if filled == len(buffer):
-                    self._write_at(active, [buffer], at)
-                    at, filled = at + filled, 0
-        if filled:
-            end = page_ceil(filled)
-            buffer[filled:end] = bytes(end - filled)
-            self._write_at(active, [buffer[:end]], at)
-            at += end
-        return at
-
-    def _write_at(self, active: _Active, views: list[memoryview], offset: int) -> None:
-        fd = active.data_fd if self.direct else active.fd
-        try:
-            transfer(os.pwritev, fd, views, offset)
-        except OSError as error:
-            if error.errno != errno.EINVAL or fd == active.fd:
-                raise
-            if self._reader.direct:
-                self._reader.direct = False
-                log.warning("%s: O_DIRECT is refused (errno %d); using the page cache", active.path, error.errno)
-            transfer(os.pwritev, active.fd, views, offset)
-
-    def _allocate(self, first: Outgoing) -> _Active:
-        descriptor = self._describe(first.ns, first.version, first.epoch)
-        least = PAGE + page_ceil(len(descriptor) + first.length) + (PAGE if first.length >= _LARGE_RECORD else 0)
+    def _allocate(self, first: Outgoing) -> Active:
+        least = self._appender.least_bytes(first)
         size = max(self._segment_bytes, least)
         with self._ledger.hold():
             try:
@@ -406,25 +262,9 @@ class SegmentSet:
             number = max([mark.segment, *(number for number, _ in self._entries())]) + 1
             if number > MAX_NUMBER:
                 raise TierUnavailable(f"{self._directory}: segment numbers are used up; start with an empty directory")
-            active = self._create(number, size)
+            active = self._appender.create(number, self.path_of(number), size)
             self._ledger.write(mark._replace(segment=number))
         return active
-
-    def _create(self, number: int, size: int) -> _Active:
-        path = self.path_of(number)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        data_fd = fd
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.posix_fallocate(fd, 0, size)
-            os.pwrite(fd, pack_header(number, self._seed), 0)
-            if self.direct:
-                data_fd = os.open(path, os.O_RDWR | os.O_DIRECT)
-        except OSError:
-            path.unlink(missing_ok=True)
-            os.close(fd)
-            raise
-        return _Active(number, path, fd, data_fd, size)
 
     def _seal(self) -> None:
         active, self._active = self._active, None

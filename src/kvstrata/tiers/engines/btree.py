@@ -21,22 +21,19 @@ from kvstrata.errors import ConfigMismatch, CorruptRecord, MissingExtra, TierUna
 from kvstrata.tiers.base import NamedRecord, Stats, StoreFault
 from kvstrata.tiers.engines.directory import FileLock, boot_id, set_aside
 from kvstrata.tiers.engines.filter_file import FilterFile
+from kvstrata.tiers.engines.lmdb_file import PAGE, check_map
 from kvstrata.tiers.engines.names import SCAN_S, some_of
 from kvstrata.tiers.engines.turns import Turns
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["BtreeStore", "check_map"]
+__all__ = ["BtreeStore"]
 
 _NUMBER = struct.Struct(">Q")
 _LENGTH = struct.Struct(">H")  # before each name of a batch
 _HEAD = struct.Struct(">QQ")  # before each record: its number, and when its time is over (ms, Unix epoch, 0 = never)
 _LASTING = 0  # the number of records that have no place in the order, so they never leave to make room
-_PAGE = 4096
-_META = struct.Struct("<16xII")  # after a page's header: magic, version
-_META_SIZE = struct.Struct("<Q")
-_MAGIC, _VERSION = 0xBEEFC0DE, 1
 _USED = 0.7  # of the map: the rest is for copies of changed pages, and pages that readers still see
 _BATCH = 1800  # bytes of names under one number: more would take pages of their own
 _EVICTED_AT_ONCE = 32
@@ -46,29 +43,6 @@ _SETUP_S = 10.0
 _MARK = "unsynced"
 
 T = TypeVar("T")
-
-
-def check_map(path: Path, size: int) -> None:
-    """Raise CorruptRecord unless the file has that length and two sound meta pages; OSError if unreadable."""
-    with path.open("rb") as file:
-        if os.fstat(file.fileno()).st_size != size:
-            raise CorruptRecord(f"{path.name} has not its length")
-        if os.fstat(file.fileno()).st_blocks * 512 < size:
-            raise CorruptRecord(f"{path.name} has holes")
-        pages = [file.read(_PAGE), file.read(_PAGE)]
-    for number, page in enumerate(pages):
-        pgno, _, flags = struct.unpack_from("<QHH", page)
-        if pgno != number or flags != 0x08 or _META.unpack_from(page) != (_MAGIC, _VERSION):
-            raise CorruptRecord(f"meta page {number} of {path.name} is damaged")
-        # address, map size, 2 x (pad, flags, depth, branch, leaf, overflow, entries, root), last page, transaction
-        _, mapped = struct.unpack_from("<QQ", page, 24)
-        last, _ = struct.unpack_from("<QQ", page, 136)
-        roots = [struct.unpack_from("<IHHQQQQQ", page, 40 + 48 * n) for n in range(2)]
-        if mapped > size or not 1 <= last < size // _PAGE or roots[0][0] != _PAGE:
-            raise CorruptRecord(f"meta page {number} of {path.name} is damaged")
-        for _, _, depth, *counts, _, root in roots:
-            if root != 2**64 - 1 and (not 2 <= root <= last or not 1 <= depth <= 32 or max(counts) > last):
-                raise CorruptRecord(f"meta page {number} of {path.name} is damaged")
 
 
 def _check_mark(mark: Path) -> None:
@@ -89,7 +63,7 @@ class BtreeStore:
         self._lmdb = lmdb
         directory.parent.mkdir(parents=True, exist_ok=True)
         self._directory = directory
-        self._size = (cap - (1 << 20) - FilterFile.size(cap)) // _PAGE * _PAGE  # the rest: the lock's table
+        self._size = (cap - (1 << 20) - FilterFile.size(cap)) // PAGE * PAGE  # the rest: the lock's table
         self.filter = FilterFile(directory, cap)
         self._numbers = {"damaged_directories": 0, "evicted_records": 0}
         self._turns = Turns()  # one thread at a time: each call of lmdb lets the GIL go
@@ -213,7 +187,7 @@ class BtreeStore:
     ) -> Buffer | None:
         """See RecordStore."""
         items = [(record, b"".join(record.parts)) for record in records]
-        need = sum(len(data) + 2 * _PAGE for _, data in items)
+        need = sum(len(data) + 2 * PAGE for _, data in items)
         if need > self._size * (1 - _USED) / 2:
             if len(items) == 1:
                 raise StoreFault("too large", "btree: a record is larger than 15 % of the disk's bytes", sent=False)
@@ -321,7 +295,7 @@ class BtreeStore:
         with self._env.begin() as txn:
             trees = [txn.stat(self._records), txn.stat(self._batches)]
         pages = sum(tree["branch_pages"] + tree["leaf_pages"] + tree["overflow_pages"] for tree in trees)
-        return float(pages * _PAGE / self._size)
+        return float(pages * PAGE / self._size)
 
     def _make_room(self, need: int) -> None:
         """Let the oldest leave for what needs so many bytes, and pages in which there may be room for it."""
