@@ -66,7 +66,7 @@ demo: $(STEPS)/package $(STEPS)/model
 	@$(BIN)/kvstrata demo $(DEMO_ARGS)
 
 test: $(STEPS)/build-tools
-	@$(MAKE) --jobs 2 --output-sync core test-ready # each of them keeps only one core busy now and then
+	@$(MAKE) --jobs 2 --output-sync test-ready core # each of them keeps only one core busy now and then
 	@echo "==> pytest"
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(IN_PARALLEL) $(PYTEST_ARGS)
 
@@ -143,7 +143,7 @@ $(STEPS)/test-tools $(STEPS)/lint-tools $(STEPS)/bench-tools: $(STEPS)/%-tools: 
 # ---- The engines
 
 engines: $(ENGINE_STEPS)/venv
-	@$(MAKE) --jobs 2 --output-sync $(ENGINE_STEPS)/llama-cpp-wheel engine-packages
+	@$(MAKE) --jobs 2 $(ENGINE_STEPS)/llama-cpp-wheel engine-packages
 	@$(MAKE) $(ENGINE_STEPS)/llama-cpp
 
 engine-packages:
