@@ -72,7 +72,7 @@ test: $(STEPS)/build-tools
 
 # One after the other: two pips at a time would be in each other's way.
 test-ready:
-	@for step in $(addprefix $(STEPS)/,package model test-tools) check; do $(MAKE) $$step; done
+	@for step in $(addprefix $(STEPS)/,package model test-tools) check; do $(MAKE) --silent $$step; done
 
 test-engines: engines
 	@echo "==> pytest, in the engines"
@@ -143,11 +143,11 @@ $(STEPS)/test-tools $(STEPS)/lint-tools $(STEPS)/bench-tools: $(STEPS)/%-tools: 
 # ---- The engines
 
 engines: $(ENGINE_STEPS)/venv
-	@$(MAKE) --jobs 2 $(ENGINE_STEPS)/llama-cpp-wheel engine-packages
-	@$(MAKE) $(ENGINE_STEPS)/llama-cpp
+	@$(MAKE) --jobs 2 --silent $(ENGINE_STEPS)/llama-cpp-wheel engine-packages
+	@$(MAKE) --silent $(ENGINE_STEPS)/llama-cpp
 
 engine-packages:
-	@for step in $(addprefix $(ENGINE_STEPS)/,package vllm model test-tools lmcache sglang); do $(MAKE) $$step; done
+	@for step in $(addprefix $(ENGINE_STEPS)/,package vllm model test-tools lmcache sglang); do $(MAKE) --silent $$step; done
 
 $(ENGINE_STEPS)/venv:
 	@$(preflight)
