@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import kvstrata
+from support.processes import python_path
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -16,8 +16,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 def run(home: Path, name: str, *arguments: str) -> str:
     """What an example prints; it finds an empty home the first time."""
     environment = {
-        **os.environ, "HOME": str(home), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": os.pathsep.join([str(Path(kvstrata.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
+        **os.environ, "HOME": str(home), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": python_path(),
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, EXAMPLES / name, *arguments], capture_output=True, text=True, env=environment, check=False

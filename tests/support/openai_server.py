@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 
-import kvstrata
+from support.processes import python_path
 
 START_LIMIT_S = 600.0  # loading a model on a busy machine
 REQUEST_LIMIT_S = 120.0
@@ -27,14 +27,13 @@ class Served:
 
     def __init__(self, model: str | Path, *options: str, **environment: str) -> None:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
-        path = os.pathsep.join([str(Path(kvstrata.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
         command = [
             sys.executable, "-m", "kvstrata.cli", "serve", "--model", str(model), "--name", "smol", "--port", "0",
             "--threads", "1", *options,
         ]  # fmt: skip
         self.process = subprocess.Popen(
             command, stdout=self._log, stderr=self._log,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
+            env={**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1", **environment},
         )  # fmt: skip
         self.url = ""
 

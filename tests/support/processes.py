@@ -26,6 +26,14 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(prctl_set_pdeathsig, signal.SIGKILL)
 
 
+def python_path(*first: Path) -> str:
+    """PYTHONPATH for another process that is to see the same kvstrata as this one."""
+    import kvstrata  # here: the other process chooses its native module first
+
+    package = Path(kvstrata.__file__).parents[1]
+    return os.pathsep.join([*map(str, first), str(package), os.environ.get("PYTHONPATH", "")])
+
+
 class RemoteError(AssertionError):
     """Something failed in the other process; `kind` is the name of the exception's class."""
 
@@ -46,17 +54,12 @@ class Process:
     """
 
     def __init__(self, *, core: Path | None = None, patience: float = HANG_LIMIT_S, **environment: str) -> None:
-        import kvstrata  # here: the other process chooses its native module first
-
         self._patience = patience
-
-        package = Path(kvstrata.__file__).parents[1]
-        here = os.pathsep.join([str(TESTS), str(package), os.environ.get("PYTHONPATH", "")])
         self._child = subprocess.Popen(
             [sys.executable, "-m", "support.processes", str(core or "")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": here, "PYTHONFAULTHANDLER": "1", **environment},
+            env={**os.environ, "PYTHONPATH": python_path(TESTS), "PYTHONFAULTHANDLER": "1", **environment},
         )
         assert self._child.stdin is not None
         assert self._child.stdout is not None

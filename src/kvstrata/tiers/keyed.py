@@ -145,10 +145,12 @@ class KeyedTier:
         self._count(hits=hits, misses=len(keys) - hits)
         return result
 
-    def _decoded(self, space: KeyedSpace, key: Key, generation: int, *encoded: Any) -> memoryview | None:
+    def _decoded(
+        self, space: KeyedSpace, key: Key, generation: int, written: int, number: int, payload: memoryview, length: int
+    ) -> memoryview | None:
         """Return the value of a record that is encoded; None, counted, where that can't be done."""
         try:
-            return decode(space, space.names([key], generation)[0], *encoded)
+            return decode(space, space.names([key], generation)[0], written, number, payload, length)
         except CorruptRecord:
             self._count(rejected_records=1)
         except WrongKey as wrong:
