@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import shutil
@@ -54,9 +55,21 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     assert left == [], "shared memory was left behind"
 
 
+@pytest.fixture(scope="session")
+def with_vllm() -> Iterator[Process]:
+    """A process that has imported vLLM, which takes longer than anything else. Processes with engines are its forks."""
+    with Process(patience=PATIENCE_S) as process:
+        process.run("from engines import vllm_engine\nvllm_engine.import_all()")
+        yield process
+        process.kill()
+
+
 @pytest.fixture(scope="module")
-def starting_vllm(place: Path, model: Path) -> Iterator[Start]:
-    """Begins to start an engine; `started` waits for it."""
+def starting_vllm(place: Path, model: Path, with_vllm: Process) -> Iterator[Start]:
+    """Begins to start an engine, whose process's `finish` waits for it.
+
+    Python's own hashes differ in one that is `unlike` the others.
+    """
     with ExitStack() as stack:
 
         def start(
@@ -65,9 +78,11 @@ def starting_vllm(place: Path, model: Path) -> Iterator[Start]:
             kind: str = "connector",
             environment: dict[str, str] | None = None,
             connector: dict[str, Any] | None = None,
+            unlike: bool = False,
             **options: Any,
         ) -> Engine:
-            process = Process(patience=PATIENCE_S, KVSTRATA_SHM_DIR=str(place / "shm"), **(environment or {}))
+            begin = functools.partial(Process, patience=PATIENCE_S) if unlike else with_vllm.fork
+            process = begin(KVSTRATA_SHM_DIR=str(place / "shm"), **(environment or {}))
             stack.callback(process.__exit__)
             if path is not None:
                 options["kv_transfer_config"] = None  # made there

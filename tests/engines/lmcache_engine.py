@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
-os.environ.update(
-    HF_HUB_OFFLINE="1",
-    OMP_NUM_THREADS="1",
-    VLLM_CPU_OMP_THREADS_BIND="nobind",
-    # LMCache brings llvmlite, and vLLM must have looked through all modules for Triton's kernels before: as in
-    # `vllm serve`, the engine is a process of its own, which imports the connector later.
-    VLLM_ENABLE_V1_MULTIPROCESSING="1",
-    VLLM_WORKER_MULTIPROC_METHOD="spawn",
-    VLLM_HOST_IP="127.0.0.1",
-    VLLM_LOGGING_LEVEL="WARNING",
-    VLLM_NO_USAGE_STATS="1",
-)
-
-import psutil
 import vllm
+from vllm.platforms import current_platform
 
+import engines.vllm_engine  # noqa: F401 - says how vLLM is to run, before that is imported
+from engines.vllm_control import KV_BYTES_PER_TOKEN
 from kvstrata.demo.texts import handbook
 
-KV_BYTES_PER_TOKEN = 46_080  # of SmolLM2 in fp32
+# vLLM looks through all modules for Triton's kernels, and fails at llvmlite's, which LMCache brings: so before it does.
+current_platform.register_triton_kernel_overrides()
+type(current_platform).register_triton_kernel_overrides = classmethod(lambda cls: None)
 
 
 class Engine:
@@ -60,7 +50,3 @@ class Engine:
         """How many tokens of prompts came from the connector so far."""
         metrics = self.llm.get_metrics()
         return int(sum(item.value for item in metrics if item.name == "vllm:external_prefix_cache_hits"))  # type: ignore
-
-    def processes(self) -> list[int]:
-        """Those that the engine consists of, besides this one."""
-        return [child.pid for child in psutil.Process().children(recursive=True)]

@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import select
-import signal
 import subprocess
 import sys
 import time
@@ -573,23 +572,19 @@ class LMCacheServer(Server):
 
 
 @contextlib.contextmanager
-def running_vllm(model: Path, port: int) -> Iterator[Process]:
-    """A vLLM, `engine` in another process, whose processes are killed at the end: without a server it may wait long."""
-    with Process(patience=PATIENCE_S) as process:
+def running_vllm(with_vllm: Process, model: Path, port: int) -> Iterator[Process]:
+    """A vLLM, `engine` in another process, which is killed at the end: without a server it may wait long."""
+    with with_vllm.fork() as process:
         start = "from engines.lmcache_engine import Engine\nengine = Engine(model, port)"
         process.run(start, model=str(model), port=port)
-        others = process.eval("engine.processes()")
         try:
             yield process
         finally:
             process.kill()
-            for pid in others:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
 
 
 def test_a_vllm_finds_its_prefix_in_kvstrata_after_lmcaches_server_was_killed(
-    shm: Path, tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+    shm: Path, tmp_path: Path, model: Path, with_vllm: Process, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     need("vllm")
     monkeypatch.setattr("support.servers.PATIENCE_S", PATIENCE_S)
@@ -599,7 +594,7 @@ def test_a_vllm_finds_its_prefix_in_kvstrata_after_lmcaches_server_was_killed(
     first, second = (LMCacheServer(tmp_path / name, shm_name, cache) for name in ("first", "second"))
     try:
         first.start()
-        with running_vllm(model, first.zmq) as vllm:
+        with running_vllm(with_vllm, model, first.zmq) as vllm:
             cold = vllm.eval("engine.tokens(400)")
             assert vllm.eval("engine.loaded_tokens()") == 0
             first.wait_for("stored_blocks", 6)  # of 64 tokens
@@ -610,7 +605,7 @@ def test_a_vllm_finds_its_prefix_in_kvstrata_after_lmcaches_server_was_killed(
         second.start()
         listed = second.ask("/cache/objects?page_size=100")["entries"]
         assert len(listed) >= 6
-        with running_vllm(model, second.zmq) as vllm:
+        with running_vllm(with_vllm, model, second.zmq) as vllm:
             assert vllm.eval("engine.tokens(400)") == cold
             assert vllm.eval("engine.loaded_tokens()") == 6 * 64
             status = second.adapter

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from support.processes import Process, RemoteError
 
-from engines.conftest import PATIENCE_S, Start, need
+from engines.conftest import Start, need
 from engines.vllm_control import BLOCK, Engine
 
 need("vllm")
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.timeout(600)
 @pytest.fixture(scope="module")
 def engines(starting_vllm: Start) -> tuple[Engine, Engine]:
     """Two engines with a tier in the same directory, in processes whose own hashes of Python differ."""
-    pair = tuple(starting_vllm("tiers", kind="tier") for _ in range(2))
+    pair = tuple(starting_vllm("tiers", kind="tier", unlike=unlike) for unlike in (False, True))
     for engine in pair:
         engine.process.finish()
     return pair  # type: ignore[return-value]
@@ -72,8 +72,10 @@ def test_counters_reach_prometheus(engines: tuple[Engine, Engine]) -> None:
     assert metrics["vllm:kvstrata_found_blocks"] > 0
 
 
-def test_hashes_that_begin_with_a_random_number_switch_it_off_and_say_what_to_add(model: Path, tmp_path: Path) -> None:
-    with Process(patience=PATIENCE_S, KVSTRATA_SHM_DIR=str(tmp_path)) as process:
+def test_hashes_that_begin_with_a_random_number_switch_it_off_and_say_what_to_add(
+    model: Path, tmp_path: Path, with_vllm: Process
+) -> None:
+    with with_vllm.fork(KVSTRATA_SHM_DIR=str(tmp_path)) as process:
         process.run("from engines import vllm_engine")
         tier = "vllm_engine.Tier(model, path, hash_name=name)"
         given = {"model": str(model), "path": str(tmp_path / "cache")}
@@ -85,8 +87,8 @@ def test_hashes_that_begin_with_a_random_number_switch_it_off_and_say_what_to_ad
     assert on == ""
 
 
-def test_an_older_vllm_is_refused_without_a_seed(model: Path, tmp_path: Path) -> None:
-    with Process(patience=PATIENCE_S, KVSTRATA_SHM_DIR=str(tmp_path)) as process:
+def test_an_older_vllm_is_refused_without_a_seed(model: Path, tmp_path: Path, with_vllm: Process) -> None:
+    with with_vllm.fork(KVSTRATA_SHM_DIR=str(tmp_path)) as process:
         process.run("from engines import vllm_engine\nvllm_engine.forget_default_seed()")
         with pytest.raises(RemoteError, match="export PYTHONHASHSEED=0"):
             process.run("vllm_engine.Tier(model, path)", model=str(model), path=str(tmp_path / "cache"))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support.processes import Process, RemoteError
 
-from engines.conftest import PATIENCE_S, Start, need
+from engines.conftest import Start, need
 from engines.vllm_control import BLOCK, Engine
 
 need("vllm")
@@ -25,8 +25,8 @@ LOADED = BLOCKS + (GROUPS - 1) * WINDOW // BLOCK  # of the latter only the windo
 
 
 @pytest.fixture(scope="module")
-def tiny(place: Path) -> str:
-    return make_model(place / "tiny", ["sliding_attention", "sliding_attention", "full_attention"] * 2)
+def tiny(place: Path, with_vllm: Process) -> str:
+    return make_model(place / "tiny", ["sliding_attention", "sliding_attention", "full_attention"] * 2, with_vllm)
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +47,9 @@ def engines(starting_vllm: Start, place: Path, tiny: str) -> dict[str, Engine]:
     return found
 
 
-def make_model(path: Path, layers: list[str]) -> str:
+def make_model(path: Path, layers: list[str], with_vllm: Process) -> str:
     """A model of random weights, large enough for what is said to depend on all of a prompt."""
-    with Process(patience=PATIENCE_S) as other:
+    with with_vllm.fork() as other:
         other.run(
             "import torch, transformers\ntorch.manual_seed(0)\n"
             "config = transformers.Gemma3TextConfig(vocab_size=512, hidden_size=128, intermediate_size=256,\n"
@@ -232,8 +232,8 @@ def test_layers_cannot_be_loaded_one_by_one(first: Engine) -> None:
         first.attach(kv_connector_extra_config={"load": "layerwise"})
 
 
-def test_windows_in_all_layers(starting_vllm: Start, place: Path) -> None:
-    model = make_model(place / "windows", ["sliding_attention"] * 2)
+def test_windows_in_all_layers(starting_vllm: Start, place: Path, with_vllm: Process) -> None:
+    model = make_model(place / "windows", ["sliding_attention"] * 2, with_vllm)
     engine = starting_vllm(
         "cache", model=model, skip_tokenizer_init=True, max_model_len=1024, kv_cache_memory_bytes=8 << 20
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 import io
 import logging
 import os
@@ -80,6 +81,14 @@ def offloading(tiers: list[dict[str, Any]], cpu_bytes: int = 128 << 20) -> dict[
             "secondary_tiers": tiers,
         },
     }
+
+
+def import_all() -> None:
+    """Import what vLLM imports only when an engine is made."""
+    for name in ("engine.core", "engine.llm_engine", "worker.cpu_worker", "attention.backends.cpu_attn"):
+        importlib.import_module(f"vllm.v1.{name}")
+    importlib.import_module("vllm.model_executor.models.llama")
+    importlib.import_module("vllm.model_executor.model_loader.default_loader")
 
 
 class Engine:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import os
 import pickle
 import select
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -54,17 +56,40 @@ class Process:
     """
 
     def __init__(self, *, core: Path | None = None, patience: float = HANG_LIMIT_S, **environment: str) -> None:
-        self._patience = patience
-        self._child = subprocess.Popen(
+        child = subprocess.Popen(
             [sys.executable, "-m", "support.processes", str(core or "")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": python_path(TESTS), "PYTHONFAULTHANDLER": "1", **environment},
         )
-        assert self._child.stdin is not None
-        assert self._child.stdout is not None
-        self._to: BinaryIO = self._child.stdin  # type: ignore[assignment]
-        self._from: BinaryIO = self._child.stdout  # type: ignore[assignment]
+        assert child.stdin is not None
+        assert child.stdout is not None
+        self._become(child, child.stdin, child.stdout, patience)  # type: ignore[arg-type]
+
+    def _become(
+        self, child: subprocess.Popen[bytes] | _Forked, to: BinaryIO, source: BinaryIO, patience: float
+    ) -> None:
+        self._child = child
+        self._to = to
+        self._from = source
+        self._patience = patience
+
+    def fork(self, **environment: str) -> Process:
+        """Return a process that begins as this one is now: with all that it has imported, and its variables.
+
+        This one must have no threads, and wait for nothing. Forked processes end with the one they come from.
+        """
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind("")
+            listener.listen(3)
+            _send(self._to, ("fork", listener.getsockname(), environment))
+            self._answer()
+            # Nobody else knows the address, and they come in this order.
+            to, source, end = (listener.accept()[0] for _ in range(3))
+        forked = Process.__new__(Process)
+        with to, source:  # the files keep them open
+            forked._become(_Forked(end), to.makefile("wb"), source.makefile("rb"), self._patience)
+        return forked
 
     @property
     def pid(self) -> int:
@@ -141,6 +166,59 @@ class Process:
             self._end()
 
 
+class _Forked:
+    """What subprocess.Popen is to a child, for the child of another process."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._end = end
+        (self.pid,) = struct.unpack("<q", end.recv(8))
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            if not select.select([self._end], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(f"the forked process {self.pid}", timeout or 0)
+            (self.returncode,) = struct.unpack("<q", self._end.recv(8))
+            self._end.close()
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def _fork(address: bytes, environment: dict[str, str]) -> tuple[BinaryIO, BinaryIO] | None:
+    """Fork a process that is talked to through sockets, which it gets; who forked gets None.
+
+    Between both is one that waits for it, and tells how it ended.
+    """
+    if os.fork():
+        return None
+    die_with_parent()
+    to, source, end = (socket.socket(socket.AF_UNIX) for _ in range(3))
+    for one in (to, source, end):
+        one.connect(address)
+    if child := os.fork():
+        to.close()
+        source.close()
+        end.sendall(struct.pack("<q", child))
+        end.sendall(struct.pack("<q", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])))
+        os._exit(0)
+    die_with_parent()
+    end.close()
+    os.environ.update(environment)
+    with to, source:
+        return to.makefile("rb"), source.makefile("wb")
+
+
 def _send(to: BinaryIO, message: object) -> None:
     data = pickle.dumps(message)
     to.write(struct.pack("<Q", len(data)) + data)
@@ -173,15 +251,27 @@ def serve() -> None:
 
     source, to = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what the statements print
+    is_fork = False
     variables: dict[str, Any] = {"kvstrata": kvstrata, "os": os, "signal": signal}
     while (request := _receive(source)) is not None:
         how, code, given = request
+        if how == "fork":
+            forked = _fork(code, given)
+            if forked:
+                is_fork = True
+                source, to = forked
+            else:
+                _send(to, ("ok", None))
+            continue
         variables.update(given)
         try:
             answer = ("ok", eval(code, variables) if how == "eval" else exec(code, variables))
         except Exception as error:  # noqa: BLE001 - the test that asked gets it
             answer = (type(error).__name__, traceback.format_exc())
         _send(to, answer)
+    if is_fork:  # what it shares with others it need not free
+        atexit._run_exitfuncs()
+        os._exit(0)
 
 
 if __name__ == "__main__":
