@@ -25,7 +25,7 @@ def main(name: str, file: str, *questions: str) -> None:
             inputs = tokenizer.apply_chat_template(
                 [message], add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
-            output = reuse.generate(**inputs, max_new_tokens=64)
+            output = reuse.generate(**inputs, max_new_tokens=32)
 
             answer = output[0, inputs["input_ids"].shape[1] :]
             print(f"{question}\n  {tokenizer.decode(answer, skip_special_tokens=True).strip()}")
