@@ -13,7 +13,8 @@ import kvstrata
 from kvstrata import _core
 
 PACKAGE = Path(kvstrata.__file__).parent
-PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 HEAVY = {"accelerate", "cachebox", "gguf", "torch", "transformers"}
 
 
@@ -46,6 +47,18 @@ def test_importing_the_package_imports_no_heavy_package() -> None:
     program = f"import sys, kvstrata, kvstrata.cli; print(sorted({HEAVY!r} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_the_cores_folders_include_only_those_above_them_and_python_only_in_the_last() -> None:
+    folders = ["base", "codecs", "policy", "memory", "store", "bindings"]
+    for number, folder in enumerate(folders):
+        for source in (ROOT / "core" / folder).iterdir():
+            included = re.findall(r'#include ["<]([^">]+)', source.read_text())
+            others = {name.split("/")[0] for name in included if "/" in name} & set(folders)
+            assert others <= set(folders[:number]), source
+            assert folder == "bindings" or not any("nanobind" in name or "Python.h" in name for name in included), (
+                source
+            )
 
 
 def test_the_type_stub_names_what_the_native_module_has() -> None:

@@ -2,7 +2,7 @@
 // compiled for several instruction sets; all give the same bits.
 #pragma once
 
-#include "../types.hpp"
+#include "base/types.hpp"
 
 namespace kvstrata::codecs {
 

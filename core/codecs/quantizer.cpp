@@ -6,7 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "../errors.hpp"
+#include "base/errors.hpp"
 
 static_assert(std::endian::native == std::endian::little, "payloads are little endian");
 

@@ -1,7 +1,7 @@
 // What all policies have in common: lists, counting, and records that step aside.
 #include "policy.hpp"
 
-#include "../failpoints.hpp"
+#include "base/failpoints.hpp"
 
 namespace kvstrata {
 

@@ -9,7 +9,7 @@
 #include <bit>
 #include <cstring>
 
-#include "../types.hpp"
+#include "base/types.hpp"
 
 namespace kvstrata {
 

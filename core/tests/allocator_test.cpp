@@ -1,12 +1,12 @@
 // The allocator alone: no overlap, no loss, alignment, and what it refuses.
-#include "allocator.hpp"
+#include "memory/allocator.hpp"
 
 #include <cmath>
 #include <map>
 #include <random>
 
 #include "check.hpp"
-#include "clients.hpp"
+#include "store/clients.hpp"
 
 using namespace kvstrata;
 

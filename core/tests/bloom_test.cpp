@@ -1,5 +1,5 @@
 // The counting Bloom filter: what it finds, what it takes for its own, and what the mapping counts with it.
-#include "bloom.hpp"
+#include "base/bloom.hpp"
 
 #include <memory>
 #include <thread>

@@ -11,7 +11,7 @@
 #include <thread>
 
 #include "check.hpp"
-#include "errors.hpp"
+#include "base/errors.hpp"
 
 using namespace kvstrata;
 using namespace kvstrata::codecs;

@@ -1,5 +1,5 @@
 // Copying bytes: the same bytes wherever source and target lie, and none beside them.
-#include "../copying.hpp"
+#include "base/copying.hpp"
 
 #include <algorithm>
 #include <vector>

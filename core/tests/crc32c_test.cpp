@@ -1,5 +1,5 @@
 // Every method of this processor against a sum computed bit by bit.
-#include "../crc32c.hpp"
+#include "base/crc32c.hpp"
 
 #include <algorithm>
 #include <random>

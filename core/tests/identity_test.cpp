@@ -4,7 +4,7 @@
 #include <thread>
 
 #include "check.hpp"
-#include "clock.hpp"
+#include "base/clock.hpp"
 #include "store_help.hpp"
 
 using namespace kvstrata;

@@ -1,5 +1,5 @@
 // The index alone: how long its chains are, whatever the keys.
-#include "index.hpp"
+#include "store/index.hpp"
 
 #include <cstring>
 #include <functional>
@@ -7,7 +7,7 @@
 #include <string>
 
 #include "check.hpp"
-#include "crc32c.hpp"
+#include "base/crc32c.hpp"
 
 using namespace kvstrata;
 

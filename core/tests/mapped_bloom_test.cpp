@@ -1,5 +1,5 @@
 // The Bloom filter of engines: what it finds, and that one that is begun anew denies nothing to those who look meanwhile.
-#include "mapped_bloom.hpp"
+#include "base/mapped_bloom.hpp"
 
 #include <atomic>
 #include <memory>

@@ -4,9 +4,9 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "allocator.hpp"
+#include "memory/allocator.hpp"
 #include "check.hpp"
-#include "clients.hpp"
+#include "store/clients.hpp"
 #include "store_help.hpp"
 
 using namespace kvstrata;

@@ -1,12 +1,12 @@
 // Where things lie in a record, and that no damage passes.
-#include "../record.hpp"
+#include "store/record.hpp"
 
 #include <cstring>
 #include <random>
 #include <string>
 #include <vector>
 
-#include "../crc32c.hpp"
+#include "base/crc32c.hpp"
 #include "check.hpp"
 
 using namespace kvstrata;

@@ -3,8 +3,8 @@
 
 #include <string>
 
-#include "crc32c.hpp"
-#include "store.hpp"
+#include "base/crc32c.hpp"
+#include "store/store.hpp"
 
 namespace kvstrata::testing {
 

@@ -1,5 +1,5 @@
 // The store's verbs, one thread.
-#include "store.hpp"
+#include "store/store.hpp"
 
 #include <chrono>
 #include <cstring>

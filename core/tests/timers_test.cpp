@@ -1,5 +1,5 @@
 // The timing wheel against a list of all times.
-#include "timers.hpp"
+#include "memory/timers.hpp"
 
 #include <map>
 #include <memory>

@@ -1,4 +1,4 @@
-"""Types of the native core; core/bindings.cpp and core/bindings_store.cpp define it."""
+"""Types of the native core; core/bindings/module.cpp and core/bindings/store.cpp define it."""
 
 from collections.abc import Iterable, Sequence
 from types import TracebackType

@@ -3,7 +3,7 @@
 What is put is in the engine before the put returns, and what is removed is gone from it. All changes of a cache, in
 memory and engine together, are made one after the other, under one lock of all processes: so engine and memory can't
 disagree on which came last. Reads take no lock; what they may bring up is decided as for tiers elsewhere, by numbers
-(core/remote.cpp), and what that refuses is looked up once more under the lock.
+(core/store/remote.cpp), and what that refuses is looked up once more under the lock.
 """
 
 from __future__ import annotations

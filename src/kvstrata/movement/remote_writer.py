@@ -2,7 +2,8 @@
 
 Its queue holds keys, not values: when a key's turn comes, its record is taken from memory as it is then. So a tier
 that is down keeps nothing in memory and no put waiting. Every change is unsent, and says so to the other processes,
-from before it is made until the tier has it; what is read there meanwhile of such a key is refused (core/remote.cpp).
+from before it is made until the tier has it; what is read there meanwhile of such a key is refused
+(core/store/remote.cpp).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ __all__ = ["Change", "RemoteWriter", "Target", "Unsent", "trust_from"]
 _AT_ONCE = 64  # keys
 _BYTES_AT_ONCE = 16 << 20
 _IDLE_S = 0.2
-_SKEW_NS = 10_000_000_000  # as in core/remote.cpp
+_SKEW_NS = 10_000_000_000  # as in core/store/remote.cpp
 _SETTLING_S = 1.0  # after which a command that timed out earlier is no longer carried out by a server that is back
 _RECHECKS = 3
 

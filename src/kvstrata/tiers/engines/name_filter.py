@@ -1,9 +1,9 @@
 """Which names an engine may have, so that a lookup of another one doesn't ask it.
 
-A Bloom filter (core/mapped_bloom.hpp) is told of each name before a record is written under it. It is used only while
-it has all names: a directory that was begun anew has none, and where there are records their names are read in the
-background, while what is written goes into the filter as before and lookups ask the engine. Names that have left the
-engine stay in the filter until it is full: then it is filled anew, of a size for what there is.
+A Bloom filter (core/base/mapped_bloom.hpp) is told of each name before a record is written under it. It is used only
+while it has all names: a directory that was begun anew has none, and where there are records their names are read in
+the background, while what is written goes into the filter as before and lookups ask the engine. Names that have left
+the engine stay in the filter until it is full: then it is filled anew, of a size for what there is.
 """
 
 from __future__ import annotations
