@@ -24,23 +24,33 @@ PATIENCE_S = 240.0  # for an engine to come up beside other work
 Start = Callable[..., Engine]
 
 
-@pytest.fixture(scope="session")
-def model(request: pytest.FixtureRequest) -> Path:
-    """SmolLM2-135M-Instruct in fp32 as a directory of safetensors, kept for later runs."""
-
-    def save(directory: str) -> None:
-        with Process(patience=PATIENCE_S, OMP_NUM_THREADS="1") as other:
-            other.run("from kvstrata.demo import model\nmodel.save(*model.load('float32'), path)", path=directory)
-
-    return kept_model(request.config, save)
-
-
 def need(engine: str) -> None:
     """Skip the module that calls it where an engine isn't installed, or fail where it has to be."""
     if importlib.util.find_spec(engine) is None:
         if REQUIRED:
             pytest.fail(f"{engine} is not installed", pytrace=False)
         pytest.skip(f"{engine} is not installed: make test-engines", allow_module_level=True)
+
+
+@pytest.fixture(scope="session")
+def with_vllm() -> Iterator[Process]:
+    """A process that has imported vLLM, which takes longer than anything else. Processes with engines are its forks."""
+    need("vllm")
+    with Process(patience=PATIENCE_S) as process:
+        process.run("from engines import vllm_engine\nvllm_engine.import_all()")
+        yield process
+        process.kill()
+
+
+@pytest.fixture(scope="session")
+def model(request: pytest.FixtureRequest, with_vllm: Process) -> Path:
+    """SmolLM2-135M-Instruct in fp32 as a directory of safetensors, kept for later runs."""
+
+    def save(directory: str) -> None:
+        with with_vllm.fork() as other:
+            other.run("from kvstrata.demo import model\nmodel.save(*model.load('float32'), path)", path=directory)
+
+    return kept_model(request.config, save)
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +63,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     left = sorted(path.name for path in shared.iterdir())
     shutil.rmtree(shared)
     assert left == [], "shared memory was left behind"
-
-
-@pytest.fixture(scope="session")
-def with_vllm() -> Iterator[Process]:
-    """A process that has imported vLLM, which takes longer than anything else. Processes with engines are its forks."""
-    with Process(patience=PATIENCE_S) as process:
-        process.run("from engines import vllm_engine\nvllm_engine.import_all()")
-        yield process
-        process.kill()
 
 
 @pytest.fixture(scope="module")

@@ -586,7 +586,6 @@ def running_vllm(with_vllm: Process, model: Path, port: int) -> Iterator[Process
 def test_a_vllm_finds_its_prefix_in_kvstrata_after_lmcaches_server_was_killed(
     shm: Path, tmp_path: Path, model: Path, with_vllm: Process, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    need("vllm")
     monkeypatch.setattr("support.servers.PATIENCE_S", PATIENCE_S)
     for name in ("PYTHONPATH", "LMCACHE_DISABLE_BANNER", "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, ENVIRONMENT[name])
