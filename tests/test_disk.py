@@ -21,7 +21,7 @@ import pytest
 import kvstrata
 from kvstrata import _core
 from kvstrata.errors import FormatError, TierUnavailable, VersionConflict
-from kvstrata.tiers import blockio, segment_format
+from kvstrata.tiers import segment_format
 from kvstrata.tiers.base import Stats
 from kvstrata.tiers.disk import DiskTier
 from kvstrata.tiers.segment_format import pack_header
@@ -421,14 +421,11 @@ host.close()
 
 
 def test_a_failed_read_is_a_miss_that_is_counted_and_not_forgotten(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*_: object) -> int:
-        raise OSError(errno.EIO, "Input/output error")
-
     host.put(b"k", b"value")
     host.flush()
     host.store.demote_all()
     with monkeypatch.context() as broken:
-        broken.setattr(blockio.os, "preadv", fails)
+        broken.setattr(_core, "read_pieces", lambda fd, pieces: [errno.EIO] * len(pieces))
         assert host.get(b"k") is None
     assert stat(host, "error EIO") == 1
     assert host.get(b"k") == b"value"

@@ -20,8 +20,9 @@ from support.processes import Process
 from test_disk import MIB, Host, stat
 
 import kvstrata
+from kvstrata import _core
 from kvstrata.errors import TierUnavailable
-from kvstrata.tiers import blockio, segments
+from kvstrata.tiers import segments
 
 OPENS, WRITES, READS, SYNCS, ALLOCATES, NAMES = 1, 2, 4, 8, 16, 32
 CHANGES = WRITES | SYNCS | ALLOCATES | NAMES
@@ -252,12 +253,12 @@ def test_a_device_that_can_not_be_read_is_a_miss_without_a_read_until_a_probe_su
     host.store.demote_all()
     reads = []
 
-    def fails(*_: object) -> int:
+    def fails(fd: int, pieces: list[object]) -> list[int]:
         reads.append(1)
-        raise OSError(errno.EIO, "Input/output error")
+        return [errno.EIO] * len(pieces)
 
     with monkeypatch.context() as broken:
-        broken.setattr(blockio.os, "preadv", fails)
+        broken.setattr(_core, "read_pieces", fails)
         assert [host.get(b"key") for _ in range(10)] == [None] * 10
     assert len(reads) == 3
     assert host.get(b"key") is None
@@ -306,7 +307,7 @@ def test_what_can_not_be_forgotten_on_disk_is_not_forgotten_in_the_index_either(
     host.flush()
     host.store.demote_all()
     with monkeypatch.context() as broken:
-        broken.setattr(blockio.os, "preadv", failing(errno.ENOENT))
+        broken.setattr(_core, "read_pieces", lambda fd, pieces: [errno.ENOENT] * len(pieces))
         broken.setattr(host.tier._catalog, "delete", failing_catalog)
         assert host.get(b"key") is None
     host.put(b"key", b"new")

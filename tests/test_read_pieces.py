@@ -11,16 +11,19 @@ from pathlib import Path
 import pytest
 
 from kvstrata import _core
+from kvstrata.tiers.blockio import aligned_buffer, try_direct
 
 PIECE = 4096
 CONTENT = random.Random(0).randbytes(200 * PIECE + 1000)
 
 
-@pytest.fixture
-def fd(tmp_path: Path) -> Iterator[int]:
+@pytest.fixture(params=[0, os.O_DIRECT], ids=["cached", "direct"])
+def fd(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[int]:
+    if request.param and (refusal := try_direct(tmp_path)):
+        pytest.skip(f"O_DIRECT is refused here: {refusal}")
     path = tmp_path / "file"
     path.write_bytes(CONTENT)
-    fd = os.open(path, os.O_RDONLY)
+    fd = os.open(path, os.O_RDONLY | request.param)
     yield fd
     os.close(fd)
 
@@ -48,6 +51,22 @@ def test_gaps_overlaps_and_empty_pieces_are_read_as_asked_for(fd: int) -> None:
     assert [bytes(buffer) for _, buffer in pieces] == [content(*place) for place in places]
 
 
+def test_pieces_on_pages_and_others_are_read_in_one_call(fd: int) -> None:
+    places = [
+        (3 * PIECE, PIECE),
+        (4 * PIECE, 2 * PIECE),
+        (6 * PIECE + 64, 100),
+        (10 * PIECE, PIECE),
+        (90 * PIECE, 40 * PIECE),
+    ]
+    pieces = [(at, aligned_buffer(size) if size % PIECE == 0 else memoryview(bytearray(size))) for at, size in places]
+    pieces.append((40 * PIECE, memoryview(bytearray(100 * PIECE))))  # long, and nothing but its memory lies anywhere
+
+    assert _core.read_pieces(fd, pieces) == [0] * len(pieces)
+
+    assert all(buffer == content(at, len(buffer)) for at, buffer in pieces)
+
+
 def test_what_lies_beyond_the_end_fails_alone(fd: int) -> None:
     end = len(CONTENT) // PIECE * PIECE
     pieces = [(offset, bytearray(PIECE)) for offset in (end - 2 * PIECE, end, end + PIECE, end - PIECE)]
@@ -56,6 +75,7 @@ def test_what_lies_beyond_the_end_fails_alone(fd: int) -> None:
 
     assert pieces[0][1] == content(end - 2 * PIECE, PIECE)
     assert pieces[3][1] == content(end - PIECE, PIECE)
+    assert _core.read_pieces(fd, [(end + 100, bytearray(900)), (end + 100, bytearray(901))]) == [0, errno.ENODATA]
 
 
 def test_an_error_of_the_file_is_that_of_each_piece(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import pytest
 
+from kvstrata import _core
 from kvstrata.errors import FormatError, TierFull, TierUnavailable
 from kvstrata.record import (
     IMMUTABLE,
@@ -320,15 +321,18 @@ def test_direct_io_refused_only_when_it_is_used_means_one_warning_and_the_page_c
 ) -> None:
     files = make(tmp_path)
     assert files.direct
-    for name in ("preadv", "pwritev"):
-        real = getattr(os, name)
+    read, write = _core.read_pieces, os.pwritev
 
-        def refusing(fd: int, buffers: list[memoryview], offset: int, real: object = real) -> int:
-            if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
-                raise OSError(errno.EINVAL, "Invalid argument")
-            return real(fd, buffers, offset)  # type: ignore[operator, no-any-return]
+    def no_read(fd: int, pieces: list[tuple[int, memoryview]]) -> list[int]:
+        return [errno.EINVAL] * len(pieces) if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT else read(fd, pieces)
 
-        monkeypatch.setattr(blockio.os, name, refusing)
+    def no_write(fd: int, buffers: list[memoryview], offset: int) -> int:
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return write(fd, buffers, offset)
+
+    monkeypatch.setattr(_core, "read_pieces", no_read)
+    monkeypatch.setattr(blockio.os, "pwritev", no_write)
     with caplog.at_level(logging.WARNING):
         records = [out(b"%d" % i, 30_000 * i) for i in range(5)]
         places = append_all(files, records)

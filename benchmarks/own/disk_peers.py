@@ -28,7 +28,8 @@ SECTION = "Disk beside other stores"
 NAMES = ("lmdb_on_disk", "rocksdb", "files", "diskcache")
 REMARKS = [
     "Other stores on disk: a write ends when the file system has put everything on the device (syncfs), for all alike; "
-    "before a read, the page cache is dropped. LMDB and RocksDB don't sync at each commit, as kvstrata doesn't.",
+    "before a read, the page cache is dropped, and before that, who maps files or caches them itself is opened anew. "
+    "LMDB and RocksDB don't sync at each commit, as kvstrata doesn't.",
 ]
 RESTARTED = 100_000  # records
 

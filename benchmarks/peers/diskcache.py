@@ -14,7 +14,11 @@ class DiskcachePeer:
     name = f"diskcache {diskcache.__version__}"
 
     def __init__(self, directory: Path) -> None:
-        self._cache = diskcache.Cache(directory, size_limit=8 << 30)
+        self._directory = directory
+        self._open()
+
+    def _open(self) -> None:
+        self._cache = diskcache.Cache(self._directory, size_limit=8 << 30)
         self.get = self._cache.get
         self.put = self._cache.set
 
@@ -34,6 +38,11 @@ class DiskcachePeer:
     def count_prefix(self, keys: Sequence[bytes]) -> int:
         with self._cache.transact():
             return leading([key in self._cache for key in keys])
+
+    def forget(self) -> None:
+        """Open it anew: SQLite maps its file, and the kernel doesn't drop what a process has mapped."""
+        self._cache.close()
+        self._open()
 
     def close(self) -> None:
         self._cache.close()

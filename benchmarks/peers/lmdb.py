@@ -19,7 +19,10 @@ class LmdbPeer:
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
-        self._env = lmdb.open(directory, map_size=4 << 30, sync=False, metasync=False, writemap=True)
+        self._env = self._open()
+
+    def _open(self) -> lmdb.Environment:
+        return lmdb.open(self._directory, map_size=4 << 30, sync=False, metasync=False, writemap=True)
 
     def get(self, key: bytes) -> bytes | None:
         with self._env.begin() as txn:

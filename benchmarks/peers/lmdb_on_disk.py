@@ -12,6 +12,11 @@ from benchmarks.peers.lmdb import LmdbPeer
 class LmdbOnDiskPeer(LmdbPeer):
     name = f"LMDB {'.'.join(map(str, lmdb.version()))}"
 
+    def forget(self) -> None:
+        """Open it anew: the kernel doesn't drop what a process has mapped."""
+        self._env.close()
+        self._env = self._open()
+
 
 def open_peer(directory: Path, entries: int) -> LmdbOnDiskPeer:
     return LmdbOnDiskPeer(str(directory))

@@ -15,9 +15,13 @@ class RocksdbPeer:
     name = f"RocksDB (rocksdict {version('rocksdict')})"
 
     def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._open()
+
+    def _open(self) -> None:
         options = Options(raw_mode=True)
         options.create_if_missing(True)
-        self._db = Rdict(str(directory), options)
+        self._db = Rdict(str(self._directory), options)
         self.get = self._db.get
         self.put = self._db.put
 
@@ -40,6 +44,11 @@ class RocksdbPeer:
     def settle(self) -> None:
         """Have everything in files."""
         self._db.flush()
+
+    def forget(self) -> None:
+        """Open it anew, without what its own caches hold."""
+        self._db.close()
+        self._open()
 
     def close(self) -> None:
         self._db.close()

@@ -1,49 +1,89 @@
-// Reading many pieces of a file in one call: for small ones, what Python does around a read costs as much as the read.
+// Reading many pieces of a file in one call: for small ones, what Python does around a read costs more than the read.
+#include <fcntl.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdlib>
+#include <span>
 #include <vector>
 
+#include "base/copying.hpp"
 #include "bindings.hpp"
 
 using namespace kvstrata;
 
 namespace {
 
-constexpr size_t kMostJoined = 64;  // pieces that are read in one call
-
-// The last errno of filling `size` bytes from `offset` on; ENODATA where the file ends before.
-int fill(int fd, u8* to, size_t size, u64 offset) {
-    while (size) {
-        const ssize_t moved = ::pread(fd, to, size, static_cast<off_t>(offset));
-        if (moved < 0) {
-            if (errno == EINTR) continue;
-            return errno;
-        }
-        if (moved == 0) return ENODATA;
-        to += moved, size -= static_cast<size_t>(moved), offset += static_cast<u64>(moved);
-    }
-    return 0;
-}
+constexpr u64 kDirect = 4096;               // O_DIRECT wants file offset, length and address in these
+constexpr size_t kMostJoined = 64;          // pieces that are read in one call
+constexpr u64 kGap = 16 << 10;              // read over rather than left out, where it is by way of another buffer
+constexpr u64 kMostBounced = 256 << 10;     // read so at once, unless one piece is longer
 
 struct Piece {
     u64 offset;
     Buffer buffer;
     int error = 0;
     Piece(u64 at, nb::handle object) : offset(at), buffer(object, true) {}
+    u64 end() const { return offset + buffer.size(); }
+    bool aligned() const { return (offset | buffer.size() | reinterpret_cast<uintptr_t>(buffer.data())) % kDirect == 0; }
 };
 
+// Reads up to `size` bytes from `offset` on, fewer only at the end of the file; the errno is 0 where it went well.
+std::pair<u64, int> read_at(int fd, u8* to, u64 size, u64 offset) {
+    u64 done = 0;
+    while (done < size) {
+        const ssize_t moved = ::pread(fd, to + done, size - done, static_cast<off_t>(offset + done));
+        if (moved < 0 && errno == EINTR) continue;
+        if (moved < 0) return {done, errno};
+        if (moved == 0) break;
+        done += static_cast<u64>(moved);
+    }
+    return {done, 0};
+}
+
 // Fills pieces, of which each begins where the one before ends, in one read, and what that leaves one after the other.
-void fill_all(int fd, std::span<Piece* const> pieces) {
+void fill(int fd, std::span<Piece* const> pieces) {
     iovec parts[kMostJoined];
     for (size_t i = 0; i < pieces.size(); ++i) parts[i] = {pieces[i]->buffer.data(), pieces[i]->buffer.size()};
     const ssize_t moved =
         pieces.size() > 1 ? ::preadv(fd, parts, static_cast<int>(pieces.size()), static_cast<off_t>(pieces[0]->offset)) : 0;
-    u64 there = pieces[0]->offset + static_cast<u64>(std::max<ssize_t>(moved, 0));
-    for (Piece* piece : pieces)
-        if (piece->offset + piece->buffer.size() > there) piece->error = fill(fd, piece->buffer.data(), piece->buffer.size(), piece->offset);
+    const u64 there = pieces[0]->offset + static_cast<u64>(std::max<ssize_t>(moved, 0));
+    for (Piece* piece : pieces) {
+        if (piece->end() <= there) continue;
+        const auto [done, error] = read_at(fd, piece->buffer.data(), piece->buffer.size(), piece->offset);
+        piece->error = error || done == piece->buffer.size() ? error : ENODATA;
+    }
+}
+
+// Fills pieces that lie near one another by way of a buffer on pages: all that there is from the first to the last.
+void fill_bounced(int fd, std::span<Piece* const> pieces) {
+    const u64 start = pieces.front()->offset / kDirect * kDirect;
+    u64 end = 0;
+    for (const Piece* piece : pieces) end = std::max(end, piece->end());
+    const u64 size = align_up(end - start, kDirect);
+    const std::unique_ptr<u8, decltype(&std::free)> bounce(static_cast<u8*>(std::aligned_alloc(kDirect, size)), &std::free);
+    const auto [done, error] = bounce ? read_at(fd, bounce.get(), size, start) : std::pair<u64, int>{0, ENOMEM};
+    for (Piece* piece : pieces) {
+        if (piece->end() <= start + done)
+            copy_bytes(piece->buffer.data(), bounce.get() + (piece->offset - start), piece->buffer.size());
+        else
+            piece->error = error ? error : ENODATA;
+    }
+}
+
+// How many pieces from the first on are read at once.
+size_t joined(std::span<Piece* const> pieces, bool bounced) {
+    size_t count = 1;
+    u64 end = pieces[0]->end();
+    for (; count < pieces.size() && count < kMostJoined; ++count) {
+        const Piece& next = *pieces[count];
+        if (!bounced && (next.offset != end)) break;
+        if (bounced && (next.offset > end + kGap || std::max(end, next.end()) - pieces[0]->offset > kMostBounced)) break;
+        end = std::max(end, next.end());
+    }
+    return count;
 }
 
 nb::list read_pieces(int fd, nb::handle pieces) {
@@ -57,11 +97,16 @@ nb::list read_pieces(int fd, nb::handle pieces) {
     {
         const nb::gil_scoped_release free;
         std::sort(sorted.begin(), sorted.end(), [](const Piece* a, const Piece* b) { return a->offset < b->offset; });
-        for (size_t first = 0, next = 1; first < sorted.size(); first = next++) {
-            while (next < sorted.size() && next - first < kMostJoined &&
-                   sorted[next - 1]->offset + sorted[next - 1]->buffer.size() == sorted[next]->offset)
-                ++next;
-            fill_all(fd, std::span(sorted).subspan(first, next - first));
+        // Pieces that O_DIRECT takes as they are, and those that it doesn't, are joined with their likes.
+        const bool direct = ::fcntl(fd, F_GETFL) & O_DIRECT;
+        const auto others = std::stable_partition(sorted.begin(), sorted.end(), [&](const Piece* piece) { return !direct || piece->aligned(); });
+        for (const bool bounced : {false, true}) {
+            std::span<Piece* const> left(bounced ? others : sorted.begin(), bounced ? sorted.end() : others);
+            while (!left.empty()) {
+                const size_t count = joined(left, bounced);
+                (bounced ? fill_bounced : fill)(fd, left.first(count));
+                left = left.subspan(count);
+            }
         }
     }
     nb::list errors;
@@ -74,5 +119,6 @@ nb::list read_pieces(int fd, nb::handle pieces) {
 void kvstrata::bind_io(nb::module_& m) {
     m.def("read_pieces", &read_pieces, nb::arg("fd"), nb::arg("pieces"),
           "Fill buffers from a file, by their offsets: `pieces` are (offset, buffer), and those that lie next to one another are\n"
-          "read together. Returns an errno for each, 0 where all went well, ENODATA where the file ends before the piece does.");
+          "read together. Where the file is open with O_DIRECT, pieces that don't lie on pages, there or here, are read by way of\n"
+          "another buffer. Returns an errno for each, 0 where all went well, ENODATA where the file ends before the piece does.");
 }

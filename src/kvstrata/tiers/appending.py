@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from kvstrata.record import LARGE_PAYLOAD, PAGE
-from kvstrata.tiers.blockio import Reader, Workers, aligned_buffer, is_aligned, log, page_ceil, transfer
+from kvstrata.tiers.blockio import Reader, Workers, aligned_buffer, is_aligned, log, page_ceil, write_all
 from kvstrata.tiers.segment_format import pack_header
 
 if TYPE_CHECKING:
@@ -189,11 +189,11 @@ class Appender:
     def _write_at(self, active: Active, views: list[memoryview], offset: int) -> None:
         fd = active.data_fd if self._reader.direct else active.fd
         try:
-            transfer(os.pwritev, fd, views, offset)
+            write_all(fd, views, offset)
         except OSError as error:
             if error.errno != errno.EINVAL or fd == active.fd:
                 raise
             if self._reader.direct:
                 self._reader.direct = False
                 log.warning("%s: O_DIRECT is refused (errno %d); using the page cache", active.path, error.errno)
-            transfer(os.pwritev, active.fd, views, offset)
+            write_all(active.fd, views, offset)

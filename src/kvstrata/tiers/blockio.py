@@ -1,6 +1,6 @@
 """Moving bytes between buffers and segment files: aligned, several transfers at a time.
 
-O_DIRECT wants file offset, length and address on pages. What isn't is moved through an aligned bounce buffer.
+O_DIRECT wants file offset, length and address on pages. What isn't is moved by way of a buffer that is.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import errno
 import logging
 import mmap
 import os
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from kvstrata import _core
 from kvstrata.record import PAGE
 from kvstrata.threads import LazyPool
 
@@ -32,14 +32,12 @@ __all__ = [
     "is_aligned",
     "page_ceil",
     "sync_directory",
-    "transfer",
     "try_direct",
+    "write_all",
 ]
 
-RUN_BYTES = 4 << 20  # adjacent transfers are joined up to this
-RUN_BUFFERS = 256  # and up to this many buffers (the kernel takes 1,024)
-BOUNCE_BYTES = 256 << 10
-GAP_BYTES = 16 << 10  # read over rather than leave out
+RUN_BYTES = 4 << 20  # neighbours are read one after the other up to this
+SMALL_BYTES = 256 << 10  # and others, which need not be asked for all at the same time
 SHORT_READ = errno.ENODATA  # what a read beyond the end of a segment is reported as
 
 log = logging.getLogger("kvstrata.disk")
@@ -63,25 +61,16 @@ def is_aligned(buffer: memoryview) -> bool:
     return address % PAGE == 0
 
 
-def transfer(
-    call: Callable[[int, list[memoryview], int], int], fd: int, buffers: Sequence[memoryview], offset: int
-) -> int:
-    """Have os.preadv or os.pwritev move all of `buffers`.
-
-    Returns the bytes moved, which are fewer only at the end of the file.
-    """
+def write_all(fd: int, buffers: Sequence[memoryview], offset: int) -> None:
+    """Write all of `buffers` from `offset` on; raises OSError."""
     left = list(buffers)
-    total = 0
     while left:
-        moved = call(fd, left, offset + total)
-        if moved == 0:
-            break
-        total += moved
+        moved = os.pwritev(fd, left, offset)
+        offset += moved
         while left and moved >= len(left[0]):
             moved -= len(left.pop(0))
         if moved:
             left[0] = left[0][moved:]
-    return total
 
 
 def sync_directory(directory: Path) -> None:
@@ -115,7 +104,7 @@ class Workers:
     """A few threads for blocking transfers; started when first needed, and again in a forked child."""
 
     def __init__(self, count: int) -> None:
-        self._count = count
+        self.count = count
         self._pool = LazyPool(lambda: count, "kvstrata-disk")
 
     def run(self, jobs: Sequence[Callable[[], None]]) -> None:
@@ -137,7 +126,7 @@ class Workers:
 
         helpers: list[Future[None]] = []
         with contextlib.suppress(RuntimeError):  # at shutdown the interpreter starts no more threads
-            helpers.extend(self._pool.executor().submit(work) for _ in range(min(self._count, len(jobs)) - 1))
+            helpers.extend(self._pool.executor().submit(work) for _ in range(min(self.count, len(jobs)) - 1))
         try:
             work()
         finally:
@@ -158,16 +147,6 @@ class Read(NamedTuple):
     buffer: memoryview
 
 
-class _Run(NamedTuple):
-    """One transfer: reads of one segment, in order. `bounced`: by way of an aligned buffer."""
-
-    segment: int
-    start: int
-    end: int
-    reads: list[int]
-    bounced: bool
-
-
 class Reader:
     """Reads many pieces of segments at once.
 
@@ -178,89 +157,59 @@ class Reader:
         self._path_of = path_of
         self._workers = workers
         self.direct = direct
-        self._bounce = threading.local()
 
     def read(self, reads: Sequence[Read], done: Callable[[int, int], None]) -> None:
         """Fill all buffers. `done(index, errno)` is called for each, 0 meaning success, from any thread.
 
         ENOENT means that the segment is gone, SHORT_READ that it ends before the piece does.
         """
-        runs = self._plan(reads)
 
-        def job(run: _Run) -> Callable[[], None]:
-            return lambda: self._read_run(run, reads, done)
+        def job(indices: list[int]) -> Callable[[], None]:
+            def work() -> None:
+                for index, error in zip(indices, self._filled([reads[index] for index in indices]), strict=True):
+                    done(index, error)
 
-        self._workers.run([job(run) for run in runs])
+            return work
 
-    def _plan(self, reads: Sequence[Read]) -> list[_Run]:
-        runs: list[_Run] = []
+        self._workers.run([job(indices) for indices in self._plan(reads)])
+
+    def _plan(self, reads: Sequence[Read]) -> list[list[int]]:
+        """Divide reads, by where they lie, among jobs of one segment each: neighbours together, and small ones."""
+        jobs: list[list[int]] = []
+        most = -(-len(reads) // (2 * self._workers.count))
+        last, size = Read(-1, 0, memoryview(b"")), 0
         for index in sorted(range(len(reads)), key=lambda i: reads[i][:2]):
-            segment, offset, buffer = reads[index]
-            end = offset + len(buffer)
-            bounced = self.direct and not (offset % PAGE == 0 and is_aligned(buffer))
-            if bounced:
-                start, end = offset // PAGE * PAGE, page_ceil(end)
-                gap, most = GAP_BYTES, BOUNCE_BYTES
-            else:
-                start, gap, most = offset, 0, RUN_BYTES
-            last = runs[-1] if runs else None
-            if (
-                last is not None
-                and last.segment == segment
-                and last.bounced == bounced
-                and len(last.reads) < RUN_BUFFERS
-                and (start == last.end or (bounced and start <= last.end + gap))
-                and max(end, last.end) - last.start <= most
+            read = reads[index]
+            size += len(read.buffer)
+            is_neighbour = read.segment == last.segment and read.offset == last.offset + len(last.buffer)
+            if (is_neighbour and size <= RUN_BYTES) or (
+                read.segment == last.segment and size <= SMALL_BYTES and len(jobs[-1]) < most
             ):
-                last.reads.append(index)
-                runs[-1] = last._replace(end=max(end, last.end))
+                jobs[-1].append(index)
             else:
-                runs.append(_Run(segment, start, end, [index], bounced))
-        return runs
+                jobs.append([index])
+                size = len(read.buffer)
+            last = read
+        return jobs
 
-    def _read_run(self, run: _Run, reads: Sequence[Read], done: Callable[[int, int], None]) -> None:
-        failure = SHORT_READ
-        reached = run.start
-        if run.bounced:
-            bounce = self._bounce_buffer(run.end - run.start)
-            buffers = [bounce]
-        else:
-            buffers = [reads[index].buffer for index in run.reads]
-        try:
-            reached += self._read_at(run.segment, run.start, buffers)
-        except OSError as error:
-            failure = error.errno or errno.EIO
-        for index in run.reads:
-            _, offset, buffer = reads[index]
-            if offset + len(buffer) > reached:
-                done(index, failure)
-                continue
-            if run.bounced:
-                buffer[:] = bounce[offset - run.start : offset - run.start + len(buffer)]
-            done(index, 0)
-
-    def _read_at(self, segment: int, offset: int, buffers: list[memoryview]) -> int:
-        path = self._path_of(segment)
+    def _filled(self, reads: list[Read]) -> list[int]:
+        """Fill buffers from one segment; returns an errno for each."""
+        path = self._path_of(reads[0].segment)
         direct = self.direct
         try:
-            fd = os.open(path, os.O_RDONLY | (os.O_DIRECT if direct else 0))
-            try:
-                return transfer(os.preadv, fd, buffers, offset)
-            finally:
-                os.close(fd)
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if direct else 0))
         except OSError as error:
             if not direct or error.errno != errno.EINVAL:
-                raise
+                return [error.errno or errno.EIO] * len(reads)
+            errors = [errno.EINVAL]
+        else:
+            try:
+                errors = _core.read_pieces(fd, [(read.offset, read.buffer) for read in reads])
+            finally:
+                os.close(fd)
+        if not direct or errno.EINVAL not in errors:
+            return errors
         if self.direct:
             self.direct = False
             log.warning("%s: O_DIRECT is refused (errno %d); reading through the page cache", path, errno.EINVAL)
-        return self._read_at(segment, offset, buffers)
-
-    def _bounce_buffer(self, size: int) -> memoryview:
-        """Return an aligned buffer of this thread, which stays as it is until the thread asks again."""
-        if size > BOUNCE_BYTES:
-            return aligned_buffer(size)
-        buffer: memoryview | None = getattr(self._bounce, "buffer", None)
-        if buffer is None:
-            buffer = self._bounce.buffer = aligned_buffer(BOUNCE_BYTES)
-        return buffer[:size]
+        return self._filled(reads)
