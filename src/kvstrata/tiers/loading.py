@@ -146,14 +146,17 @@ class Loader:
                 return
             if value is not None:
                 results[load.position] = value
-                self._counters.add("loaded_records")
-                self._counters.add("loaded_bytes", load.length)
-                if isinstance(value, memoryview):
-                    self._counters.add("unpromoted_records")
                 if arrived is not None:
                     arrived(load.position, value)
 
-        self._segments.read(reads, done)
+        try:
+            self._segments.read(reads, done)
+        finally:
+            there = [load for load, _ in loads if results[load.position] is not None]
+            self._counters.add("loaded_records", len(there))
+            self._counters.add("loaded_bytes", sum(load.length for load in there))
+            private = sum(isinstance(results[load.position], memoryview) for load in there)
+            self._counters.add("unpromoted_records", private)
         if lost and not self.forget(ns, lost):
             return False
         if faults:
