@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstdlib>
+#include <memory>
 #include <span>
 #include <vector>
 
@@ -16,10 +17,10 @@ using namespace kvstrata;
 
 namespace {
 
-constexpr u64 kDirect = 4096;               // O_DIRECT wants file offset, length and address in these
-constexpr size_t kMostJoined = 64;          // pieces that are read in one call
-constexpr u64 kGap = 16 << 10;              // read over rather than left out, where it is by way of another buffer
-constexpr u64 kMostBounced = 256 << 10;     // read so at once, unless one piece is longer
+constexpr u64 kDirect = 4096;            // O_DIRECT wants file offset, length and address in these
+constexpr size_t kMostJoined = 64;       // pieces that are read in one call
+constexpr u64 kGap = 16 << 10;           // read over rather than left out, where it is by way of another buffer
+constexpr u64 kMostBounced = 256 << 10;  // read so at once, unless one piece is longer
 
 struct Piece {
     u64 offset;
@@ -36,8 +37,8 @@ std::pair<u64, int> read_at(int fd, u8* to, u64 size, u64 offset) {
     while (done < size) {
         const ssize_t moved = ::pread(fd, to + done, size - done, static_cast<off_t>(offset + done));
         if (moved < 0 && errno == EINTR) continue;
+        if (moved == 0 || (moved < 0 && errno == EINVAL && done)) break;  // O_DIRECT can't go on from within the last page
         if (moved < 0) return {done, errno};
-        if (moved == 0) break;
         done += static_cast<u64>(moved);
     }
     return {done, 0};
