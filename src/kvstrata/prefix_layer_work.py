@@ -19,7 +19,8 @@ from kvstrata.threads import new_thread
 
 if TYPE_CHECKING:
     from kvstrata._core import Pin
-    from kvstrata.tiers.partial import Part, PartLoader, Pieces
+    from kvstrata.tiers.blockio import OpenSegments
+    from kvstrata.tiers.partial import Part, PartLoader
 
 __all__ = ["LayerWork", "layer_groups"]
 
@@ -134,12 +135,12 @@ class LayerWork:
 
     def _run(self) -> None:
         source: PartLoader | None = None
-        pieces: Pieces | None = None
+        files: OpenSegments | None = None
         whole: threading.Thread | None = None
         try:
             source = self._ns._cache.below.parts()
-            pieces = source.pieces() if source else None
-            jobs, rest = self._plan(source, pieces)
+            files = source.opened() if source else None
+            jobs, rest = self._plan(source, files)
             if rest:
                 whole = new_thread(self._load_rest, "kvstrata-layers", rest)
                 whole.start()
@@ -156,8 +157,8 @@ class LayerWork:
         finally:
             if whole is not None:
                 whole.join()
-            if pieces is not None:
-                pieces.close()
+            if files is not None:
+                files.close()
             if source is not None:
                 self._publish(source)
             release(self._pins)
@@ -170,7 +171,9 @@ class LayerWork:
         if not self.closed and self.good == len(self._keys):  # else not all was read
             cost.observe(source.name, sum(part.load.length for part in self._parts.values()), cost.clock() - started)
 
-    def _plan(self, source: PartLoader | None, pieces: Pieces | None) -> tuple[list[Callable[[], None]], list[int]]:
+    def _plan(
+        self, source: PartLoader | None, files: OpenSegments | None
+    ) -> tuple[list[Callable[[], None]], list[int]]:
         """Claim all blocks; returns what is to be done, group by group, and the blocks to be loaded as a whole."""
         head = self._keys[:_MOST_PINNED]
         self._pins, below = self._loader.pin(head)
@@ -194,7 +197,7 @@ class LayerWork:
         copies = [pinned[i : i + _AT_ONCE] for i in range(0, len(pinned), _AT_ONCE)]
         jobs: list[Callable[[], None]] = []
         for group in range(len(self._ends)):
-            of_group = [self._job(self._read, group, run, pieces, source) for run in runs]
+            of_group = [self._job(self._read, group, run, files, source) for run in runs]
             of_group += [self._job(self._copy, group, members) for members in copies]
             with self._changed:
                 self._pending[group] += len(of_group) + (1 if rest else 0) - 1
@@ -220,7 +223,7 @@ class LayerWork:
         place_blocks(self._out, pins, self._layout, self._layers_of(group))
         self._done(group)
 
-    def _read(self, group: int, run: _Run, pieces: Pieces, source: PartLoader) -> None:
+    def _read(self, group: int, run: _Run, files: OpenSegments, source: PartLoader) -> None:
         """Read layers of blocks that lie in the same segment; check and copy what has come in a row."""
         members = [index for index in run.members if index < self.good]
         tail = (PAGE + self._layout.block_bytes) // PAGE * PAGE  # the page on which the trailer begins
@@ -228,7 +231,7 @@ class LayerWork:
         wanted = [(index, tail, self._parts[index].load.length) for index in members if not group]
         wanted += [(index, start, stop) for index in members if start < stop]
         if wanted:
-            errors = pieces.read([(self._parts[index], start, stop) for index, start, stop in wanted])
+            errors = files.fill([self._parts[index].piece(start, stop) for index, start, stop in wanted])
             for (index, _, _), error in zip(wanted, errors, strict=True):
                 if error:
                     self._faults.setdefault(index, error)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from kvstrata.record import LARGE_PAYLOAD, PAGE
-from kvstrata.tiers.blockio import Reader, Workers, aligned_buffer, is_aligned, log, page_ceil, write_all
+from kvstrata.tiers.blockio import Reader, Workers, aligned_buffer, is_aligned, page_ceil, write_all
 from kvstrata.tiers.segment_format import pack_header
 
 if TYPE_CHECKING:
@@ -193,7 +193,5 @@ class Appender:
         except OSError as error:
             if error.errno != errno.EINVAL or fd == active.fd:
                 raise
-            if self._reader.direct:
-                self._reader.direct = False
-                log.warning("%s: O_DIRECT is refused (errno %d); using the page cache", active.path, error.errno)
+            self._reader.refused(active.path)
             write_all(active.fd, views, offset)

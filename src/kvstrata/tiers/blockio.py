@@ -11,6 +11,7 @@ import errno
 import logging
 import mmap
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, NamedTuple
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 __all__ = [
+    "OpenSegments",
     "Read",
     "Reader",
     "Workers",
@@ -148,10 +150,7 @@ class Read(NamedTuple):
 
 
 class Reader:
-    """Reads many pieces of segments at once.
-
-    Files are open only meanwhile, so that a dropped one frees its space.
-    """
+    """Reads many pieces of segments at once. `direct` says whether the page cache is bypassed, also in writing."""
 
     def __init__(self, path_of: Callable[[int], Path], workers: Workers, *, direct: bool) -> None:
         self._path_of = path_of
@@ -166,12 +165,24 @@ class Reader:
 
         def job(indices: list[int]) -> Callable[[], None]:
             def work() -> None:
-                for index, error in zip(indices, self._filled([reads[index] for index in indices]), strict=True):
+                with self.opened() as files:
+                    errors = files.fill([reads[index] for index in indices])
+                for index, error in zip(indices, errors, strict=True):
                     done(index, error)
 
             return work
 
         self._workers.run([job(indices) for indices in self._plan(reads)])
+
+    def opened(self) -> OpenSegments:
+        """Return what reads from segments that stay open until it is closed."""
+        return OpenSegments(self, self._path_of)
+
+    def refused(self, path: Path) -> None:
+        """Use the page cache from now on, since a file refuses O_DIRECT."""
+        if self.direct:
+            self.direct = False
+            log.warning("%s: O_DIRECT is refused (errno %d); using the page cache", path, errno.EINVAL)
 
     def _plan(self, reads: Sequence[Read]) -> list[list[int]]:
         """Divide reads, by where they lie, among jobs of one segment each: neighbours together, and small ones."""
@@ -192,24 +203,48 @@ class Reader:
             last = read
         return jobs
 
-    def _filled(self, reads: list[Read]) -> list[int]:
-        """Fill buffers from one segment; returns an errno for each."""
-        path = self._path_of(reads[0].segment)
-        direct = self.direct
+
+class OpenSegments:
+    """Segments that are read from; a dropped one frees its space when this is closed. Threads may share one."""
+
+    def __init__(self, reader: Reader, path_of: Callable[[int], Path]) -> None:
+        self._reader = reader
+        self._path_of = path_of
+        self._lock = threading.Lock()
+        self._files: dict[tuple[int, bool], int] = {}
+
+    def fill(self, reads: Sequence[Read]) -> list[int]:
+        """Fill buffers from one segment, in turn.
+
+        Returns an errno for each, 0 where it is there; ENOENT when the segment is gone, SHORT_READ when it ends before.
+        """
+        segment, direct = reads[0].segment, self._reader.direct
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if direct else 0))
+            errors = _core.read_pieces(self._file(segment, direct), [(read.offset, read.buffer) for read in reads])
         except OSError as error:
-            if not direct or error.errno != errno.EINVAL:
-                return [error.errno or errno.EIO] * len(reads)
-            errors = [errno.EINVAL]
-        else:
-            try:
-                errors = _core.read_pieces(fd, [(read.offset, read.buffer) for read in reads])
-            finally:
-                os.close(fd)
+            errors = [error.errno or errno.EIO] * len(reads)
         if not direct or errno.EINVAL not in errors:
             return errors
-        if self.direct:
-            self.direct = False
-            log.warning("%s: O_DIRECT is refused (errno %d); reading through the page cache", path, errno.EINVAL)
-        return self._filled(reads)
+        self._reader.refused(self._path_of(segment))
+        return self.fill(reads)
+
+    def close(self) -> None:
+        """Close the files."""
+        with self._lock:
+            files, self._files = self._files, {}
+        for fd in files.values():
+            os.close(fd)
+
+    def __enter__(self) -> OpenSegments:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _file(self, segment: int, direct: bool) -> int:
+        with self._lock:
+            fd = self._files.get((segment, direct))
+            if fd is None:
+                flags = os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
+                fd = self._files[segment, direct] = os.open(self._path_of(segment), flags)
+            return fd

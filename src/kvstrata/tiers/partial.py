@@ -5,8 +5,6 @@ A record's checksum is of all of it. Who uses a piece before has to know by othe
 
 from __future__ import annotations
 
-import errno
-import os
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -16,7 +14,7 @@ from kvstrata.errors import CorruptRecord, FormatError, TierUnavailable
 from kvstrata.forking import after_fork
 from kvstrata.record import PAGE, Record, parse_record
 from kvstrata.tiers.base import Key
-from kvstrata.tiers.blockio import aligned_buffer, is_aligned
+from kvstrata.tiers.blockio import OpenSegments, Read, aligned_buffer, is_aligned
 from kvstrata.tiers.counters import Counters
 from kvstrata.tiers.loading import Load, Loader, key_bytes
 from kvstrata.tiers.segments import SegmentSet
@@ -24,7 +22,7 @@ from kvstrata.tiers.segments import SegmentSet
 if TYPE_CHECKING:
     from kvstrata._core import Store, Write
 
-__all__ = ["Part", "PartLoader", "Pieces"]
+__all__ = ["Part", "PartLoader"]
 
 _MOST_ARRIVALS = 512
 """Blocks of memory that are claimed at once for records that come in pieces; a client can claim 960 in all."""
@@ -45,6 +43,10 @@ class Part:
     def segment(self) -> int:
         """In which file it lies."""
         return self.load.segment
+
+    def piece(self, start: int, stop: int) -> Read:
+        """Return what reads it from byte `start` to `stop`, both whole pages."""
+        return Read(self.segment, self.load.offset + start, self.buffer[start:stop])
 
 
 class PartLoader:
@@ -112,9 +114,9 @@ class PartLoader:
         """Run jobs that read, as many at a time as there are transfers; each begins in its turn."""
         self._segments.run(jobs)
 
-    def pieces(self) -> Pieces:
+    def opened(self) -> OpenSegments:
         """Return what reads pieces; close it when all are read."""
-        return Pieces(self._segments)
+        return self._segments.opened()
 
     def header(self, part: Part) -> Record:
         """Return a part's header, whose pages are there; raises CorruptRecord unless it is the right record's."""
@@ -186,45 +188,3 @@ class PartLoader:
     def _forget_parent(self) -> None:
         self._lock = threading.Lock()
         self._arrivals = self._private_bytes = 0
-
-
-class Pieces:
-    """Reads pieces of parts. Files stay open until it is closed. Threads may share one."""
-
-    def __init__(self, segments: SegmentSet) -> None:
-        self._segments = segments
-        self._direct = segments.direct
-        self._lock = threading.Lock()
-        self._files: dict[tuple[int, bool], int] = {}
-
-    def read(self, wanted: Sequence[tuple[Part, int, int]]) -> list[int]:
-        """Fill parts of one segment from byte `start` to `stop`, both whole pages: (part, start, stop), in turn.
-
-        Returns an errno for each, 0 where it is there; ENOENT when the segment is gone, ENODATA when it ends before.
-        """
-        direct = self._direct
-        try:
-            fd = self._file(wanted[0][0].segment, direct)
-        except OSError as error:
-            return [error.errno or errno.EIO] * len(wanted)
-        pieces = [(part.load.offset + start, part.buffer[start:stop]) for part, start, stop in wanted]
-        errors = _core.read_pieces(fd, pieces)
-        if direct and errno.EINVAL in errors:
-            self._direct = False  # O_DIRECT is refused here
-            return self.read(wanted)
-        return errors
-
-    def close(self) -> None:
-        """Close the files."""
-        with self._lock:
-            files, self._files = self._files, {}
-        for fd in files.values():
-            os.close(fd)
-
-    def _file(self, segment: int, direct: bool) -> int:
-        with self._lock:
-            fd = self._files.get((segment, direct))
-            if fd is None:
-                flags = os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
-                fd = self._files[segment, direct] = os.open(self._segments.path_of(segment), flags)
-            return fd

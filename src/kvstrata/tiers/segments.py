@@ -19,6 +19,7 @@ from kvstrata.forking import after_fork
 from kvstrata.record import PAGE, Record
 from kvstrata.tiers.appending import Active, Appender, Outgoing
 from kvstrata.tiers.blockio import (
+    OpenSegments,
     Read,
     Reader,
     Workers,
@@ -207,6 +208,10 @@ class SegmentSet:
     def read(self, reads: Sequence[Read], done: Callable[[int, int], None]) -> None:
         """Fill the buffers of `reads`, as Reader.read does."""
         self._reader.read(reads, done)
+
+    def opened(self) -> OpenSegments:
+        """Return what reads from segments that stay open until it is closed."""
+        return self._reader.opened()
 
     def run(self, jobs: Sequence[Callable[[], None]]) -> None:
         """Run jobs that read in threads of their own, as many at a time as there are transfers, in their order."""
