@@ -3,7 +3,7 @@
 // Written against CPython's own interface: a call through nanobind costs about as much as all that is done here. The
 // objects lie in a cachebox, each in a slot that says which record it was made from; one is handed out only after the
 // store was asked, without a lock, whether that record is still what the key has. Everything here holds the GIL.
-#include "bindings.hpp"
+#include "heap_types.hpp"
 
 #include <cstddef>
 
@@ -32,18 +32,10 @@ int clear_slot(PyObject* self) {
     return 0;
 }
 
-void free_slot(PyObject* self) {
-    PyTypeObject* const type = Py_TYPE(self);
-    PyObject_GC_UnTrack(self);
-    clear_slot(self);
-    type->tp_free(self);
-    Py_DECREF(type);
-}
-
 PyType_Slot slot_slots[] = {
     {Py_tp_traverse, reinterpret_cast<void*>(traverse_slot)},
     {Py_tp_clear, reinterpret_cast<void*>(clear_slot)},
-    {Py_tp_dealloc, reinterpret_cast<void*>(free_slot)},
+    {Py_tp_dealloc, reinterpret_cast<void*>(deallocate<clear_slot>)},
     {0, nullptr},
 };
 PyType_Spec slot_spec = {"kvstrata._core.ObjectSlot", sizeof(Slot), 0,
@@ -75,14 +67,6 @@ int clear_layer(PyObject* self) {
     Py_CLEAR(layer(self)->cache);
     Py_CLEAR(layer(self)->space);
     return 0;
-}
-
-void free_layer(PyObject* self) {
-    PyTypeObject* const type = Py_TYPE(self);
-    PyObject_GC_UnTrack(self);
-    clear_layer(self);
-    type->tp_free(self);
-    Py_DECREF(type);
 }
 
 bool bind_to(PyObject* self, PyObject* space) {
@@ -194,11 +178,6 @@ PyObject* bind(PyObject* self, PyObject* space) {
 
 PyObject* hits(PyObject* self, void*) { return PyLong_FromUnsignedLongLong(layer(self)->hits); }
 
-template <class Function>
-PyCFunction method(Function function) {
-    return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
-}
-
 PyMethodDef layer_methods[] = {
     {"get", method(get), METH_FASTCALL | METH_KEYWORDS,
      "get($self, key, default=None)\n--\n\nReturn the object, or `default`. It is shared: it must not be changed."},
@@ -220,7 +199,7 @@ PyType_Slot layer_slots[] = {
     {Py_tp_new, reinterpret_cast<void*>(PyType_GenericNew)},
     {Py_tp_traverse, reinterpret_cast<void*>(traverse_layer)},
     {Py_tp_clear, reinterpret_cast<void*>(clear_layer)},
-    {Py_tp_dealloc, reinterpret_cast<void*>(free_layer)},
+    {Py_tp_dealloc, reinterpret_cast<void*>(deallocate<clear_layer>)},
     {Py_tp_methods, layer_methods},
     {Py_tp_getset, layer_properties},
     {0, nullptr},

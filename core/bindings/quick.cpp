@@ -2,7 +2,7 @@
 //
 // Written against CPython's own interface: a call through nanobind, and one more in Python, take as long as all that is done
 // here. Everything else, and whatever goes wrong, is left to the subclass's `_get` and `_put`, which begin anew.
-#include "bindings.hpp"
+#include "heap_types.hpp"
 
 namespace kvstrata {
 namespace {
@@ -28,14 +28,6 @@ int clear(PyObject* self) {
     verbs(self)->handle = nullptr;
     Py_CLEAR(verbs(self)->space);
     return 0;
-}
-
-void deallocate(PyObject* self) {
-    PyTypeObject* const type = Py_TYPE(self);
-    PyObject_GC_UnTrack(self);
-    clear(self);
-    type->tp_free(self);
-    Py_DECREF(type);
 }
 
 PyObject* space(PyObject* self, void*) {
@@ -121,11 +113,6 @@ PyObject* set_plain(PyObject* self, PyObject* const* args, Py_ssize_t count) {
     Py_RETURN_NONE;
 }
 
-template <class Function>
-PyCFunction method(Function function) {
-    return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
-}
-
 PyMethodDef methods[] = {
     {"get", method(get), METH_FASTCALL | METH_KEYWORDS,
      "get($self, key, default=None, *, out=None)\n--\n\n"
@@ -151,7 +138,7 @@ PyType_Slot slots[] = {
     {Py_tp_new, reinterpret_cast<void*>(PyType_GenericNew)},
     {Py_tp_traverse, reinterpret_cast<void*>(traverse)},
     {Py_tp_clear, reinterpret_cast<void*>(clear)},
-    {Py_tp_dealloc, reinterpret_cast<void*>(deallocate)},
+    {Py_tp_dealloc, reinterpret_cast<void*>(deallocate<clear>)},
     {Py_tp_methods, methods},
     {Py_tp_getset, properties},
     {0, nullptr},
