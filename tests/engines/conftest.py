@@ -115,3 +115,19 @@ def first(engines: dict[str, Engine]) -> Engine:
 @pytest.fixture(scope="module")
 def second(engines: dict[str, Engine]) -> Engine:
     return engines["second"]
+
+
+def make_random_model(with_vllm: Process, path: Path, kind: str, config: str, **options: Any) -> str:
+    """Write a model of random weights, of the classes of transformers with those names."""
+    sizes = {
+        "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 2048,
+    }  # fmt: skip
+    with with_vllm.fork() as other:
+        other.run(
+            "import torch, transformers\ntorch.manual_seed(0)\n"
+            "made = getattr(transformers, config)(**options)\n"
+            "getattr(transformers, kind)(made).save_pretrained(path)",
+            path=str(path), kind=kind, config=config, options=sizes | options,
+        )  # fmt: skip
+    return str(path)

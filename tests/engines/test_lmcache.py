@@ -594,10 +594,10 @@ def test_a_vllm_finds_its_prefix_in_kvstrata_after_lmcaches_server_was_killed(
     try:
         first.start()
         with running_vllm(with_vllm, model, first.zmq) as vllm:
-            cold = vllm.eval("engine.tokens(400)")
+            cold = vllm.eval("engine.tokens(engine.prompt(0, 400))")
             assert vllm.eval("engine.loaded_tokens()") == 0
             first.wait_for("stored_blocks", 6)  # of 64 tokens
-            vllm.start("for i in range(4): engine.tokens(400, f'And what about {i}?' * 20)")
+            vllm.start("for i in range(4): engine.tokens(engine.prompt(0, 400, f'And what about {i}?' * 20))")
             first.wait_for("stored_blocks", 8)
             first.kill()  # while it is storing
 
@@ -605,7 +605,7 @@ def test_a_vllm_finds_its_prefix_in_kvstrata_after_lmcaches_server_was_killed(
         listed = second.ask("/cache/objects?page_size=100")["entries"]
         assert len(listed) >= 6
         with running_vllm(with_vllm, model, second.zmq) as vllm:
-            assert vllm.eval("engine.tokens(400)") == cold
+            assert vllm.eval("engine.tokens(engine.prompt(0, 400))") == cold
             assert vllm.eval("engine.loaded_tokens()") == 6 * 64
             status = second.adapter
             assert (status["loaded_blocks"], status["missed_blocks"], status["errors"]) == (6, 0, 0)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support.processes import Process, RemoteError
 
-from engines.conftest import Start, need
+from engines.conftest import Start, make_random_model, need
 from engines.vllm_control import BLOCK, Engine
 
 need("vllm")
@@ -49,16 +49,10 @@ def engines(starting_vllm: Start, place: Path, tiny: str) -> dict[str, Engine]:
 
 def make_model(path: Path, layers: list[str], with_vllm: Process) -> str:
     """A model of random weights, large enough for what is said to depend on all of a prompt."""
-    with with_vllm.fork() as other:
-        other.run(
-            "import torch, transformers\ntorch.manual_seed(0)\n"
-            "config = transformers.Gemma3TextConfig(vocab_size=512, hidden_size=128, intermediate_size=256,\n"
-            "    head_dim=32, num_hidden_layers=len(layers), num_attention_heads=4, num_key_value_heads=2,\n"
-            "    max_position_embeddings=2048, query_pre_attn_scalar=32, sliding_window=window, layer_types=layers)\n"
-            "transformers.Gemma3ForCausalLM(config).save_pretrained(path)",
-            path=str(path), layers=layers, window=WINDOW,
-        )  # fmt: skip
-    return str(path)
+    return make_random_model(
+        with_vllm, path, "Gemma3ForCausalLM", "Gemma3TextConfig", num_hidden_layers=len(layers), layer_types=layers,
+        query_pre_attn_scalar=32, sliding_window=WINDOW,
+    )  # fmt: skip
 
 
 def prompt(seed: int, length: int = LENGTH) -> list[int]:
