@@ -96,15 +96,16 @@ u32 Allocator::index_in(u32 slab, u32 block) const {
 
 // ---- Runs of pages ------------------------------------------------------------------------------
 
-// Makes [first, first + length) a free run and puts it in its bin.
+// Makes [first, first + length) a free run and puts it in its bin. Until its first page says so, its last one may be a run
+// of its own, which counts.
 void Allocator::bin_run(u32 first, u32 length) {
     PageDescriptor& head = page(first);
+    store_head(head, length, PageKind::free);
+    KVSTRATA_COMMIT("allocator.tail");
     if (length > 1) {
         page(first + length - 1).kind = PageKind::free_tail;
         page(first + length - 1).length = length;
     }
-    KVSTRATA_COMMIT("allocator.tail");
-    store_head(head, length, PageKind::free);
     const auto [row, column] = bin_of(length);
     head.prev = kNone;
     head.next = state_.bins[row][column];

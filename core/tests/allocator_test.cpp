@@ -2,8 +2,12 @@
 #include "memory/allocator.hpp"
 
 #include <cmath>
+#include <csignal>
+#include <cstdlib>
 #include <map>
 #include <random>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include "check.hpp"
 #include "store/clients.hpp"
@@ -95,3 +99,33 @@ TEST(what_does_not_fit_is_refused) {
     CHECK(fixture.take((1 << 20) / kUnit - kCanaryUnits) != kNone);
     CHECK(fixture.take(1) == kNone);
 }
+
+#if defined(KVSTRATA_FAILPOINTS) && !defined(__SANITIZE_THREAD__)  // TSan can't follow a fork
+TEST(a_death_while_a_run_is_merged_with_a_single_page_leaves_a_table_that_can_be_walked) {
+    constexpr u32 kPageUnits = kPage / kUnit;
+    auto pages = [](u32 count) { return count * kPageUnits - kCanaryUnits; };
+    for (const char* point : {"allocator.merge:0", "allocator.tail:0"}) {
+        Fixture fixture(1 << 20);
+        const u64 all = fixture.allocator.usage().free;
+        const u32 before = fixture.take(pages(3)), larger = fixture.take(pages(4)), after = fixture.take(pages(3));
+        fixture.give(larger, pages(4));
+        const u32 run = fixture.take(pages(3));
+        CHECK(run == larger);  // and behind it a page is free
+        const pid_t child = fork();
+        if (child == 0) {
+            setenv("KVSTRATA_FAILPOINT", point, 1);
+            fixture.give(run, pages(3));
+            _exit(1);
+        }
+        int status = 0;
+        waitpid(child, &status, 0);
+        CHECK(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL);
+        CHECK(fixture.allocator.usage().free == all - 6 * kPage);
+        fixture.give(before, pages(3));
+        fixture.give(after, pages(3));
+        CHECK(fixture.allocator.usage().free == all);
+        CHECK(fixture.allocator.usage().free_runs == 1);
+        CHECK(fixture.allocator.usage().faults == 0);
+    }
+}
+#endif
