@@ -85,6 +85,16 @@ def test_a_damaged_file_is_set_aside_and_begun_anew(tmp_path: Path, damage: str)
     assert (tmp_path / "btree.damaged").is_dir()
 
 
+def test_one_of_another_size_is_begun_anew_and_nothing_of_the_old_one_stays_beside_it(tmp_path: Path) -> None:
+    store = BtreeStore(tmp_path / "btree", 16 << 20)
+    store.write([NamedRecord(b"a", (b"x",), 0)], PATIENCE_S)
+    store.close()
+    store = BtreeStore(tmp_path / "btree", 20 << 20)
+    assert store.read([b"a"], PATIENCE_S) == [None]
+    store.close()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["btree"]
+
+
 def test_a_machine_that_went_down_costs_what_was_there(tmp_path: Path) -> None:
     store = BtreeStore(tmp_path / "btree", 16 << 20)
     store.write([NamedRecord(b"a", (b"x",), 0)], PATIENCE_S)

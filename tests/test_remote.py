@@ -464,6 +464,21 @@ def test_after_an_orderly_end_everything_counts(host: Hosts) -> None:
     assert host("a").get("key") == b"value"
 
 
+@pytest.mark.parametrize("other", [(), (TWO,), (f"{ONE}?prefix=another",)], ids=["none", "another", "another prefix"])
+def test_what_was_changed_while_it_was_open_without_a_tier_does_not_come_back_from_there(
+    host: Hosts, other: tuple[str, ...]
+) -> None:
+    with host("a") as cache:
+        cache.put("removed", b"old")
+        cache.put("overwritten", b"old")
+    with host("a", remote=other) as cache:
+        cache.delete("removed")
+        cache.put("overwritten", b"new")
+    with host("a") as cache:
+        assert cache.get("removed") is None
+        assert cache.get("overwritten") in (b"new", None)
+
+
 # ---- A tier that is down
 
 

@@ -11,6 +11,8 @@ import pytest
 from conftest import OpenCache
 from support.processes import SOAK, Process
 
+from kvstrata.errors import ConfigError
+
 DISK = {"memory": "4MiB", "disk": "64MiB"}
 OPEN = "cache = kvstrata.open(directory, **options)"
 DIE = "os.kill(os.getpid(), signal.SIGKILL)"
@@ -73,6 +75,17 @@ def test_a_closed_cache_may_be_opened_with_other_sizes(open_cache: OpenCache) ->
         assert cache.get("key") == b"value"
     with open_cache(memory="2MiB", disk="32MiB", shared=False) as cache:
         assert cache.get("key") == b"value"
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_what_has_a_disk_is_not_opened_without_since_older_values_would_come_back_later(
+    open_cache: OpenCache, shared: bool
+) -> None:
+    with open_cache(**DISK) as cache:
+        cache.put("key", b"value")
+    with pytest.raises(ConfigError, match="has a disk tier, which with disk=0"):
+        open_cache(memory="4MiB", disk=0, shared=shared)
+    assert open_cache(**DISK).get("key") == b"value"
 
 
 def test_what_was_removed_before_closing_stays_removed(open_cache: OpenCache) -> None:

@@ -29,6 +29,7 @@ _S3_OPTIONS = (
     *_COMMON, "endpoint", "region", "access_key", "access_key_env", "secret_key_env", "secret_key_file",
     "virtual_hosted",
 )  # fmt: skip
+_OF_PLACE = ("prefix", "db", "endpoint")
 _LOOKUP_S = {"s3": 0.5}
 _CHANGE_S = {"s3": 10.0}
 _REFRESH_S = {"s3": 10.0}
@@ -53,6 +54,11 @@ class RemoteURL:
 
     def __repr__(self) -> str:
         return f"<remote {self.label}>"
+
+    @property
+    def place(self) -> str:
+        """Where its records are: two with the same one share them, whoever logs in there and however they are asked."""
+        return "&".join([self.label, *(f"{name}={self._options[name]}" for name in _OF_PLACE if name in self._options)])
 
     @classmethod
     def parse(cls, url: str) -> RemoteURL:

@@ -111,8 +111,8 @@ class TierStack:
 
     def _restore(self, store: _core.Store) -> None:
         """Tell a new memory tier what lies on disk, and what elsewhere counts."""
-        if self._settings.remotes and self.path is not None:
-            Remotes.restore_trust(store, self.path)
+        if self.path is not None:
+            Remotes.restore_trust(store, self.path, [url.place for url in self._settings.remotes])
         if self.options.log:
             self._disk = self._disk_tier(store)
             self._disk.recover()
@@ -257,7 +257,7 @@ class TierStack:
     def _last_out(self) -> None:
         """The last process is about to leave the mapping."""
         if self.remotes and self.path is not None and not self.has_engine:
-            self.remotes.keep_trust(self.path)
+            self.remotes.keep_trust(self.path, [url.place for url in self._settings.remotes])
 
     def _close_below(self) -> None:
         if self._disk:

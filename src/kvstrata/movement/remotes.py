@@ -6,13 +6,13 @@ than a change that was made here. Changes reach them through a `RemoteWriter` ea
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from kvstrata import _core
 from kvstrata.errors import TierUnavailable
@@ -22,6 +22,7 @@ from kvstrata.movement.single_flight import fetch_once
 from kvstrata.tiers.base import Key, Stats
 from kvstrata.tiers.encodings import Encoding
 from kvstrata.tiers.keyed import KeyedTier
+from kvstrata.tiers.small_files import replace_file
 
 if TYPE_CHECKING:
     from kvstrata._core import Pin, Space, Store
@@ -31,6 +32,17 @@ __all__ = ["RemoteSpace", "Remotes"]
 _STATE = "remote.json"
 _PROMOTED, _PRESENT, _REFUSED = 0, 1, 2  # what Space.promote says; else there was no room
 _AT_CLOSING_S = 5.0
+
+
+class _State(msgspec.Struct, frozen=True):
+    """What `remote.json` says: what was written to `tiers` before `distrusted`, ns since the epoch, counts for nothing.
+
+    `open`: nor does what was written until the next opening.
+    """
+
+    distrusted: int
+    open: bool
+    tiers: list[str]
 
 
 class Remotes:
@@ -70,25 +82,28 @@ class Remotes:
     # ---- Over restarts
 
     @staticmethod
-    def restore_trust(store: Store, directory: Path) -> None:
-        """Tell a new mapping from when on what was written elsewhere counts.
+    def restore_trust(store: Store, directory: Path, tiers: Sequence[str]) -> None:
+        """Tell a new mapping from when on what was written elsewhere counts, `tiers` being where that is.
 
-        If the last one went without saying that everything had been sent, nothing that was written until now does,
-        where it could be older than what was here.
+        If the last one went without saying that everything had been sent to the same tiers, nothing that was written
+        until now does, where it could be older than what was here.
         """
+        if not tiers and not (directory / _STATE).exists():
+            return
         state = _read_state(directory)
         if state is None:
-            store.distrust(trust_from() if (directory / _STATE).exists() else 0)
+            distrusted = trust_from() if (directory / _STATE).exists() else 0
         else:
-            store.distrust(max(state["distrusted"], trust_from() if state["open"] else 0))
-        _write_state(directory, store.distrusted(), is_open=True)
+            distrusted = state.distrusted if not state.open and state.tiers == tiers else trust_from()
+        store.distrust(distrusted)
+        _write_state(directory, _State(distrusted, True, list(tiers)))
 
-    def keep_trust(self, directory: Path) -> None:
-        """Write down what the next mapping has to know; for the last process to leave this one."""
+    def keep_trust(self, directory: Path, tiers: Sequence[str]) -> None:
+        """Write down what the next mapping has to know; for the last process to leave this one, which had `tiers`."""
         if not len(self.unsent):
             with suppress(OSError, TierUnavailable):
                 self.store.reap()  # the dead may have left something unsent
-                _write_state(directory, self.store.distrusted(), is_open=False)
+                _write_state(directory, _State(self.store.distrusted(), False, list(tiers)))
 
 
 class RemoteSpace:
@@ -290,18 +305,12 @@ def _bytes(key: Key) -> bytes:
     return key.encode() if isinstance(key, str) else bytes(key)
 
 
-def _read_state(directory: Path) -> dict[str, int] | None:
+def _read_state(directory: Path) -> _State | None:
     try:
-        state = json.loads((directory / _STATE).read_bytes())
-        return {"distrusted": int(state["distrusted"]), "open": int(state["open"])}
-    except (OSError, ValueError, KeyError, TypeError):
+        return msgspec.json.decode((directory / _STATE).read_bytes(), type=_State)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         return None
 
 
-def _write_state(directory: Path, distrusted: int, *, is_open: bool) -> None:
-    draft = directory / f"{_STATE}.new"
-    with draft.open("w") as file:
-        json.dump({"distrusted": distrusted, "open": is_open}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(directory / _STATE)
+def _write_state(directory: Path, state: _State) -> None:
+    replace_file(directory / _STATE, msgspec.json.encode(state), sync=True)

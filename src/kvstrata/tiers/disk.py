@@ -29,6 +29,7 @@ from kvstrata.tiers.partial import PartLoader
 from kvstrata.tiers.quotas import Quotas
 from kvstrata.tiers.recovery import Recovery
 from kvstrata.tiers.segments import SegmentSet, segment_bytes_for
+from kvstrata.tiers.small_files import replace_file
 from kvstrata.tiers.wear import WriteLimit
 from kvstrata.tiers.writing import Writer
 
@@ -311,11 +312,9 @@ class DiskTier:
 
         Raises OSError, TierFull, TierUnavailable.
         """
-        draft = self.directory / f"{name}.new"
         with self._ledger.hold():
             self._make_room(page_ceil(len(data)))
-            draft.write_bytes(data)
-            draft.replace(self.directory / name)
+            replace_file(self.directory / name, data, sync=False)
 
     def stats(self) -> Stats:
         """Return sizes in bytes and the counters of this process; "error <kind>" counts faults.

@@ -19,6 +19,7 @@ from kvstrata import _core
 from kvstrata.config import CacheOptions
 from kvstrata.errors import ConfigError, ConfigMismatch, FormatError, TierFull, TierUnavailable
 from kvstrata.tiers.segment_format import stored_seed
+from kvstrata.tiers.small_files import replace_file
 
 __all__ = ["MemoryTier"]
 
@@ -79,7 +80,7 @@ class MemoryTier:
             users = _claim_directory(directory, shared)
             try:
                 identity = _identity(directory, options.disk_engine)
-                _check_engine(directory, identity, options)
+                _check_disk(directory, identity, options)
                 file = _shared_file(directory, identity)
                 if shared:
                     store = _open_shared(file, directory, users, options, restore)
@@ -226,21 +227,21 @@ def _identity(directory: Path, engine: str = "log") -> _Identity:
             return new
 
 
-def _check_engine(directory: Path, identity: _Identity, options: CacheOptions) -> None:
+def _check_disk(directory: Path, identity: _Identity, options: CacheOptions) -> None:
     if identity.disk_engine != options.disk_engine:
         raise ConfigError(
             f"the cache at {directory} has disk_engine={identity.disk_engine!r}, not {options.disk_engine!r}; "
             "open it so, or use another directory"
         )
+    if not options.disk and stored_seed(directory) is not None:
+        raise ConfigError(
+            f"the cache at {directory} has a disk tier, which with disk=0 wouldn't hear of what is put and removed, "
+            "and would bring older values back later; open it with disk, or use another directory"
+        )
 
 
 def _write_identity(directory: Path, identity: _Identity) -> None:
-    draft = directory / "identity.json.new"
-    with draft.open("wb") as file:
-        file.write(msgspec.json.encode(identity))
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(directory / "identity.json")
+    replace_file(directory / "identity.json", msgspec.json.encode(identity), sync=True)
 
 
 def _record_policy(directory: Path, options: CacheOptions) -> None:

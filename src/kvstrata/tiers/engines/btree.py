@@ -8,11 +8,13 @@ beginning, so a full disk is met when it is made and not by SIGBUS later.
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -43,6 +45,7 @@ _SETUP_S = 10.0
 _MARK = "unsynced"
 
 T = TypeVar("T")
+_log = logging.getLogger("kvstrata")
 
 
 def _check_mark(mark: Path) -> None:
@@ -99,6 +102,7 @@ class BtreeStore:
     def _make_sound(self) -> None:
         """With nobody else in it: see that it can be opened, else begin anew."""
         mark = self._directory / _MARK
+        self._drop_another_size()
         if self._directory.exists():
             try:
                 _check_mark(mark)
@@ -113,9 +117,18 @@ class BtreeStore:
         (self._directory / "lock.mdb").unlink(missing_ok=True)  # of readers that are gone
         mark.write_text(boot_id())
 
+    def _drop_another_size(self) -> None:
+        """Remove what is in order, but was made with another `disk`: it would come on top of that."""
+        with suppress(CorruptRecord, OSError, struct.error, ValueError):
+            size = self._map.stat().st_size
+            check_map(self._map, size)
+            if size != self._size:
+                shutil.rmtree(self._directory)
+                _log.warning("kvstrata: %s was made with another disk= and is begun anew", self._directory)
+
     def _make(self) -> None:
         draft = self._directory.with_name(f"{self._directory.name}.new")
-        draft.mkdir(exist_ok=True)
+        draft.mkdir(mode=0o700, exist_ok=True)
         file = draft / "data.mdb"
         file.unlink(missing_ok=True)
         env = self._lmdb.open(str(draft), map_size=self._size, max_dbs=2, sync=False)

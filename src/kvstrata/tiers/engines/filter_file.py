@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kvstrata import _core
 from kvstrata.tiers.engines.directory import boot_id
+from kvstrata.tiers.small_files import replace_file
 
 __all__ = ["FilterFile"]
 
@@ -65,9 +66,7 @@ class FilterFile:
     def close(self) -> None:
         """Write down that all is in it; for the last one, who changes nothing any more. Raises OSError."""
         self._memory.flush()
-        draft = self._mark.with_name(f"{self._mark.name}.new")
-        draft.write_text(_closed(self._memory))
-        draft.replace(self._mark)
+        replace_file(self._mark, _closed(self._memory).encode(), sync=False)
 
     def _trusted(self) -> bool:
         try:

@@ -110,6 +110,7 @@ class LsmStore:
 
     def _open(self) -> None:
         options = self._options()
+        self._directory.mkdir(mode=0o700, exist_ok=True)  # what RocksDB makes in it is for everybody to read
         known = ["default"]
         if (self._directory / "CURRENT").exists():
             known = self._rocks.Rdict.list_cf(str(self._directory), options)
