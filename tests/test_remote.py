@@ -20,7 +20,7 @@ from support.stores import MemoryStore
 from support.values import make_value, serial_of
 
 import kvstrata
-from kvstrata.errors import ConfigError, MissingExtra, TierUnavailable, UnknownOption
+from kvstrata.errors import ConfigError, ConfigMismatch, MissingExtra, TierUnavailable, UnknownOption
 from kvstrata.remote_url import RemoteURL
 from kvstrata.tiers.base import StoreFault
 from kvstrata.tiers.breaker import Breaker
@@ -477,6 +477,26 @@ def test_what_was_changed_while_it_was_open_without_a_tier_does_not_come_back_fr
     with host("a") as cache:
         assert cache.get("removed") is None
         assert cache.get("overwritten") in (b"new", None)
+
+
+def test_who_has_it_open_without_a_tier_that_others_have_would_remove_nothing_there_so_it_is_refused(
+    host: Hosts,
+) -> None:
+    host("a")
+    for other in ((), (TWO,), (TWO, ONE)):
+        with pytest.raises(ConfigMismatch, match="remote: open with"):
+            host("a", remote=other)
+    host("b", remote=())
+    with pytest.raises(ConfigMismatch, match="remote: open with"):
+        host("b")
+
+
+def test_a_namespace_stays_on_its_host_for_all_who_have_it_open_or_for_nobody(host: Hosts) -> None:
+    host("a").namespace("n")
+    with pytest.raises(ConfigMismatch, match="remote=True; use the same"):
+        host("a").namespace("n", remote=False)
+    host("c", remote=()).namespace("n")
+    host("c", remote=()).namespace("n", remote=False)  # where there is nothing elsewhere
 
 
 # ---- A tier that is down

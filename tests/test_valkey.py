@@ -165,7 +165,7 @@ def test_hosts_share_records_over_tls_with_certificates_on_both_sides(
             assert cache.get("key") is None
             assert any(name.startswith("error") for name in cache.stats()["remote"][0])
             cache.close()
-        trusting = open_cache(tmp_path / "c", remote=by_number + "&tls_verify=no")
+        trusting = open_cache(tmp_path / "d", remote=by_number + "&tls_verify=no")
         assert trusting.get("key") == b"value"
 
 

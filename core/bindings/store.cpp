@@ -111,10 +111,11 @@ void bind_store(nb::module_& m) {
         .def("close", [](StoreHandle& self) { self.close(); })
         .def_prop_ro("closed", [](const StoreHandle& self) { return !self.store; })
         .def("open_namespace", [](const std::shared_ptr<StoreHandle>& self, u32 id, const std::string& name, u32 version,
-                                  const std::string& policy, u64 quota, u64 guarantee, bool immutable, u32 admission, bool write_back) {
-            return SpaceHandle{self, self->live()->open_namespace(id, name, version, {policy, quota, guarantee, immutable, admission, write_back})};
+                                  const std::string& policy, u64 quota, u64 guarantee, bool immutable, u32 admission, bool write_back,
+                                  bool remote) {
+            return SpaceHandle{self, self->live()->open_namespace(id, name, version, {policy, quota, guarantee, immutable, admission, write_back, remote})};
         }, nb::arg("id"), nb::arg("name"), nb::arg("version"), nb::arg("policy"), nb::arg("quota"), nb::arg("guarantee"),
-             nb::arg("immutable"), nb::arg("admission") = 1, nb::arg("write_back") = false)
+             nb::arg("immutable"), nb::arg("admission") = 1, nb::arg("write_back") = false, nb::arg("remote") = true)
         .def("restore_namespace", [](StoreHandle& self, u32 id, const std::string& name, u32 version, u32 epoch, bool immutable) {
             self.live()->restore_namespace(id, name, version, epoch, immutable);
         }, nb::arg("id"), nb::arg("name"), nb::arg("version"), nb::arg("epoch"), nb::arg("immutable"))

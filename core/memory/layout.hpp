@@ -20,7 +20,7 @@
 namespace kvstrata {
 
 inline constexpr char kMagic[8] = {'K', 'V', 'S', 'A', 'R', 'E', 'N', 'A'};
-inline constexpr u32 kFormat = 2 | (kDebug ? 1u << 31 : 0);  // a debug build can't share memory with another
+inline constexpr u32 kFormat = 3 | (kDebug ? 1u << 31 : 0);  // a debug build can't share memory with another
 inline constexpr u32 kShards = 64;
 inline constexpr u32 kMaxClients = 128;
 inline constexpr u32 kMaxNamespaces = 1024;
@@ -181,6 +181,7 @@ struct alignas(64) Namespace {
     u32 immutable;
     u32 admission;              // how often a key has to be wanted before its record goes to the tier below
     u32 write_back;             // and only when it is to leave memory
+    u32 remote;                 // changes are told to the tiers elsewhere
     u64 quota;                  // bytes in memory, 0 = no limit
     std::atomic<u64> guarantee; // bytes in memory that no other namespace takes from it
     std::atomic<u64> bytes;     // of records in memory; read without the lock, too

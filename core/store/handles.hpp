@@ -25,6 +25,7 @@ struct NamespaceOptions {
     bool immutable = false;
     u32 admission = 1;      // how often a key has to be wanted before its record goes to the tier below (admission.cpp)
     bool write_back = false;  // and only when it is to leave memory
+    bool remote = true;       // changes are told to the tiers elsewhere
 };
 
 // What a put says of its record.

@@ -138,6 +138,7 @@ Space Store::open_namespace(u32 id, const std::string& name, u32 version, const 
         ns.immutable = options.immutable;
         ns.admission = options.admission;
         ns.write_back = options.write_back;
+        ns.remote = options.remote;
         ns.configured = 1;
         ns.defined.store(1);
         if (reorder) change_policy(chosen);
@@ -150,6 +151,7 @@ Space Store::open_namespace(u32 id, const std::string& name, u32 version, const 
         else if (ns.admission != options.admission)
             differs = ns.admission == 1 ? "admission='all'" : ns.admission == 2 ? "admission='reused'" : "admission='frequent'";
         else if (ns.write_back != u32{options.write_back}) differs = ns.write_back ? "write='back'" : "another write than 'back'";
+        else if (ns.remote != u32{options.remote}) differs = ns.remote ? "remote=True" : "remote=False";
         if (!differs.empty())
             throw ConfigMismatch("namespace '" + name + "' is already open with " + differs + "; use the same");
     }

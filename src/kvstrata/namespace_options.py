@@ -32,12 +32,12 @@ class SpaceOptions(NamedTuple):
     immutable: bool = False
     admission: int = 1  # how often a key has to be wanted before its record goes to the disk
     write_back: bool = False
-    remote: bool = True  # only this process's affair
+    remote: bool = True  # changes are told to the tiers elsewhere
     disk_quota: int = 0  # the tier below keeps it
 
-    def native(self) -> tuple[str, int, str, int, int, bool, int, bool]:
+    def native(self) -> tuple[str, int, str, int, int, bool, int, bool, bool]:
         """What the core has to know."""
-        return self[:8]
+        return self[:9]
 
 
 def checked_options(

@@ -72,6 +72,11 @@ class Settings(NamedTuple):
     remotes: list[RemoteURL]
     keys: Keyring | None
 
+    @property
+    def places(self) -> list[str]:
+        """Where the tiers elsewhere are, in their order."""
+        return [remote.place for remote in self.remotes]
+
     @classmethod
     def gather(
         cls, arguments: Mapping[str, Any], *, config: str | os.PathLike[str] | None, environment: Mapping[str, str]

@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from kvstrata.codecs.encryption import Sealer
-from kvstrata.errors import CacheClosed, TierUnavailable
+from kvstrata.errors import CacheClosed, ConfigMismatch, TierUnavailable
 from kvstrata.movement.below import Below
 from kvstrata.movement.cost import CostModel
 from kvstrata.movement.engine import Engine, EngineSpace, open_engine
@@ -103,6 +103,10 @@ class TierStack:
 
     def _set_up(self) -> None:
         """Make what this process has of its own, and open the other tiers, once the memory is there."""
+        if self.path is not None:
+            differences = Remotes.differences(self.path, self._settings.places)
+            if differences:
+                raise ConfigMismatch.of_cache(str(self.path), differences)
         if self._settings.huge_pages:
             self.memory.use_huge_pages()
         self.memory.store.keep_near(self._settings.near)
@@ -112,7 +116,7 @@ class TierStack:
     def _restore(self, store: _core.Store) -> None:
         """Tell a new memory tier what lies on disk, and what elsewhere counts."""
         if self.path is not None:
-            Remotes.restore_trust(store, self.path, [url.place for url in self._settings.remotes])
+            Remotes.restore_trust(store, self.path, self._settings.places)
         if self.options.log:
             self._disk = self._disk_tier(store)
             self._disk.recover()
@@ -165,6 +169,8 @@ class TierStack:
     def open_space(self, options: SpaceOptions) -> _core.Space:
         """Open a namespace in memory, and on disk; raises what `Cache.namespace` does."""
         self.check_open()
+        if not self._settings.remotes:
+            options = options._replace(remote=True)  # it makes no difference
         ns = 0
         if self._disk:
             ns = self._disk.open_namespace(options.name, options.version, options.immutable).id
@@ -257,7 +263,7 @@ class TierStack:
     def _last_out(self) -> None:
         """The last process is about to leave the mapping."""
         if self.remotes and self.path is not None and not self.has_engine:
-            self.remotes.keep_trust(self.path, [url.place for url in self._settings.remotes])
+            self.remotes.keep_trust(self.path, self._settings.places)
 
     def _close_below(self) -> None:
         if self._disk:

@@ -98,6 +98,18 @@ class Remotes:
         store.distrust(distrusted)
         _write_state(directory, _State(distrusted, True, list(tiers)))
 
+    @staticmethod
+    def differences(directory: Path, tiers: Sequence[str]) -> dict[str, tuple[object, object]]:
+        """Return how the tiers of who made the mapping differ from these, as {option: (theirs, ours)}."""
+        state = _read_state(directory)
+        if state is None:
+            theirs: list[str] = []
+            if (directory / _STATE).exists():  # damaged: nobody knows
+                return {}
+        else:
+            theirs = state.tiers
+        return {} if theirs == list(tiers) else {"remote": (theirs, list(tiers))}
+
     def keep_trust(self, directory: Path, tiers: Sequence[str]) -> None:
         """Write down what the next mapping has to know; for the last process to leave this one, which had `tiers`."""
         if not len(self.unsent):
