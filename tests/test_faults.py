@@ -14,13 +14,15 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from conftest import OpenCache
 from support.power import build_library
 from support.processes import Process
 from test_disk import MIB, Host, stat
 
 import kvstrata
-from kvstrata import _core
+from kvstrata import KVLayout, PrefixCache, _core
 from kvstrata.errors import TierUnavailable
 from kvstrata.tiers import segments
 
@@ -271,6 +273,30 @@ def test_a_device_that_can_not_be_read_is_a_miss_without_a_read_until_a_probe_su
     hours_later(host, monkeypatch)
     assert host.get(b"key") == b"value"
     assert host.tier.stats()["read_breaker"] == "closed"
+
+
+@pytest.mark.parametrize("codec", [None, "zstd"])
+def test_a_load_by_layers_that_reads_nothing_piece_by_piece_finds_out_that_the_device_works_again(
+    open_cache: OpenCache, monkeypatch: pytest.MonkeyPatch, codec: str | None
+) -> None:
+    layout = KVLayout(model="m", dtype="float16", layers=4, kv_heads=2, head_dim=64, block_tokens=16)
+    tokens = list(range(8 * layout.block_tokens))
+    cache = open_cache(memory="16MiB", disk="64MiB")
+    prefixes = PrefixCache.open(cache, layout, codec=codec)
+    assert prefixes.store(tokens, np.zeros((4, 2, 2, len(tokens), 64), np.float16)) == 8
+    cache.flush()
+    cache.demote()
+    disk = cache.tiers._disk
+    assert disk is not None
+    for _ in range(3):
+        disk._reading.failure("EIO", "input/output error")
+    assert cache.stats()["disk"]["read_breaker"] == "open"
+    later = time.monotonic() + 3600
+    monkeypatch.setattr(disk._reading, "_clock", lambda: later)
+    with prefixes.match(tokens).load_layers() as load:
+        assert [layer for layer, _ in load] == list(range(4))
+        assert load.tokens == len(tokens)
+    assert cache.stats()["disk"]["read_breaker"] == "closed"
 
 
 def test_a_directory_that_vanished_and_came_back_empty_is_used_again(

@@ -81,6 +81,13 @@ def test_different_arguments_have_different_forms_and_equal_ones_the_same() -> N
     assert _form(np.arange(6).reshape(2, 3).T, "x") == _form(np.arange(6).reshape(2, 3).T.copy(), "x")
 
 
+def test_types_that_are_only_bytes_to_numpy_have_different_forms() -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    of_bytes = [np.array([1], np.uint8).view(kind) for kind in (ml_dtypes.int4, ml_dtypes.uint4, "V1")]
+    within = [np.zeros(1, [("a", kind, 2)]) for kind in (ml_dtypes.int4, ml_dtypes.uint4)]
+    assert len({_form(value, "x") for value in (*of_bytes, *within)}) == 5
+
+
 @pytest.mark.parametrize("argument", [object(), Colour.RED, print, [object()], {"k": {1, object}}, np.array([None])])
 def test_an_argument_without_a_canonical_form_is_a_clear_error(cache: kvstrata.Cache, argument: Any) -> None:
     function, calls = counted(cache)
@@ -266,6 +273,61 @@ def test_threads_that_ask_for_one_key_compute_once_and_share_the_outcome(cache: 
     assert len(results) == 5
     assert all(result is results[0] for result in results)
     assert isinstance(results[0], ZeroDivisionError) is fails
+
+
+@pytest.mark.parametrize("forget", [lambda function: function.forget(1), lambda function: function.cache_clear()])
+def test_who_asks_after_a_result_was_forgotten_is_not_given_one_that_was_begun_before(
+    cache: kvstrata.Cache, forget: Callable[[Any], object]
+) -> None:
+    data, begun, go = ["old"], threading.Event(), threading.Event()
+
+    @cache.memoize(name="f")
+    def function(x: int) -> str:
+        read = data[0]
+        if read == "old":
+            begun.set()
+            assert go.wait(PATIENCE_S)
+        return read
+
+    first: list[str] = []
+    thread = threading.Thread(target=lambda: first.append(function(1)))
+    thread.start()
+    assert begun.wait(PATIENCE_S)
+    data[0] = "new"
+    forget(function)
+    assert function(1) == "new"
+    function.forget(1)  # so that only the first could have left something
+    go.set()
+    thread.join(PATIENCE_S)
+    assert first == ["old"]
+    assert function(1) == "new"
+
+
+def test_tasks_are_not_given_a_result_that_was_begun_before_it_was_forgotten(cache: kvstrata.Cache) -> None:
+    data = ["old"]
+
+    async def main() -> None:
+        go = asyncio.Event()
+
+        @cache.memoize(name="f")
+        async def function(x: int) -> str:
+            read = data[0]
+            if read == "old":
+                await go.wait()
+            return read
+
+        first = asyncio.create_task(function(1))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        data[0] = "new"
+        function.forget(1)
+        assert await function(1) == "new"
+        function.forget(1)
+        go.set()
+        assert await first == "old"
+        assert await function(1) == "new"
+
+    asyncio.run(main())
 
 
 def test_different_keys_are_computed_at_the_same_time(cache: kvstrata.Cache) -> None:

@@ -368,6 +368,21 @@ def test_a_block_damaged_on_disk_gives_a_shorter_prefix_and_is_stored_again(tmp_
         assert np.array_equal(prefixes.match(tokens).load().kv, kv)
 
 
+@pytest.mark.parametrize("disk", [None, "64MiB"], ids=["memory alone", "disk"])
+def test_a_prefix_of_more_blocks_than_a_process_may_pin_is_stored_and_loaded(
+    shm: Path, tmp_path: Path, disk: str | None
+) -> None:
+    layout = KVLayout(model="m", dtype="bfloat16", layers=1, kv_heads=1, head_dim=8, block_tokens=16)
+    tokens = np.arange(9000 * layout.block_tokens)
+    kv = np.arange(2 * len(tokens) * 8).astype(np.uint16).reshape(1, 2, 1, len(tokens), 8)
+    with kvstrata.open(tmp_path if disk else None, memory="48MiB", disk=disk) as cache:
+        prefixes = PrefixCache.open(cache, layout)
+        assert prefixes.store(tokens, kv) == 9000
+        loaded = prefixes.match(tokens).load()
+        assert loaded.tokens == len(tokens)
+        assert np.array_equal(loaded.kv, kv)
+
+
 def test_a_prefix_longer_than_memory_is_still_loaded_from_disk(tmp_path: Path) -> None:
     tokens = list(range(64 * 12))
     kv = kv_of(tokens, BIG)

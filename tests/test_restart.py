@@ -11,7 +11,7 @@ import pytest
 from conftest import OpenCache
 from support.processes import SOAK, Process
 
-from kvstrata.errors import ConfigError
+from kvstrata.errors import ConfigError, ConfigMismatch
 
 DISK = {"memory": "4MiB", "disk": "64MiB"}
 OPEN = "cache = kvstrata.open(directory, **options)"
@@ -86,6 +86,24 @@ def test_what_has_a_disk_is_not_opened_without_since_older_values_would_come_bac
     with pytest.raises(ConfigError, match="has a disk tier, which with disk=0"):
         open_cache(memory="4MiB", disk=0, shared=shared)
     assert open_cache(**DISK).get("key") == b"value"
+
+
+@pytest.mark.parametrize(
+    ("refused", "error"),
+    [({"version": 2, "policy": "slru"}, ConfigMismatch), ({"immutable": True}, ConfigMismatch)],
+)
+def test_a_namespace_that_could_not_be_opened_so_is_as_it_was_after_a_restart(
+    open_cache: OpenCache, refused: dict[str, Any], error: type[Exception]
+) -> None:
+    with open_cache(**DISK) as cache:
+        ns = cache.namespace("n")
+        ns.put("before", b"1")
+        with pytest.raises(error):
+            cache.namespace("n", **refused)
+        ns.put("after", b"2")
+        cache.flush()
+    ns = open_cache(**DISK).namespace("n")
+    assert ns.get_many(["before", "after"]) == [b"1", b"2"]
 
 
 def test_what_was_removed_before_closing_stays_removed(open_cache: OpenCache) -> None:

@@ -10,7 +10,7 @@ import struct
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, Protocol, TypeVar, cast
 
@@ -75,10 +75,14 @@ def memoized(
     flights = _Flights()
     not_stored = 0
 
-    def store(at: bytes, value: Any) -> Any:
+    def store(at: bytes, value: Any, flight: _Flight) -> Any:
         nonlocal not_stored
+        if flight.forgotten.is_set():
+            return value  # it may be of what was there before
         try:
             objects.put(at, value, ttl=ttl, cost=cost)
+            if flight.forgotten.is_set():
+                objects.delete(at)
         except (TierError, VersionConflict):
             not_stored += 1  # the caller has its result all the same
         return value
@@ -99,8 +103,8 @@ def memoized(
             if value is not _ABSENT:
                 return value
 
-            async def compute() -> Any:
-                return store(at, await cast(Any, function)(*args, **kwargs))
+            async def compute(flight: _Flight) -> Any:
+                return store(at, await cast(Any, function)(*args, **kwargs), flight)
 
             return await flights.join_task(at, compute)
 
@@ -113,9 +117,9 @@ def memoized(
             if value is not _ABSENT:
                 return value
 
-            def compute() -> Any:
+            def compute(flight: _Flight) -> Any:
                 again = recall(at)  # another thread may just have finished
-                return store(at, function(*args, **kwargs)) if again is _ABSENT else again
+                return store(at, function(*args, **kwargs), flight) if again is _ABSENT else again
 
             return flights.join(at, compute)
 
@@ -124,11 +128,14 @@ def memoized(
         return MemoInfo(info.hits, info.loads, flights.started, flights.joined, not_stored)
 
     def cache_clear() -> None:
+        flights.forget_all()
         namespace.delete_prefix(prefix)
         objects.drop()
 
     def forget(*args: Any, **kwargs: Any) -> bool:
-        return objects.delete(key_of(args, kwargs))
+        at = key_of(args, kwargs)
+        flights.forget(at)
+        return objects.delete(at)
 
     wrapper.cache_info, wrapper.cache_clear, wrapper.forget = cache_info, cache_clear, forget
     return cast("Memoized[P, R]", wrapper)
@@ -218,6 +225,8 @@ def _encode(value: Any, write: Callable[[bytes], object], what: str) -> None:
             raise InvalidKey(f"{what} is an array of objects, which has no canonical form; use key=")
         write(b"a" if kind is np.ndarray else b"g")
         write(_text(str(array.dtype.descr)))
+        for name in _opaque_types(array.dtype):
+            write(_text(name))
         _encode(array.shape, write, what)
         write(array.tobytes())
     else:
@@ -225,6 +234,17 @@ def _encode(value: Any, write: Callable[[bytes], object], what: str) -> None:
             f"{what} holds a {kind.__module__}.{kind.__qualname__}, which has no canonical form; "
             "give memoize a key= that turns the arguments into a str, bytes, numbers, or tuples of them"
         )
+
+
+def _opaque_types(dtype: np.dtype[Any]) -> Iterator[str]:
+    """Yield the names of the types in it that are no more than bytes to numpy, such as those of ml_dtypes."""
+    if dtype.fields is not None:
+        for name in dtype.names or ():
+            yield from _opaque_types(dtype.fields[name][0])
+    elif dtype.subdtype is not None:
+        yield from _opaque_types(dtype.subdtype[0])
+    elif dtype.kind == "V":
+        yield f"{dtype.type.__module__}.{dtype.type.__qualname__}"
 
 
 def _form(value: Any, what: str) -> bytes:
@@ -236,9 +256,14 @@ def _form(value: Any, what: str) -> bytes:
 # ---- One computation at a time -------------------------------------------------------------------
 
 
-class _Flight(NamedTuple):
-    thread: int
-    result: Future[Any]
+class _Flight:
+    """A computation; `thread` is 0 where it is a task's. Once `forgotten` nobody else joins it, and nobody keeps it."""
+
+    def __init__(self, thread: int = 0) -> None:
+        self.thread = thread
+        self.forgotten = threading.Event()
+        self.result: Future[Any] = Future()
+        self.task: asyncio.Task[Any]
 
 
 class _Flights:
@@ -253,45 +278,65 @@ class _Flights:
         """Also in a forked child: the threads that were computing are the parent's."""
         self._lock = threading.Lock()
         self._threads: dict[bytes, _Flight] = {}
-        self._tasks: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[bytes, asyncio.Task[Any]]]
+        self._tasks: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[bytes, _Flight]]
         self._tasks = weakref.WeakKeyDictionary()
 
-    def join(self, key: bytes, compute: Callable[[], Any]) -> Any:
+    def forget(self, key: bytes) -> None:
+        """Let who asks from now on compute it anew."""
+        with self._lock:
+            for flights in (self._threads, *self._tasks.values()):
+                if (flight := flights.pop(key, None)) is not None:
+                    flight.forgotten.set()
+
+    def forget_all(self) -> None:
+        """The same for all that are under way."""
+        with self._lock:
+            for flights in (self._threads, *self._tasks.values()):
+                for flight in flights.values():
+                    flight.forgotten.set()
+                flights.clear()
+
+    def join(self, key: bytes, compute: Callable[[_Flight], Any]) -> Any:
         me = threading.get_ident()
         with self._lock:
             flight = self._threads.get(key)
+            mine = flight is None
             if flight is None:
                 self.started += 1
-                flight = mine = self._threads[key] = _Flight(me, Future())
+                flight = self._threads[key] = _Flight(me)
             else:
-                mine = None
                 self.joined += 1
-        if mine is None:
+        if not mine:
             # A function that asks for its own result would wait for itself.
-            return compute() if flight.thread == me else flight.result.result()
+            return compute(flight) if flight.thread == me else flight.result.result()
         try:
-            value = compute()
+            value = compute(flight)
         except BaseException as error:
-            mine.result.set_exception(error)
+            flight.result.set_exception(error)
             raise
         else:
-            mine.result.set_result(value)
+            flight.result.set_result(value)
             return value
         finally:
-            with self._lock:
-                self._threads.pop(key, None)
+            self._land(self._threads, key, flight)
 
-    async def join_task(self, key: bytes, compute: Callable[[], Any]) -> Any:
+    async def join_task(self, key: bytes, compute: Callable[[_Flight], Coroutine[Any, Any, Any]]) -> Any:
         loop = asyncio.get_running_loop()
         with self._lock:
-            tasks = self._tasks.setdefault(loop, {})
-            task = tasks.get(key)
-            if task is None:
+            flights = self._tasks.setdefault(loop, {})
+            flight = flights.get(key)
+            if flight is None:
                 self.started += 1
-                task = tasks[key] = loop.create_task(compute())
-                task.add_done_callback(lambda _: tasks.pop(key, None))
+                flight = landing = flights[key] = _Flight()
+                flight.task = loop.create_task(compute(flight))
+                flight.task.add_done_callback(lambda _: self._land(flights, key, landing))
             else:
                 self.joined += 1
-        if task is asyncio.current_task():
-            return await compute()  # a function that asks for its own result would wait for itself
-        return await asyncio.shield(task)  # whoever is cancelled doesn't take it from the others
+        if flight.task is asyncio.current_task():
+            return await compute(flight)  # a function that asks for its own result would wait for itself
+        return await asyncio.shield(flight.task)  # whoever is cancelled doesn't take it from the others
+
+    def _land(self, flights: dict[bytes, _Flight], key: bytes, flight: _Flight) -> None:
+        with self._lock:
+            if flights.get(key) is flight:
+                del flights[key]

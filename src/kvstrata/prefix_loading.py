@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 
 __all__ = ["LoadedKV", "PrefixLoader", "StoredHead", "Tally", "release"]
 
-_BATCH_BYTES = 256 << 20
+_BATCH_BYTES, _BATCH_BLOCKS = 256 << 20, 1024
 """How much is pinned at once: enough for any queue depth, a bound on what a load claims."""
+
+_MOST_KEPT = 4096
+"""Blocks that a store keeps until its end; half of what a client can pin."""
 
 _PROBE_EVERY, _PROBE_BLOCKS = 16, 8
 """Of so many times that something is skipped because its tier is slow, once so many blocks of it are loaded."""
@@ -127,7 +130,7 @@ class PrefixLoader:
         else:
             check_out(out, layout, wanted)
         done = disk_blocks = 0
-        batch = max(1, _BATCH_BYTES // layout.block_bytes)
+        batch = max(1, min(_BATCH_BLOCKS, _BATCH_BYTES // layout.block_bytes))
         while done < len(keys):
             wave = keys[done : done + batch]
             try:
@@ -203,6 +206,7 @@ class StoredHead:
     def add(self, keys: Sequence[bytes]) -> None:
         """Keep blocks that were stored, or were there."""
         if self._pins is not None:
+            keys = keys[: _MOST_KEPT - len(self._pins)]
             self._pins += self._ns._space.pin_many(keys, uses=False)[0]
 
     def __enter__(self) -> StoredHead:

@@ -171,12 +171,14 @@ class TierStack:
         self.check_open()
         if not self._settings.remotes:
             options = options._replace(remote=True)  # it makes no difference
-        ns = 0
-        if self._disk:
-            ns = self._disk.open_namespace(options.name, options.version, options.immutable).id
-            self._disk.set_quota(ns, options.disk_quota)
-            self._disk.encodings.set(ns, self.encodings.get(options.name, {}).get("disk"))
-        return self.memory.store.open_namespace(ns, *options.native())
+        if self._disk is None:
+            return self.memory.store.open_namespace(0, *options.native())
+        ns = self._disk.number_of(options.name, options.version, options.immutable)
+        space = self.memory.store.open_namespace(ns, *options.native())  # refuses what the catalog must not hear of
+        self._disk.open_namespace(options.name, options.version, options.immutable)
+        self._disk.set_quota(ns, options.disk_quota)
+        self._disk.encodings.set(ns, self.encodings.get(options.name, {}).get("disk"))
+        return space
 
     def open_remote_space(self, options: SpaceOptions, native: Callable[[], _core.Space]) -> RemoteSpace | None:
         """Return the part of a namespace that is asked after a miss, None where there is none."""

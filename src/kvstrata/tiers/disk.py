@@ -225,6 +225,13 @@ class DiskTier:
         """Return those that the catalog knows; raises TierUnavailable."""
         return [_state(info) for info in self._recovery.namespaces()]
 
+    def number_of(self, name: str, version: int, immutable: bool) -> int:
+        """Return the number of a namespace, which is made so if there is none of that name; raises TierUnavailable."""
+        for info in self._recovery.mended(self._catalog.load_namespaces):
+            if info.name == name:
+                return info.id
+        return self.open_namespace(name, version, immutable).id
+
     def open_namespace(self, name: str, version: int, immutable: bool) -> NamespaceState:
         """Make a namespace known, or a newer version of it, also after a restart.
 

@@ -75,8 +75,6 @@ class PartLoader:
         bringing up.
         """
         parts: list[Part] = []
-        if not self._loader.allowed():
-            return parts
         try:
             for load in self._loader.located(ns, [(i, key_bytes(key)) for i, key in enumerate(keys)]):
                 if load.encoded or load.length != length or length % PAGE or load.offset % PAGE:
@@ -100,8 +98,12 @@ class PartLoader:
                             break
                         self._private_bytes += load.length
                 parts.append(Part(ns, load, write))
-                if not is_aligned(parts[-1].buffer):
+                # Whoever is allowed to find out whether the device works again has to read from it.
+                aligned = is_aligned(parts[-1].buffer)
+                if not aligned or (len(parts) == 1 and not self._loader.allowed()):
                     self.abort(parts.pop())
+                    if aligned:
+                        break
         except TierUnavailable:
             pass  # somebody holds as much as there may be: what is left out is loaded in another way
         except BaseException:
