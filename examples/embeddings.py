@@ -1,6 +1,6 @@
 """Embed each text once: for all processes of this host, and over restarts.
 
-pip install kvstrata
+pip install .                   # in a clone of kvstrata
 python examples/embeddings.py TEXT...
 
 Run it twice, or from several processes at once.

@@ -1,6 +1,6 @@
 """Answer questions about one text and compute its KV once: for now, for other processes, for next week.
 
-pip install 'kvstrata[transformers]'
+pip install '.[transformers]'     # in a clone of kvstrata
 python examples/transformers_prefix.py MODEL FILE QUESTION...
 
 MODEL is the directory (or hub name) of a causal language model, FILE the text. Run it twice.

@@ -1,7 +1,7 @@
 """A cache for llama-cpp-python that outlives the process and is shared by all: in the place of its LlamaRAMCache.
 
     llm = llama_cpp.Llama(model_path="model.gguf", n_ctx=4096)
-    llm.set_cache(KVStrataCache(llm, "/var/cache/kv"))
+    llm.set_cache(KVStrataCache(llm, "/var/cache/kv-llama-cpp"))
 
 A completion then begins with the state of the longest prefix that any process has stored: exact to the token, loaded
 straight from the cache's memory into the context. Trouble in the cache never fails a completion: it runs cold and is

@@ -1,7 +1,8 @@
 """kvstrata as an L2 adapter of LMCache's server: its KV outlives the server, and servers share it.
 
     lmcache server ... --l2-adapter '{"type": "plugin", "module_path": "kvstrata.integrations.lmcache",
-      "class_name": "KVStrataL2", "adapter_params": {"path": "/var/cache/kv", "memory": "4GiB", "disk": "64GiB"}}'
+      "class_name": "KVStrataL2",
+      "adapter_params": {"path": "/var/cache/kv-lmcache", "memory": "1GiB", "disk": "64GiB"}}'
 
 docs/lmcache.md has the options.
 """

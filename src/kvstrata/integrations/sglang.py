@@ -2,7 +2,7 @@
 
     --enable-hierarchical-cache --hicache-storage-backend dynamic --hicache-storage-backend-extra-config
     '{"backend_name": "kvstrata", "module_path": "kvstrata.integrations.sglang", "class_name": "KVStrataHiCache",
-      "interface_v1": 1, "path": "/var/cache/kv", "memory": "4GiB", "disk": "64GiB"}'
+      "interface_v1": 1, "path": "/var/cache/kv-sglang", "memory": "4GiB", "disk": "64GiB"}'
 
 SGLang moves pages between accelerator and its host pool; kvstrata takes them from that pool's memory and gives them
 back, each copied once. docs/sglang.md has the options.

@@ -1,6 +1,6 @@
 """Reuse of prefixes around `model.generate` of Hugging Face transformers (5.x).
 
-    reuse = PrefixReuse(model, "/var/cache/kv")
+    reuse = PrefixReuse(model, "/var/cache/kv-transformers")
     output = reuse.generate(**inputs, max_new_tokens=32)      # as model.generate
     print(reuse.last)                                         # what was reused, from which tier
 

@@ -3,7 +3,7 @@
     vllm serve MODEL --kv-transfer-config '{"kv_connector": "KVStrataConnector",
         "kv_connector_module_path": "kvstrata.integrations.vllm", "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"path": "/var/cache/kv", "memory": "8GiB"}}'
+        "kv_connector_extra_config": {"path": "/var/cache/kv-vllm", "memory": "8GiB", "disk": "64GiB"}}'
 
 docs/vllm.md has the options. It copies between vLLM's blocks in the CPU's memory and the cache. On an accelerator vLLM
 itself moves blocks to the CPU, and kvstrata is a tier below that: `kvstrata.integrations.vllm_tier`.

@@ -3,7 +3,8 @@
     vllm serve MODEL --kv-transfer-config '{"kv_connector": "OffloadingConnector", "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute", "kv_connector_extra_config": {"spec_name": "TieringOffloadingSpec",
             "cpu_bytes_to_use": 8589934592, "secondary_tiers": [{"type": "KVStrataTier",
-                "module_path": "kvstrata.integrations.vllm_tier", "path": "/var/cache/kv", "memory": "8GiB"}]}}'
+                "module_path": "kvstrata.integrations.vllm_tier",
+                "path": "/var/cache/kv-vllm-tier", "memory": "8GiB", "disk": "64GiB"}]}}'
 
 Keys are vLLM's own hashes. They are the same in every process unless vLLM begins them with a random number: what it
 does with an algorithm that isn't cryptographic, and older releases always, when PYTHONHASHSEED isn't set.
