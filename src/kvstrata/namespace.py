@@ -207,8 +207,8 @@ class Namespace(TieredSpace):
     def contains_prefix(self, keys: Sequence[Key]) -> int:
         """Return how many keys from the first on are present, in whichever tier, without loading anything.
 
-        A tier elsewhere, or another disk engine than the log, is asked, in one batch, for those behind the first that the
-        index doesn't have.
+        A tier elsewhere, or another disk engine than the log, is asked, in one batch, for those behind the first that
+        the index doesn't have.
         """
         return self._prefix_places(keys)[0]
 
