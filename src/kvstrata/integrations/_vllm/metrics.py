@@ -11,7 +11,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 __all__ = ["COUNTERS", "Deltas", "KVStrataPromMetrics", "KVStrataStats", "total"]
 
 COUNTERS = {
-    "lookups": "Requests for which the cache was asked.",
+    "lookups": "How often the cache was asked; a request that waits asks again.",
     "looked_up_blocks": "Blocks that it was asked for.",
     "found_blocks": "Blocks that were there.",
     "loaded_blocks": "Blocks that were loaded into the engine.",
