@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -72,25 +74,78 @@ def test_counters_reach_prometheus(engines: tuple[Engine, Engine]) -> None:
     assert metrics["vllm:kvstrata_found_blocks"] > 0
 
 
-def test_hashes_that_begin_with_a_random_number_switch_it_off_and_say_what_to_add(
-    model: Path, tmp_path: Path, with_vllm: Process
-) -> None:
-    with with_vllm.fork(KVSTRATA_SHM_DIR=str(tmp_path)) as process:
-        process.run("from engines import vllm_engine")
-        tier = "vllm_engine.Tier(model, path, hash_name=name)"
-        given = {"model": str(model), "path": str(tmp_path / "cache")}
+# ---- A tier under vLLM's manager, without an engine
 
-        off = process.eval(f"{tier}.begin()", name="xxhash", **given)
-        on = process.eval(f"{tier}.begin()", name="sha256", **given)
+
+@pytest.fixture
+def with_tiers(with_vllm: Process, tmp_path: Path) -> Iterator[Process]:
+    with with_vllm.fork(KVSTRATA_SHM_DIR=str(tmp_path)) as process:
+        process.run("from engines import vllm_tiers\nfrom engines.vllm_tiers import Tier, settings")
+        yield process
+
+
+def test_hashes_that_begin_with_a_random_number_switch_it_off_and_say_what_to_add(
+    model: Path, tmp_path: Path, with_tiers: Process
+) -> None:
+    tier = "Tier(model, path, hash_name=name, weights='name')"
+    given = {"model": str(model), "path": str(tmp_path / "cache")}
+
+    off = with_tiers.eval(f"{tier}.begin()", name="xxhash", **given)
+    on = with_tiers.eval(f"{tier}.begin()", name="sha256", **given)
 
     assert "export PYTHONHASHSEED=0" in off
     assert on == ""
 
 
-def test_an_older_vllm_is_refused_without_a_seed(model: Path, tmp_path: Path, with_vllm: Process) -> None:
-    with with_vllm.fork(KVSTRATA_SHM_DIR=str(tmp_path)) as process:
-        process.run("from engines import vllm_engine\nvllm_engine.forget_default_seed()")
-        with pytest.raises(RemoteError, match="export PYTHONHASHSEED=0"):
-            process.run("vllm_engine.Tier(model, path)", model=str(model), path=str(tmp_path / "cache"))
-        process.run("os.environ['PYTHONHASHSEED'] = '0'\nvllm_engine.Tier(model, path).begin()",
-                    model=str(model), path=str(tmp_path / "cache"))  # fmt: skip
+def test_an_older_vllm_is_refused_without_a_seed(model: Path, tmp_path: Path, with_tiers: Process) -> None:
+    tier, given = "Tier(model, path, weights='name')", {"model": str(model), "path": str(tmp_path / "cache")}
+    with_tiers.run("vllm_tiers.forget_default_seed()")
+    with pytest.raises(RemoteError, match="export PYTHONHASHSEED=0"):
+        with_tiers.run(tier, **given)
+    with_tiers.run(f"os.environ['PYTHONHASHSEED'] = '0'\n{tier}.begin()", **given)
+
+
+def test_what_can_not_be_read_is_a_miss_for_its_request_and_is_tried_for_the_next(
+    model: Path, tmp_path: Path, with_tiers: Process
+) -> None:
+    with_tiers.run(
+        "tier = Tier(model, path, weights='name')\ntier.store()\ntier.break_reads(True)",
+        model=str(model), path=str(tmp_path / "cache"),
+    )  # fmt: skip
+
+    assert with_tiers.eval("tier.look_up('one'), tier.look_up('two')") == (["MISS"] * 4, ["MISS"] * 4)
+    with_tiers.run("tier.break_reads(False)")
+    assert with_tiers.eval("tier.look_up('three')") == ["HIT"] * 4
+    with_tiers.run("tier.close()")
+
+
+def test_what_was_encrypted_under_a_key_that_is_gone_is_a_miss(
+    model: Path, tmp_path: Path, with_tiers: Process
+) -> None:
+    (keys := tmp_path / "keys").touch(0o600)
+    old, new = "11" * 32, "22" * 32
+    given = {"model": str(model), "path": str(tmp_path / "cache"), "keys": str(keys)}
+    tier = "tier = Tier(model, path, weights='name', encryption=keys)"
+
+    keys.write_text(old)
+    with_tiers.run(f"{tier}\ntier.store()\ntier.close()", **given)
+    keys.write_text(f"{old}\n{new}")
+    with_tiers.run(f"{tier}\ntier.cache.put('key', b'sealed under the new one')\ntier.close()", **given)
+    keys.write_text(new)
+
+    with_tiers.run(tier, **given)
+    assert with_tiers.eval("tier.look_up('one')") == ["MISS"] * 4
+    with_tiers.run("tier.close()")
+
+
+def test_a_remote_from_the_environment_is_asked_in_the_background(
+    model: Path, tmp_path: Path, with_vllm: Process
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"redis://127.0.0.1:{silent.getsockname()[1]}"
+        with with_vllm.fork(KVSTRATA_SHM_DIR=str(tmp_path), KVSTRATA_REMOTE=url) as process:
+            process.run("from engines.vllm_tiers import Tier\ntier = Tier(model, path, weights='name')",
+                        model=str(model), path=str(tmp_path / "cache"))  # fmt: skip
+
+            assert process.eval("tier.answer_at_once()") == "RETRY"
+            process.run("tier.close()")

@@ -5,13 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
-import io
-import logging
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 os.environ.update(
@@ -33,17 +30,14 @@ from vllm.distributed.kv_events import BlockStored, KVEventBatch
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.lora.request import LoRARequest
-from vllm.utils.hashing import get_hash_fn_by_name
-from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, KVCacheSpec, MambaSpec
-from vllm.v1.kv_offload.base import ReqContext, make_offload_key
+from vllm.v1.kv_offload.base import make_offload_key
 from vllm.v1.request import Request
 
 from engines.vllm_control import BLOCK, KV_BYTES_PER_TOKEN
 from kvstrata.demo.texts import handbook
 from kvstrata.integrations._vllm.keys import RequestKeys, seed_of
 from kvstrata.integrations.vllm import KVStrataConnector
-from kvstrata.integrations.vllm_tier import KVStrataTier
 from kvstrata.movement.cost import Prefill
 
 BLOCK_BYTES = BLOCK * KV_BYTES_PER_TOKEN
@@ -319,35 +313,3 @@ class _Unreadable:
 
 def _sampling(count: int) -> Any:
     return vllm.SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
-
-
-class Tier:
-    """A tier as vLLM makes it at its start, without an engine."""
-
-    def __init__(self, model: str, path: str, *, hash_name: str = "sha256") -> None:
-        groups = (SimpleNamespace(tokens_per_block=BLOCK, layer_names=("layer",)),)
-        sizes = SimpleNamespace(tp_size=1, pp_size=1, pcp_size=1, dcp_size=1)
-        config = SimpleNamespace(
-            model=SimpleNamespace(name=model, dtype="float32"), groups=groups, worker_kv_bytes_per_block=4096,
-            cache=SimpleNamespace(tokens_per_hash=BLOCK, blocks_per_chunk=1), parallel=sizes, kv_cache_layout="LBHNC",
-            canonical_layout=False, replicated_layout=False,
-        )  # fmt: skip
-        memory = memoryview(bytearray(8 * 4096)).cast("b", (8, 4096))
-        self._tier = KVStrataTier(SimpleNamespace(config=config), memory, "KVStrataTier", path=path, memory="8MiB")
-        self._hash_name = hash_name
-
-    def begin(self) -> str:
-        """Let a request come, as vLLM does when it has chosen how to make hashes; returns what is logged."""
-        told = io.StringIO()
-        handler = logging.StreamHandler(told)
-        logging.getLogger("kvstrata.vllm").addHandler(handler)
-        kv_cache_utils.init_none_hash(get_hash_fn_by_name(self._hash_name))
-        self._tier.on_new_request(ReqContext("one"))
-        logging.getLogger("kvstrata.vllm").removeHandler(handler)
-        self._tier.shutdown()
-        return told.getvalue()
-
-
-def forget_default_seed() -> None:
-    """Be a vLLM whose hashes always begin with a random number."""
-    del kv_cache_utils.DEFAULT_NONE_HASH_SEED

@@ -70,25 +70,31 @@ class KVStrataTier(SecondaryTierManager):  # type: ignore[misc]
         self._off = False
         self._threads = thread_pool(1, "kvstrata-store"), thread_pool(2, "kvstrata-load")
         self._under_way: set[Future[None]] = set()
-        self._results: queue.SimpleQueue[JobResult] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[tuple[TransferJob, JobResult]] = queue.SimpleQueue()
+        self._unreadable: dict[str, set[bytes]] = {}  # what each request was promised and could not be given
         self._deltas = Deltas()
-        self._lookups = _RemoteLookups(self) if options.get("remote") else None
+        self._lookups = _RemoteLookups(self) if self._cache.tiers.remotes is not None else None
 
     # ---- Requests
 
     def on_new_request(self, req_context: Any) -> Any:
         """Have the blocks that are new stored."""
         self._begin()
+        self._unreadable[req_context.req_id] = set()
         return RequestOffloadingContext()
 
     def on_request_finished(self, req_context: Any) -> None:
         """Forget a request."""
+        self._unreadable.pop(req_context.req_id, None)
         if self._lookups:
             self._lookups.cleanup(req_context.req_id)
 
     def lookup(self, key: Any, req_context: Any) -> Any:
-        """Say whether a chunk is there; where tiers elsewhere are asked, in a later step."""
-        if self._begin() is None:
+        """Say whether a chunk is there; where tiers elsewhere are asked, in a later step.
+
+        A chunk that could not be read counts as absent for its request, which would wait for it again and again.
+        """
+        if self._begin() is None or key in self._unreadable.get(req_context.req_id, ()):
             return LookupResult.MISS
         there = self._lookups.lookup(key, req_context) if self._lookups else self.present([key])[0]
         return LookupResult.RETRY if there is None else LookupResult.HIT if there else LookupResult.MISS
@@ -128,7 +134,11 @@ class KVStrataTier(SecondaryTierManager):  # type: ignore[misc]
         """Return what has ended since it was last asked."""
         results = []
         while not self._results.empty():
-            results.append(self._results.get())
+            job, result = self._results.get()
+            results.append(result)
+            unreadable = self._unreadable.get(job.req_context.req_id)
+            if job.is_promotion and not result.success and unreadable is not None:
+                unreadable.update(set(job.keys).difference(result.successful_keys or ()))
         return results
 
     def has_pending_work(self) -> bool:
@@ -149,10 +159,10 @@ class KVStrataTier(SecondaryTierManager):  # type: ignore[misc]
                     got = run(self._blocks, job)
             finally:
                 there = tuple(key for key, ok in zip(job.keys, got, strict=True) if ok)
-                self._results.put(JobResult(
-                    job.job_id, all(got), there if which and there and not all(got) else None,
+                self._results.put((job, JobResult(
+                    job.job_id, all(got), there if job.is_promotion and there and not all(got) else None,
                     time.monotonic() - started, len(there) * self._block_size_bytes,
-                ))  # fmt: skip
+                )))  # fmt: skip
 
         future = self._threads[which].submit(work)
         self._under_way.add(future)
@@ -178,10 +188,7 @@ class KVStrataTier(SecondaryTierManager):  # type: ignore[misc]
             np.copyto(self._chunks[job.chunk_ids[position]], np.frombuffer(memory, np.uint8))
             return True
 
-        got = blocks.load_each(list(keys), take)
-        if self._lookups and not all(got):
-            self._lookups.mark_miss([key for key, ok in zip(keys, got, strict=True) if not ok])
-        return got
+        return blocks.load_each(list(keys), take)
 
     @property
     def _tokens_per_chunk(self) -> int:
