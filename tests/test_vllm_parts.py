@@ -91,6 +91,8 @@ def test_weights_are_known_by_the_content_of_their_files(tmp_path: Path) -> None
         assert found[0] == found[1] != found[2]
         with pytest.raises(ConfigError, match='"weights": "NAME"'):
             weights_of(cache, str(tmp_path / "none"))
+        (tmp_path / "a" / "quantize_config.json").write_text('{"bits": 4}')
+        assert weights_of(cache, str(tmp_path / "a")) != found[0]
 
 
 # ---- Groups

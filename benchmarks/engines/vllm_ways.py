@@ -30,17 +30,18 @@ def kvstrata(path: Path, **options: Any) -> dict[str, Any]:
     )
 
 
-def offloading(tiers: list[dict[str, Any]]) -> dict[str, Any]:
+def offloading(tiers: list[dict[str, Any]], connector: str = "OffloadingConnector", **named: str) -> dict[str, Any]:
     """vLLM's OffloadingConnector with as much memory, and the copying for CPUs that it lacks."""
     extra = {"spec_name": "CPUTieringSpec", "spec_module_path": "engines.vllm_offloading",
              "cpu_bytes_to_use": MEMORY_BYTES, "secondary_tiers": tiers}  # fmt: skip
-    return _attached("OffloadingConnector", extra)
+    return _attached(connector, extra, **named)
 
 
 def kvstrata_tier(path: Path) -> dict[str, Any]:
     """The same with kvstrata as the tier below."""
-    tier = {"type": "KVStrataTier", "module_path": "kvstrata.integrations.vllm_tier"}
-    return offloading([{**tier, "path": str(path), "memory": MEMORY, "disk": DISK}])
+    module = "kvstrata.integrations.vllm_tier"
+    tier = {"type": "KVStrataTier", "module_path": module, "path": str(path), "memory": MEMORY, "disk": DISK}
+    return offloading([tier], "KVStrataOffloadingConnector", kv_connector_module_path=module)
 
 
 def fs_tier(path: Path) -> dict[str, Any]:

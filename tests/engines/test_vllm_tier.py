@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -149,3 +150,50 @@ def test_a_remote_from_the_environment_is_asked_in_the_background(
 
             assert process.eval("tier.answer_at_once()") == "RETRY"
             process.run("tier.close()")
+
+
+YARN = {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}}
+
+
+def test_settings_that_change_kv_keep_it_apart(model: Path, tmp_path: Path, with_tiers: Process) -> None:
+    given = {"model": str(model), "path": str(tmp_path / "cache")}
+
+    def name(**options: object) -> str:
+        tier = "Tier(model, path, config=settings(model, **options))"
+        return str(with_tiers.eval(f"{tier}.name()", options=options, **given))
+
+    plain = name()
+
+    assert name() == plain
+    assert len({plain, name(hf_overrides=YARN), name(max_model_len=1024), name(max_model_len=-1)}) == 4
+
+
+def test_vllms_own_connector_needs_a_name_and_the_configuration_counts_beside_it(
+    model: Path, tmp_path: Path, with_tiers: Process
+) -> None:
+    path = str(tmp_path / "cache")
+    with pytest.raises(RemoteError, match="KVStrataOffloadingConnector"):
+        with_tiers.run("Tier(model, path)", model=str(model), path=path)
+    names = []
+    for place in ("plain", "same", "yarn"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "config.json").write_text(json.dumps(YARN if place == "yarn" else {}))
+        tier = "Tier(model, path, weights='name')"
+        names.append(with_tiers.eval(f"{tier}.name()", model=str(tmp_path / place), path=path))
+
+    assert names[0] == names[1] != names[2]
+
+
+def test_a_length_that_was_fitted_to_the_memory_is_not_taken_for_a_given_one(model: Path, with_tiers: Process) -> None:
+    facts = "model_facts(settings(model, max_model_len=given), 'weights')"
+    with_tiers.run(
+        "from kvstrata.integrations._vllm.model import model_facts\nfitted = []\n"
+        "for length in (1024, 2048):\n"
+        "    config = settings(model, max_model_len=-1)\n"
+        "    config.model_config.max_model_len = length  # as vLLM does once the model is made\n"
+        "    fitted.append(model_facts(config, 'weights'))",
+        model=str(model),
+    )  # fmt: skip
+
+    assert with_tiers.eval("fitted[0] == fitted[1]")
+    assert with_tiers.eval(f"{facts} not in fitted", model=str(model), given=1024)

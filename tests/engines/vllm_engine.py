@@ -57,9 +57,10 @@ def connector(path: str, **options: Any) -> dict[str, Any]:
 
 def tier(path: str, **options: Any) -> dict[str, Any]:
     """The same with vLLM's OffloadingConnector and a tier under it."""
-    below = {"type": "KVStrataTier", "module_path": "kvstrata.integrations.vllm_tier", "path": path,
-             "memory": "192MiB", "disk": "512MiB", **options}  # fmt: skip
-    return offloading([below])
+    module = "kvstrata.integrations.vllm_tier"
+    below = {"type": "KVStrataTier", "module_path": module, "path": path, "memory": "192MiB", "disk": "512MiB"}
+    config = offloading([{**below, **options}])
+    return {**config, "kv_connector": "KVStrataOffloadingConnector", "kv_connector_module_path": module}
 
 
 def offloading(tiers: list[dict[str, Any]], cpu_bytes: int = 128 << 20) -> dict[str, Any]:

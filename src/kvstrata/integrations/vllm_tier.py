@@ -1,10 +1,13 @@
 """A tier under vLLM's OffloadingConnector: vLLM moves blocks to the CPU's memory, kvstrata shares and keeps them.
 
-    vllm serve MODEL --kv-transfer-config '{"kv_connector": "OffloadingConnector", "kv_role": "kv_both",
+    vllm serve MODEL --kv-transfer-config '{"kv_connector": "KVStrataOffloadingConnector",
+        "kv_connector_module_path": "kvstrata.integrations.vllm_tier", "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute", "kv_connector_extra_config": {"spec_name": "TieringOffloadingSpec",
             "cpu_bytes_to_use": 8589934592, "secondary_tiers": [{"type": "KVStrataTier",
                 "module_path": "kvstrata.integrations.vllm_tier",
                 "path": "/var/cache/kv-vllm-tier", "memory": "8GiB", "disk": "64GiB"}]}}'
+
+The connector is vLLM's own and tells the tier vLLM's settings, on which KV depends.
 
 Keys are vLLM's own hashes. They are the same in every process unless vLLM begins them with a random number: what it
 does with an algorithm that isn't cryptographic, and older releases always, when PYTHONHASHSEED isn't set.
@@ -23,7 +26,10 @@ from typing import Any
 import blake3
 import numpy as np
 import torch
+import vllm
+from vllm.config import get_current_vllm_config_or_none, set_current_vllm_config
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 from vllm.platforms import current_platform
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_offload.base import LookupResult, Medium, OffloadingCounterMetadata, RequestOffloadingContext
@@ -34,14 +40,27 @@ from kvstrata.cache import Cache
 from kvstrata.errors import ConfigError
 from kvstrata.integrations._blocks import EngineBlocks, let_go, share_for_engine
 from kvstrata.integrations._vllm.metrics import COUNTERS, Deltas
-from kvstrata.integrations._vllm.model import LAYOUT_VERSION, weights_of
+from kvstrata.integrations._vllm.model import LAYOUT_VERSION, model_facts, settings_of, weights_identity
 from kvstrata.threads import thread_pool
 
-__all__ = ["KVStrataTier"]
+__all__ = ["KVStrataOffloadingConnector", "KVStrataTier"]
 
 log = logging.getLogger("kvstrata.vllm")
 _OPTIONS = ("weights", "codec", "admission")
+_UNTOLD = (
+    "OffloadingConnector doesn't tell a tier vLLM's settings, so KV can't be told from that of other settings; use "
+    '"kv_connector": "KVStrataOffloadingConnector", "kv_connector_module_path": "kvstrata.integrations.vllm_tier", or '
+    'give a name that changes with weights and settings, in the entry of secondary_tiers: "weights": "NAME"'
+)
 _SEED = "set it to the same value for all processes that share the cache: export PYTHONHASHSEED=0"
+
+
+class KVStrataOffloadingConnector(OffloadingConnector):  # type: ignore[misc]
+    """vLLM's OffloadingConnector, whose tiers see vLLM's settings while they are made."""
+
+    def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
+        with set_current_vllm_config(vllm_config):
+            super().__init__(vllm_config, role, kv_cache_config)
 
 
 class KVStrataTier(SecondaryTierManager):  # type: ignore[misc]
@@ -61,10 +80,12 @@ class KVStrataTier(SecondaryTierManager):  # type: ignore[misc]
             raise ConfigError(f"vLLM's hashes differ from process to process where PYTHONHASHSEED isn't set; {_SEED}")
         if "path" not in options:
             raise ConfigError('a tier needs a directory: "path": "/var/cache/kv" in its entry of secondary_tiers')
+        vllm_config, name = get_current_vllm_config_or_none(), options.get("weights")
+        if vllm_config is None and not name:
+            raise ConfigError(_UNTOLD)
         self._chunks: Any = np.asarray(primary_kv_view).view(np.uint8).reshape(-1, self._block_size_bytes)
         self._cache: Cache | None = share_for_engine(options, known=_OPTIONS)
-        config = offloading_spec.config
-        self._weights: str = options.get("weights") or weights_of(self._cache, config.model.name, any_revision=True)
+        self._model = _model_facts(self._cache, offloading_spec.config.model.name, vllm_config, name)
         self._namespace = {name: options[name] for name in ("codec", "admission") if name in options}
         self._blocks: EngineBlocks | None = None  # once it is known how vLLM makes hashes
         self._off = False
@@ -116,7 +137,7 @@ class KVStrataTier(SecondaryTierManager):  # type: ignore[misc]
                 log.error("kvstrata is switched off: vLLM's hashes begin with a random number in each process. "
                           "PYTHONHASHSEED isn't set; %s", _SEED)  # fmt: skip
                 return None
-            facts = _facts(self._offloading_spec.config, self._weights)
+            facts = self._model | _facts(self._offloading_spec.config)
             self._blocks = EngineBlocks(self._cache, "vllm-tier", facts, **self._namespace)
         return self._blocks
 
@@ -246,16 +267,20 @@ def _hashes_are_random() -> bool:
     return bool(kv_cache_utils.get_none_hash_seed() != kv_cache_utils.DEFAULT_NONE_HASH_SEED)
 
 
-def _facts(config: Any, weights: str) -> dict[str, object]:
-    """What a chunk depends on besides its hash: all ranks' parts of it lie in one."""
-    import vllm
+def _model_facts(cache: Cache, model: str, vllm_config: Any, name: str | None) -> dict[str, object]:
+    """What KV depends on by model and settings. Without vLLM's own, `name` has to stand for what isn't in a file."""
+    if vllm_config is not None:
+        return model_facts(vllm_config, name or weights_identity(cache, vllm_config))
+    return {
+        "layout version": LAYOUT_VERSION, "vllm": vllm.__version__, "weights": name, "config": settings_of(model)
+    }  # fmt: skip
 
+
+def _facts(config: Any) -> dict[str, object]:
+    """What a chunk depends on besides its hash and the model: all ranks' parts of it lie in one."""
     parallel = config.parallel
     seed = kv_cache_utils.get_none_hash_seed()
     return {
-        "layout version": LAYOUT_VERSION,
-        "vllm": vllm.__version__,
-        "weights": weights,
         "hashes": blake3.blake3(seed.encode()).hexdigest(),
         "kv dtype": config.model.dtype,
         "groups": [(group.tokens_per_block, group.layer_names) for group in config.groups],

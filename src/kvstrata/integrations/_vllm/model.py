@@ -11,12 +11,13 @@ import blake3
 from kvstrata.cache import Cache
 from kvstrata.errors import ConfigError
 
-__all__ = ["LAYOUT_VERSION", "model_facts", "weights_identity", "weights_of"]
+__all__ = ["LAYOUT_VERSION", "model_facts", "settings_of", "weights_identity", "weights_of"]
 
 LAYOUT_VERSION = 1
 """Raised whenever the bytes of a block change meaning."""
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+_SETTINGS = ("config.json", "params.json")
 _CONFIG_WITHOUT_EFFECT = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
 
 
@@ -27,6 +28,7 @@ def model_facts(vllm_config: Any, weights: str) -> dict[str, object]:
     model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
     config = {name: value for name, value in model.hf_config.to_dict().items() if name not in _CONFIG_WITHOUT_EFFECT}
     speculative = vllm_config.speculative_config
+    fitted = model.original_max_model_len == -1  # to the memory, once the model was made for its greatest length
     return {
         "layout version": LAYOUT_VERSION,
         "vllm": vllm.__version__,  # may lay out, or compute, in another way
@@ -34,6 +36,7 @@ def model_facts(vllm_config: Any, weights: str) -> dict[str, object]:
         "config": json.dumps(config, sort_keys=True, default=str),
         "dtype": model.dtype,
         "quantization": model.quantization,
+        "max model len": "auto" if fitted else model.max_model_len,  # LongRoPE's factors and others' scales hang on it
         "kv dtype": cache.cache_dtype,
         "draft": speculative and speculative.model,
         "tp size": parallel.tensor_parallel_size,
@@ -51,39 +54,53 @@ def weights_identity(cache: Cache, vllm_config: Any) -> str:
     return weights_of(cache, model.model, model.revision)
 
 
-def weights_of(cache: Cache, name: str, revision: str | None = None, *, any_revision: bool = False) -> str:
+def weights_of(cache: Cache, name: str, revision: str | None = None) -> str:
     """Return a digest of the files of the weights in a directory, or of that name on the hub: of their content alone.
 
-    The cache remembers it by the files' sizes and times, so that they are read once. With `any_revision` it isn't known
-    which one of a name on the hub is in use. Raises ConfigError where it isn't certain which files they are.
+    Files that say how weights are quantized are among them. The cache remembers it by the files' sizes and times, so
+    that they are read once. Raises ConfigError where it isn't certain which files they are.
     """
-    files = _weight_files(name, revision, any_revision)
+    files = _weight_files(name, revision)
     return blake3.blake3("".join(_file_digest(cache, file) for file in files).encode()).hexdigest()
 
 
-def _weight_files(name: str, revision: str | None, any_revision: bool) -> list[Path]:
+def settings_of(name: str) -> str:
+    """Return a digest of a model's configuration in a directory, or of that name on the hub; "" where there is none."""
+    try:
+        files = [file for file in _directory(name, None).iterdir() if file.name in _SETTINGS]
+    except ConfigError:
+        return ""
+    return blake3.blake3(b"".join(file.read_bytes() for file in sorted(files))).hexdigest() if files else ""
+
+
+def _weight_files(name: str, revision: str | None) -> list[Path]:
     path = Path(name).expanduser()
     if path.is_file():
         return [path]
-    if not path.is_dir():
-        path = _downloaded(name, revision, any_revision)
-    files = sorted((file for file in path.iterdir() if file.suffix in _WEIGHTS), key=lambda file: file.name)
-    if not files:
+    found = sorted(_directory(name, revision).iterdir(), key=lambda file: file.name)
+    if not any(file.suffix in _WEIGHTS for file in found):
         raise _nameless(name)
-    return files
+    return [file for file in found if file.suffix in _WEIGHTS or _tells_quantization(file)]
 
 
-def _downloaded(name: str, revision: str | None, any_revision: bool) -> Path:
+def _tells_quantization(file: Path) -> bool:
+    """Whether a method may read its settings there: quantize_config.json, hf_quant_config.json and so on."""
+    return file.suffix == ".json" and "quant" in file.name
+
+
+def _directory(name: str, revision: str | None) -> Path:
+    path = Path(name).expanduser()
+    return path if path.is_dir() else _downloaded(name, revision)
+
+
+def _downloaded(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        path = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
     except (HFValidationError, LocalEntryNotFoundError, OSError):
         raise _nameless(name) from None
-    if any_revision and len(list(path.parent.iterdir())) > 1:
-        raise _nameless(name)
-    return path
 
 
 def _nameless(model: str) -> ConfigError:
