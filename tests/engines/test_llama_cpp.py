@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support.processes import Process
 
@@ -171,6 +173,63 @@ def test_a_state_that_was_evicted_is_a_miss_and_is_stored_again(
     assert states.reused_tokens == len(prompt)
 
 
+def test_a_bad_state_is_removed_and_stored_again(
+    cold: Any, llm: Any, document: list[int], cache: kvstrata.Cache
+) -> None:
+    states = KVStrataCache(llm, cache)
+    llm.set_cache(states)
+    answer(llm, document)
+    ns = states._blocks.ns
+    (name,) = {value for key in list(ns.keys()) if len(value := ns.get(key) or b"") < 1000}
+    ns.delete(name)
+    ns.put(name, bytes(2000))
+
+    assert answer(fresh(llm), document) == cold_answer(cold, document, 0)
+    assert states.reused_tokens == 0
+    for _ in range(4):
+        answer(fresh(llm), document)
+    assert states.reused_tokens == len(document)
+
+
+def test_a_state_that_the_disk_does_not_give_today_is_there_tomorrow(
+    llm: Any, document: list[int], shm: Path, tmp_path: Path
+) -> None:
+    prompt = document[:40]  # few enough blocks that all are tried
+    with kvstrata.open(tmp_path, memory="64MiB", disk="64MiB") as cache:
+        states = KVStrataCache(llm, cache, new_tokens=16)
+        llm.set_cache(states)
+        answer(llm, prompt)
+        cache.flush()
+        cache.demote()
+        breaker = cache.below.tier._reading
+        breaker._clock = lambda: 0.0  # it stays open
+        while breaker.state == "closed":
+            breaker.failure("EIO", "a read failed")
+
+        fresh(llm)
+        with pytest.raises(KeyError):
+            states[prompt]
+        breaker._clock = time.monotonic
+        answer(fresh(llm), prompt)
+        assert states.reused_tokens == len(prompt)
+
+
+def test_a_state_that_is_too_large_for_a_context_stays_for_others(
+    llm: Any, model_path: str, document: list[int], cache: kvstrata.Cache
+) -> None:
+    states = KVStrataCache(llm, cache)
+    llm.set_cache(states)
+    answer(llm, (document * 2)[:300])
+    with closing(llama_cpp.Llama(model_path=model_path, **{**OPTIONS, "n_ctx": 256})) as small:
+        of_small = KVStrataCache(small, cache)
+        small.set_cache(of_small)
+        answer(small, document[:40])
+
+        assert of_small.reused_tokens == 0
+    answer(fresh(llm), document[:40])
+    assert states.reused_tokens == 40
+
+
 def test_a_closed_cache_costs_the_reuse_but_no_completion(llm: Any, document: list[int], cold: Any) -> None:
     cache = kvstrata.open(memory="64MiB")
     states = KVStrataCache(llm, cache)
@@ -190,6 +249,44 @@ def test_tenants_and_other_types_of_kv_share_nothing(
         assert document not in KVStrataCache(other, cache, salt="one")
     assert document not in KVStrataCache(llm, cache, salt="two")
     assert document in KVStrataCache(llm, cache, salt=b"one")
+
+
+@pytest.fixture(scope="module")
+def long_rope_path(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The model with factors for contexts of more than 256 tokens, and others for up to so many."""
+    gguf = pytest.importorskip("gguf")
+    path = str(tmp_path_factory.mktemp("long") / "long.gguf")
+    source, target = gguf.GGUFReader(model_path), gguf.GGUFWriter(path, "llama")
+    for field in source.fields.values():
+        if field.name != "general.architecture" and not field.name.startswith("GGUF."):
+            of = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            target.add_key_value(field.name, field.contents(), field.types[0], sub_type=of)
+    target.add_uint32("llama.rope.scaling.original_context_length", 256)
+    for tensor in source.tensors:
+        target.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    target.add_tensor("rope_factors_long.weight", np.linspace(1, 8, 32, dtype=np.float32))
+    target.add_tensor("rope_factors_short.weight", np.ones(32, np.float32))
+    target.write_header_to_file()
+    target.write_kv_data_to_file()
+    target.write_tensors_to_file()
+    target.close()
+    return path
+
+
+def test_contexts_of_other_lengths_share_states_unless_the_length_decides_the_rope(
+    model_path: str, long_rope_path: str, document: list[int], cache: kvstrata.Cache
+) -> None:
+    longrope = {"kv_overrides": {"llama.rope.scaling.type": "longrope"}}  # so only its tensors tell it
+    for path, options, shared in ((model_path, {}, True), (long_rope_path, longrope, False)):
+        short, long = (
+            llama_cpp.Llama(model_path=path, **{**OPTIONS, **options, "n_ctx": n_ctx}) for n_ctx in (256, 1024)
+        )
+        with closing(short), closing(long):
+            short.set_cache(KVStrataCache(short, cache))
+            answer(short, document[:160])
+
+            assert document[:160] in KVStrataCache(short, cache)
+            assert (document[:160] in KVStrataCache(long, cache)) is shared
 
 
 def test_what_can_not_be_cached_is_refused(model_path: str, llm: Any, cache: kvstrata.Cache) -> None:

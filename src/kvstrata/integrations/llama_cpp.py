@@ -15,16 +15,19 @@ points to it: a prompt that shares its first blocks finds it, whatever follows t
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
+import re
 import struct
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import blake3
 import numpy as np
 
 from kvstrata.cache import Cache
-from kvstrata.errors import ConfigError, MissingExtra, UnsupportedModel
+from kvstrata.errors import ConfigError, CorruptRecord, MissingExtra, UnsupportedModel
 from kvstrata.integrations._blocks import EngineBlocks
 from kvstrata.keys import DEFAULT_BLOCK_TOKENS, prefix_keys
 from kvstrata.opening import open as open_cache
@@ -44,6 +47,9 @@ _HEAD = struct.Struct("<II")  # version, tokens
 _VERSION = 1
 _ALIGN = 64
 _SEED_CONTEXT = "kvstrata 2026-11-25 llama.cpp sequence state"
+_NAMES_BYTES = 256 << 20
+"""At the beginning of a GGUF: vocabulary and names of tensors, which take some 20 MB, end before that."""
+
 _TRIES = 3
 """States that are looked for, where those that records point to have been evicted."""
 
@@ -62,8 +68,9 @@ class KVStrataCache(BaseLlamaCache):  # type: ignore[misc]  # llama_cpp has no t
     block_tokens: at which lengths a state can be found; what it then brings is exact to the token.
     new_tokens: a state is stored once it has so many tokens that no stored one covers.
 
-    What a state depends on is part of the key: the content of the model's file and of a LoRA's, types of the KV,
-    attention and rope settings, and the version of llama-cpp-python. Raises UnsupportedModel for models and contexts
+    What a state depends on is part of the key: the content of the model's files and of a LoRA's, types of the KV,
+    attention and rope settings, the context's length where a rope has factors for long ones, and the version of
+    llama-cpp-python. Raises UnsupportedModel for models and contexts
     whose state can't be cut to a prefix, and for logits_all=True.
     """
 
@@ -138,7 +145,6 @@ class KVStrataCache(BaseLlamaCache):  # type: ignore[misc]  # llama_cpp has no t
                 self._reused = tokens
                 ids = prompt[:tokens].copy()
                 return LlamaState(ids, np.empty((0, 0), np.single), tokens, b"", 0, self._llm._seed)
-            self._blocks.delete([keys[found - 1]])  # it points to nothing any more
             found = self._blocks.match(keys[: found - 1])
         raise KeyError(tuple(key))
 
@@ -172,27 +178,45 @@ class KVStrataCache(BaseLlamaCache):  # type: ignore[misc]  # llama_cpp has no t
             self._blocks.store(keys, len(name), point, depth=1)
 
     def _restore(self, pointer: bytes, prompt: Any) -> int:
-        """Load the state that a block's record points to, cut to what the prompt shares; returns its tokens, or 0."""
+        """Load the state that a block's record points to, cut to what the prompt shares; returns its tokens, or 0.
+
+        A state that is bad is removed, and a record that points to none, so that another one may be stored; what can't
+        be read, or doesn't fit this context, stays.
+        """
         with self._blocks.pinned([pointer]) as (pin,):
             name = bytes(pin) if pin is not None else b""
         if not name:
             return 0
-        with self._blocks.pinned([name]) as (pin,):
-            if pin is None:
-                return 0
-            value = memoryview(pin)
-            version, count = _HEAD.unpack_from(value)
-            start = _state_at(count)
-            if version != _VERSION or len(value) <= start:
-                return 0
-            stored = np.frombuffer(value, "<u4", count, _HEAD.size).astype(np.intc)
-            shared: int = Llama.longest_token_prefix(stored.tolist(), prompt.tolist())
-            llm, size = self._llm, len(value) - start
-            set_data = native.llama_state_seq_set_data
-            done = count <= llm.n_ctx() and set_data(llm._ctx.ctx, _pointer(value, start), size, 0) == size
-            if not (done and shared and llm._ctx.kv_cache_seq_rm(-1, shared, -1)):
-                llm.reset()  # the next evaluation clears what is in the context
-                return 0
+        try:
+            with self._blocks.pinned([name]) as (pin,):
+                if pin is not None:
+                    return self._load(memoryview(pin), prompt)
+        except CorruptRecord:
+            self._blocks.delete([pointer, name])
+            return 0
+        if self._blocks.absent([name])[0] and not self._blocks.present_elsewhere([name])[0]:
+            self._blocks.delete([pointer])
+        return 0
+
+    def _load(self, value: memoryview, prompt: Any) -> int:
+        """Load a state, cut to what the prompt shares; returns its tokens, or 0. Raises CorruptRecord if it is bad."""
+        version, count = _HEAD.unpack_from(value) if len(value) > _HEAD.size else (0, 0)
+        start = _state_at(count)
+        if version != _VERSION or len(value) <= start:
+            raise CorruptRecord("it isn't the state of a sequence")
+        stored = np.frombuffer(value, "<u4", count, _HEAD.size).astype(np.intc)
+        shared: int = Llama.longest_token_prefix(stored.tolist(), prompt.tolist())
+        if not shared:
+            raise CorruptRecord("it is the state of other tokens")
+        llm, size = self._llm, len(value) - start
+        if count > llm.n_ctx():
+            return 0
+        done = native.llama_state_seq_set_data(llm._ctx.ctx, _pointer(value, start), size, 0) == size
+        if not (done and llm._ctx.kv_cache_seq_rm(-1, shared, -1)):
+            llm.reset()  # the next evaluation clears what is in the context
+            if not done:
+                raise CorruptRecord("llama.cpp doesn't take it")
+            return 0
         llm.input_ids[:shared] = prompt[:shared]
         llm.n_tokens = shared
         llm._requires_eval = True
@@ -206,14 +230,37 @@ def _facts(llm: Any) -> dict[str, object]:
     """What the state of a sequence depends on besides its tokens."""
     parameters = llm.context_params
     facts: dict[str, object] = {name: str(getattr(parameters, name, "")) for name in _PARAMETERS}
-    facts["model"] = _digest(llm.model_path)
+    files = _model_files(llm.model_path)
+    facts["model"] = " ".join(map(_digest, files))
+    if _is_longrope(llm, files):
+        facts["n_ctx"] = llm.n_ctx()  # decides which factors the rope takes
     facts["lora"] = f"{_digest(llm.lora_path)} {llm.lora_scale}" if llm.lora_path else ""
     facts["overrides"] = str(llm.kv_overrides)
     facts["version"] = llama_cpp.__version__
     return facts
 
 
-def _digest(path: str) -> str:
+def _model_files(path: str) -> list[Path]:
+    """All files of a model, which may be split; llama.cpp is given the first one."""
+    split = re.fullmatch(r"(.*)-00001-of-(\d{5})\.gguf", path, re.DOTALL)
+    if split is None:
+        return [Path(path)]
+    return [Path(f"{split[1]}-{number:05}-of-{split[2]}.gguf") for number in range(1, int(split[2]) + 1)]
+
+
+def _is_longrope(llm: Any, files: list[Path]) -> bool:
+    """Whether a rope has factors for long contexts, and others for short ones: the model says so, or has them."""
+    if any(name.endswith(".rope.scaling.type") and text == "longrope" for name, text in llm.metadata.items()):
+        return True
+    return any(_has_long_factors(path) for path in files)
+
+
+def _has_long_factors(path: Path) -> bool:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return data.find(b"rope_factors_long", 0, _NAMES_BYTES) >= 0
+
+
+def _digest(path: str | Path) -> str:
     return blake3.blake3(max_threads=blake3.blake3.AUTO).update_mmap(path).hexdigest()
 
 
