@@ -44,18 +44,20 @@ with warnings.catch_warnings():
         is_torchvision_available()  # it must not be taken for the real one: the answer is kept
         sys.meta_path.append(_Torchvision())  # type: ignore[arg-type]
     from sglang.srt.managers.cache_controller import HiCacheController, PrefetchOperation, StorageOperation
-    from sglang.srt.mem_cache.device_pool_info import KVBufferLayout, KVBuffers, MHABufferInfo, MLABufferInfo
+    from sglang.srt.mem_cache.device_pool_info import MLABufferInfo
     from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
     from sglang.srt.mem_cache.pool_host.base import host_memory_budget_scope
     from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
     from sglang.srt.mem_cache.pool_host.mla import MLATokenToKVPoolHost
     from sglang.srt.mem_cache.storage import StorageBackendFactory
     from sglang.srt.mem_cache.storage.mooncake_store import test_mooncake_store
     from sglang.srt.observability.metrics_collector import StorageMetrics
+    from sglang.srt.runtime_context import get_context
 
 __all__ = [
     "PAGE", "Controller", "StorageMetrics", "backend", "config", "indices_of", "mha_pool", "mla_pool", "page_of",
-    "randomize", "test_mooncake_store",
+    "randomize", "server", "test_mooncake_store",
 ]  # fmt: skip
 
 PAGE, LAYERS, HEADS, DIM = 16, 3, 2, 32
@@ -65,12 +67,8 @@ CPU = torch.device("cpu")
 
 def mha_pool(layout: str = "page_first", dtype: torch.dtype = torch.bfloat16, tokens: int = TOKENS) -> Any:
     """SGLang's host pool of a model with K and V in heads."""
-    device = tuple(torch.zeros(PAGE, HEADS, DIM, dtype=dtype) for _ in range(LAYERS))
-    pointers = torch.zeros(LAYERS, dtype=torch.uint64)
-    buffers = KVBuffers(k=device, v=device, k_data_ptrs=pointers, v_data_ptrs=pointers, layout=KVBufferLayout.NHD)
-    info = MHABufferInfo(
-        buffers=buffers, page_size=PAGE, head_num=HEADS, head_dim=DIM, v_head_dim=DIM, dtype=dtype, device=CPU
-    )
+    device = MHATokenToKVPool(PAGE, PAGE, dtype, HEADS, DIM, LAYERS, "cpu", enable_memory_saver=False)
+    (info,) = (described.buffer_info for described in device.get_device_pool_infos())
     with host_memory_budget_scope(1 << 30):  # else it wants 10 GiB to stay free
         return MHATokenToKVPoolHost(
             info, 0, 0, PAGE, layout, pin_memory=False, device_capacity_tokens=PAGE, start_layer=0, end_layer=LAYERS,
@@ -104,6 +102,11 @@ def config(*, v1: bool = True, options: dict[str, Any] | None = None, **changes:
         "is_mla_model": False, "enable_storage_metrics": False, "is_page_first_layout": True, "model_name": "a/model",
     }  # fmt: skip
     return HiCacheStorageConfig(**{**facts, **changes}, extra_config=extra)
+
+
+def server(**arguments: Any) -> Any:
+    """A context in which SGLang's server was started with those arguments, as far as others can ask for them."""
+    return get_context().override_server_args(**arguments)
 
 
 def backend(pool: Any, given: HiCacheStorageConfig) -> Any:

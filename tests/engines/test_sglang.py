@@ -24,7 +24,17 @@ with warnings.catch_warnings():  # SGLang's, at its import
     from sglang.srt.mem_cache.hicache_storage import HiCacheFile, PoolHitPolicy, PoolName, PoolTransfer
 
     from engines import sglang_pools
-    from engines.sglang_pools import PAGE, Controller, config, indices_of, mha_pool, mla_pool, page_of, randomize
+    from engines.sglang_pools import (
+        PAGE,
+        Controller,
+        config,
+        indices_of,
+        mha_pool,
+        mla_pool,
+        page_of,
+        randomize,
+        server,
+    )
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -112,6 +122,59 @@ def test_what_changes_the_bytes_of_a_page_keeps_it_apart(make: Make, change: str
 
     changes, make_pool = CHANGES[change]
     assert make(make_pool(), **changes).batch_exists(HASHES) == 0
+
+
+STARTED = {"model_path": "a/model", "kv_cache_dtype": "fp8_e4m3"}
+OTHERWISE: dict[str, dict[str, Any]] = {
+    "type of KV": {"kv_cache_dtype": "fp8_e5m2"},
+    "weights": {"model_path": "a/fine-tune"},
+    "revision": {"revision": "of yesterday"},
+    "weights that are drawn": {"load_format": "dummy"},
+    "configuration": {"json_model_override_args": '{"rope_theta": 5000}'},
+    "dtype": {"dtype": "float16"},
+    "quantization": {"quantization": "fp8"},
+    "scales": {"quantization_param_path": "scales.json"},
+    "model that drafts": {"speculative_algorithm": "EAGLE", "speculative_draft_model_path": "a/draft"},
+}
+
+
+@pytest.mark.parametrize("change", OTHERWISE)
+def test_servers_of_one_name_share_pages_only_if_they_were_started_alike(make: Make, change: str) -> None:
+    pools = {"fp8_e4m3": mha_pool(dtype=torch.float8_e4m3fn), "fp8_e5m2": mha_pool(dtype=torch.float8_e5m2)}
+    assert {pool.dtype for pool in pools.values()} == {torch.uint8}  # as which SGLang keeps both
+    with server(**STARTED):
+        assert all(make(pools["fp8_e4m3"]).batch_set_v1(HASHES, indices_of(*range(12))))
+        assert make(pools["fp8_e4m3"]).batch_exists(HASHES) == 12
+
+    other = STARTED | OTHERWISE[change]
+    with server(**other):
+        assert make(pools[other["kv_cache_dtype"]]).batch_exists(HASHES) == 0
+
+
+def test_models_at_one_relative_path_are_told_apart_by_where_they_are(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for place in ("one", "other", "one"):
+        (tmp_path / place / "model").mkdir(parents=True, exist_ok=True)
+        monkeypatch.chdir(tmp_path / place)
+        with server(model_path="model"):
+            backend = make(mha_pool())
+            found.append(backend.batch_exists(HASHES))
+            backend.batch_set_v1(HASHES, indices_of(*range(12)))
+
+    assert found == [0, 0, 12]
+
+
+def test_without_a_server_kv_of_8_bits_has_to_be_named(make: Make) -> None:
+    backend = make(mha_pool())
+    eight_bits = mha_pool(dtype=torch.float8_e4m3fn)
+
+    with pytest.raises(ConfigError, match='"salt": "NAME"'):
+        backend.register_mem_pool_host(eight_bits)
+    with pytest.raises(ConfigError, match='"salt": "NAME"'):
+        backend.register_mem_host_pool_v2(eight_bits, PoolName.DRAFT)
+    assert all(make(eight_bits, options={"salt": "e4m3"}).batch_set_v1(HASHES, indices_of(*range(12))))
 
 
 def test_all_ranks_share_one_copy_of_latents_but_not_of_a_state_that_is_split(make: Make) -> None:

@@ -32,6 +32,7 @@ from sglang.srt.mem_cache.hicache_storage import (
 from kvstrata.errors import ConfigError, KVStrataError
 from kvstrata.integrations._blocks import EngineBlocks, open_for_engine
 from kvstrata.integrations._sglang_pages import Pages, bytes_of, describe_pool
+from kvstrata.integrations._sglang_server import describe_server
 from kvstrata.tiers.base import Stats
 
 __all__ = ["KVStrataHiCache"]
@@ -47,7 +48,7 @@ class KVStrataHiCache(HiCacheStorage):  # type: ignore[misc]
     """A dynamic backend of SGLang's HiCache. All calls may come from any thread.
 
     Trouble in the cache is a page that isn't there, or wasn't stored, and is counted in `stats()`; only options that
-    can't be used raise, here and in `register_mem_pool_host`. `extra_config` takes the arguments of `kvstrata.open`
+    can't be used raise, here and where pools are registered. `extra_config` takes the arguments of `kvstrata.open`
     by their names, and `salt`: anything that sets keys apart, such as a tenant's secret or a revision of the weights.
     """
 
@@ -83,11 +84,18 @@ class KVStrataHiCache(HiCacheStorage):  # type: ignore[misc]
         self._side[name] = Pages(self._cache, self._facts(name, host_pool), host_pool)
 
     def _facts(self, name: str, pool: Any) -> dict[str, object]:
-        config = self._config
+        config, server = self._config, describe_server()
+        if getattr(pool, "dtype", None) == torch.uint8 and not (self._salt or server.get("kv_cache_dtype")):
+            raise ConfigError(
+                "SGLang doesn't say which type its KV of 8 bits is, as fp8_e4m3 or fp8_e5m2, so pages of different "
+                "types could not be told apart; name the model and the type, among the options of kvstrata: "
+                '"salt": "NAME"'
+            )
         # All ranks hold the same latents, and one of them writes; what is split among heads differs by rank.
         split = not config.is_mla_model or name == PoolName.MAMBA.value or _is_split_by_heads(pool)
         return {
             "model": config.model_name,
+            **{f"server {name}": value for name, value in server.items()},
             "pool": name,
             "salt": self._salt,
             "tp": (config.tp_rank, config.tp_size) if split else None,
