@@ -31,8 +31,12 @@ BLOCKS, LAYERS = 6, 3
 PATIENCE_S = 30.0
 
 
-def keys(seed: bytes = SEED, features: list[tuple[int, int, str]] | None = None) -> list[bytes]:
-    return RequestKeys(seed, 16, features or []).upto(TOKENS, 4)
+def keys(seed: bytes = SEED, *features: Any) -> list[bytes]:
+    return RequestKeys(seed, 16, features).upto(TOKENS, 4)
+
+
+def image(offset: int, length: int, name: str) -> Any:
+    return SimpleNamespace(mm_position=SimpleNamespace(offset=offset, length=length), identifier=name)
 
 
 def test_keys_are_the_same_however_they_are_asked_for() -> None:
@@ -55,13 +59,13 @@ def test_an_adapter_a_salt_and_a_generation_each_make_other_keys() -> None:
 
 
 def test_an_image_changes_the_keys_of_its_blocks_and_of_all_behind() -> None:
-    plain, image, other = keys(), keys(features=[(20, 20, "cat")]), keys(features=[(20, 20, "dog")])
+    plain, cat, dog = keys(), keys(SEED, image(20, 20, "cat")), keys(SEED, image(20, 20, "dog"))
 
-    assert plain[0] == image[0] == other[0]
-    assert not {*plain[1:]} & {*image[1:]}
-    assert not {*image[1:]} & {*other[1:]}
-    assert keys(features=[(21, 20, "cat")])[1] != image[1]
-    assert RequestKeys(SEED, 16, [(20, 20, "cat")]).upto(TOKENS, 2) == image[:2]
+    assert plain[0] == cat[0] == dog[0]
+    assert not {*plain[1:]} & {*cat[1:]}
+    assert not {*cat[1:]} & {*dog[1:]}
+    assert keys(SEED, image(21, 20, "cat"))[1] != cat[1]
+    assert RequestKeys(SEED, 16, [image(20, 20, "cat")]).upto(TOKENS, 2) == cat[:2]
 
 
 def test_an_adapter_is_known_by_its_files_and_is_uncertain_once_they_change(tmp_path: Path) -> None:

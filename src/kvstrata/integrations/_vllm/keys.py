@@ -31,11 +31,11 @@ def seed_of(*, adapter: str, salt: str, generation: str) -> bytes:
 class RequestKeys:
     """The keys of one request's blocks, made as far as they are asked for.
 
-    `features` are its images and the like, as (offset, length, identifier) in order: a block depends on those that it
-    overlaps, and by the chain on all before.
+    `features` are vLLM's own of its images and the like, in order: a block depends on those that it overlaps, and by
+    the chain on all before. In a session vLLM adds more to them, with the tokens that they lie in.
     """
 
-    def __init__(self, seed: bytes, block_tokens: int, features: Sequence[tuple[int, int, str]] = ()) -> None:
+    def __init__(self, seed: bytes, block_tokens: int, features: Sequence[Any] = ()) -> None:
         self._seed = seed
         self._block_tokens = block_tokens
         self._features = features
@@ -54,9 +54,10 @@ class RequestKeys:
     def _extra(self, first: int, end: int) -> dict[int, bytes]:
         found: dict[int, bytes] = {}
         size = self._block_tokens
-        for offset, length, identifier in self._features:
+        for feature in self._features:
+            offset, length = feature.mm_position.offset, feature.mm_position.length
             for block in range(max(first, offset // size), min(end, -(-(offset + length) // size))):
-                data = identifier.encode()
+                data = feature.identifier.encode()
                 place = (offset - block * size).to_bytes(8, "little", signed=True)
                 found[block - first] = found.get(block - first, b"") + len(data).to_bytes(8, "little") + data + place
         return found

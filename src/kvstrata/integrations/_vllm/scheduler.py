@@ -89,11 +89,7 @@ class Scheduler:
         adapter = self._adapters.identity(request.lora_request)
         if adapter is not None and request.prompt_embeds is None and any(self._ranks):
             seed = seed_of(adapter=adapter, salt=request.cache_salt or "", generation=self._generation)
-            features = [
-                (feature.mm_position.offset, feature.mm_position.length, feature.identifier)
-                for feature in request.mm_features
-            ]
-            keys = RequestKeys(seed, self._block_tokens, features)
+            keys = RequestKeys(seed, self._block_tokens, request.mm_features)
         tracked = self._tracked[request.request_id] = _Tracked(request, keys)
         return tracked
 
