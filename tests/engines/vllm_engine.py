@@ -146,7 +146,9 @@ class Engine:
 
     def settle(self) -> None:
         """Wait until everything that was computed is stored."""
+        deadline = time.monotonic() + LIMIT_S
         while self.core.scheduler.has_requests():
+            assert time.monotonic() < deadline, "the engine goes on with nothing to do"
             self.llm.llm_engine.step()
         if self.core.scheduler.connector is not None and not self.tier and has_kv_transfer_group():
             self.worker._storer.submit(lambda: None).result(LIMIT_S)

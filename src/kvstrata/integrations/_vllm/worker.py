@@ -117,29 +117,28 @@ class Worker:
                 self._loader.submit(loading.run_layerwise if work.layerwise else loading.run)
 
     def wait_for_layer(self, name: str) -> None:
-        """Return when a layer is there, or all that is missing of it was reported."""
+        """Return when a layer is there, or it is known to be missing."""
         if not self._layerwise:
             return
         memory = self.parts[0].memory
         layer = memory.layer_of.get(name, memory.layers - 1)
         for loading in self._layerwise:
             loading.wait_for(layer)
-        if layer == memory.layers - 1:
-            self._end_layerwise()
 
     def start_stores(self, work: Work) -> None:
         """Begin to store what the step has computed."""
-        self._end_layerwise()  # of layers that asked for nothing
+        self._end_layerwise()
         spoiled, self._spoiled = self._spoiled, False
         for store in work.stores:
             if store.group not in self.parts:
                 continue
-            if spoiled:
-                self.parts[store.group].blocks.unstored(len(store.keys))
-                continue
             storing = Storing(store)
             self._storing.append(storing)
-            self._storer.submit(self._store, storing)
+            if spoiled:
+                self.parts[store.group].blocks.unstored(len(store.keys))
+                storing.ended.set()  # with nothing stored, which those hear who wait for it
+            else:
+                self._storer.submit(self._store, storing)
 
     def finished(self, requests: set[str], *, idle: bool) -> tuple[set[str], set[str]]:
         """Return the requests whose loads have ended, and those of them that have to be computed from the beginning.
@@ -168,7 +167,11 @@ class Worker:
         return ended, failed
 
     def take_failed(self) -> set[int]:
-        """Return the blocks that could not be loaded since it was last asked, where requests don't fail as a whole."""
+        """Return the blocks that could not be loaded since it was last asked, where requests don't fail as a whole.
+
+        Where tokens are drafted vLLM asks before it drafts, whose layers may be the last ones, and before it stores.
+        """
+        self._end_layerwise()
         failed, self._failed = self._failed, set()
         return failed
 
