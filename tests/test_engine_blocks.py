@@ -12,7 +12,7 @@ from support.stores import MemoryStore
 import kvstrata
 from kvstrata.codecs import TensorInfo
 from kvstrata.errors import TierUnavailable, UnknownOption
-from kvstrata.integrations._blocks import EngineBlocks, Withdrawn, fingerprint, open_for_engine
+from kvstrata.integrations._blocks import PIECE, EngineBlocks, Withdrawn, fingerprint, open_for_engine
 from kvstrata.remote_url import RemoteURL
 from kvstrata.tiers.keyed import KeyedTier
 
@@ -98,6 +98,22 @@ def test_each_block_is_given_once_and_may_be_refused(blocks: EngineBlocks) -> No
     assert blocks.load_each(KEYS, take) == [True, False, True, True]
     assert sorted(given) == [0, 1, 2, 3]
     assert blocks.stats()["loaded_bytes"] == 3 * SIZE
+
+
+def test_a_load_that_is_not_wanted_any_more_ends_with_its_piece(blocks: EngineBlocks) -> None:
+    keys = [bytes([i]) for i in range(2 * PIECE + 1)]
+    blocks.store(keys, 8, lambda i, memory: memory.__setitem__(slice(None), bytes(8)))
+    given: list[int] = []
+
+    def take(position: int, block: memoryview) -> bool:
+        given.append(position)
+        return True
+
+    got = blocks.load_each(keys, take, wanted=lambda: not given)
+
+    assert got == [position < PIECE for position in range(len(keys))]
+    assert sorted(given) == list(range(PIECE))
+    assert all(blocks.load_each(keys, take, wanted=lambda: True))
 
 
 def test_a_store_ends_where_its_source_is_withdrawn(blocks: EngineBlocks) -> None:

@@ -329,6 +329,24 @@ def test_a_load_says_which_blocks_are_missing(blocks: EngineBlocks, memory: Bloc
     assert read(memory, 3) == read(memory, 5) == b"\x01" * memory.block_bytes
 
 
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_nothing_is_read_for_a_load_that_was_given_up(
+    tmp_path: Path, shm: Path, memory: BlockMemory, layerwise: bool
+) -> None:
+    with kvstrata.open(tmp_path, memory="8MiB", disk="64MiB") as cache:
+        blocks = EngineBlocks(cache, "vllm", {"model": "m"})
+        fill(blocks, memory, 0, 1)
+        cache.flush()
+        cache.demote()
+        loading = Loading(load(3, 4), blocks, memory, 0.0)
+
+        assert loading.abandon(0.0)
+        (loading.run_layerwise if layerwise else loading.run)()
+
+        assert cache.stats()["disk"]["loaded_records"] == 0
+        assert loading.failed == {3, 4}
+
+
 def test_layers_are_waited_for_one_by_one(blocks: EngineBlocks, memory: BlockMemory) -> None:
     fill(blocks, memory, 0)
     loading = Loading(load(3), blocks, memory, time.monotonic() + PATIENCE_S)

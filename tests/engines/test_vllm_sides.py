@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -11,23 +12,28 @@ import pytest
 
 import kvstrata
 from engines.conftest import need
+from kvstrata.integrations._blocks import EngineBlocks
 from kvstrata.integrations._vllm.groups import Group
 
 need("vllm")
 with warnings.catch_warnings():  # vLLM's, at its import
     warnings.simplefilter("ignore")
+    import torch
     from vllm import SamplingParams
     from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
     from vllm.v1.core.sched.scheduler import Scheduler as Engine
     from vllm.v1.request import Request, StreamingUpdate
 
-    from kvstrata.integrations._vllm.messages import Rank, Shard
+    from kvstrata.integrations._vllm.memory import BlockMemory
+    from kvstrata.integrations._vllm.messages import Load, Rank, Shard, Work
     from kvstrata.integrations._vllm.scheduler import Scheduler
+    from kvstrata.integrations._vllm.worker import Part, Worker
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 BLOCK = 16
 NAMESPACE = "vllm-test"
+PATIENCE_S = 30.0
 CONFIG = SimpleNamespace(cache_config=SimpleNamespace(block_size=BLOCK), lora_config=None, kv_events_config=None)
 GROUPS = [Group(("layer",))]
 
@@ -76,3 +82,29 @@ def test_an_image_that_joins_a_session_later_is_in_the_keys_as_one_that_was_ther
     assert keys["cat"][:2] == keys["dog"][:2]
     assert not {*keys["cat"][2:]} & {*keys["dog"][2:]}
     assert scheduler.arrived(whole).keys.upto(tokens, 4) == keys["cat"]
+
+
+# ---- In the worker
+
+
+@pytest.fixture
+def worker(cache: kvstrata.Cache) -> Iterator[Worker]:
+    made = Worker(cache, CONFIG, None, GROUPS, weights="w", timeout=PATIENCE_S, namespace_options={})
+    memory = BlockMemory({"layer": torch.zeros(4, 2, BLOCK, 8)}, 4)
+    made.parts[0] = Part(memory, EngineBlocks.named(cache, NAMESPACE))
+    yield made
+    made.close()
+
+
+def test_the_load_of_a_request_that_is_done_is_given_up_and_its_blocks_are_free(worker: Worker) -> None:
+    busy = threading.Event()
+    for _ in range(2):  # the worker's threads that load
+        worker._loader.submit(busy.wait, PATIENCE_S)
+    worker.start_loads(Work([Load("aborted", 0, [b"a"], [1]), Load("other", 0, [b"b"], [2])]))
+
+    ended = worker.finished({"aborted"}, idle=False)
+    busy.set()
+
+    assert ended == ({"aborted"}, set())
+    assert worker.take_failed() == {1}
+    assert "other" in worker._loading

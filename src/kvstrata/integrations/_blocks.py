@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 
     from kvstrata._core import Pin
 
-__all__ = ["EngineBlocks", "Fill", "Take", "Withdrawn", "fingerprint", "let_go", "open_for_engine", "share_for_engine"]
+__all__ = [
+    "PIECE", "EngineBlocks", "Fill", "Take", "Withdrawn", "fingerprint", "let_go", "open_for_engine",
+    "share_for_engine",
+]  # fmt: skip
 
 T = TypeVar("T")
 Fill = Callable[[int, memoryview], None]
@@ -45,6 +48,8 @@ _CACHE_OPTIONS = (
     "encryption", "remote", "config",
 )  # fmt: skip
 _AT_ONCE = 256  # blocks that are pinned at once
+PIECE = 64
+"""Of a load that may be given up so many blocks are brought at once: as many as the disk tier reads together."""
 _CONTEXT = "kvstrata 2026-11-25 engine namespace"
 
 
@@ -219,12 +224,14 @@ class EngineBlocks:
         return self.load_each(keys, take)
 
     def load_each(
-        self, keys: Sequence[bytes], take: Take, held: Sequence[memoryview | None] | None = None
-    ) -> list[bool]:
+        self, keys: Sequence[bytes], take: Take, held: Sequence[memoryview | None] | None = None,
+        *, wanted: Callable[[], bool] | None = None,
+    ) -> list[bool]:  # fmt: skip
         """Give each block that is there to `take(i, memory)`; returns which ones were there and taken.
 
         What has to be read first is given as it arrives, while the rest is being read. `take` is called by several
         threads at a time, in any order. `held` are blocks that the caller has pinned already, None for the others.
+        `wanted` is asked before each piece of what isn't; once it says False the rest is left where it is.
         """
         taken = [-1] * len(keys)  # bytes of each that was
 
@@ -238,8 +245,11 @@ class EngineBlocks:
             self._give_all([(position, block) for position, block in enumerate(held) if block is not None], give)
 
         def go() -> None:
-            for start in range(0, len(rest), _AT_ONCE):
-                self._load_wave(keys, rest[start : start + _AT_ONCE], give)
+            at_once = _AT_ONCE if wanted is None else PIECE
+            for start in range(0, len(rest), at_once):
+                if wanted is not None and not wanted():
+                    return
+                self._load_wave(keys, rest[start : start + at_once], give)
 
         self._guarded(go, None)
         got = [nbytes >= 0 for nbytes in taken]

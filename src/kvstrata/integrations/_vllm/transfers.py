@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-from kvstrata.integrations._blocks import EngineBlocks, Withdrawn
+from kvstrata.integrations._blocks import PIECE, EngineBlocks, Withdrawn
 
 if TYPE_CHECKING:
+    from kvstrata._core import Pin
     from kvstrata.integrations._vllm.memory import BlockMemory
     from kvstrata.integrations._vllm.messages import Load, Store
 
@@ -44,7 +45,7 @@ class Storing:
 
 
 class Loading:
-    """A load under way. Once it is abandoned nothing more is written to its blocks."""
+    """A load under way. Once it is abandoned nothing more is written to its blocks, and soon nothing more is read."""
 
     def __init__(self, load: Load, blocks: EngineBlocks, memory: BlockMemory, deadline: float) -> None:
         self.load = load
@@ -62,7 +63,7 @@ class Loading:
         """Load all layers of each block as it arrives."""
         got = [False] * len(self.load.keys)
         try:
-            got = self._blocks.load_each(self.load.keys, self._take)
+            got = self._blocks.load_each(self.load.keys, self._take, wanted=self._is_wanted)
         finally:
             self._end([block for block, there in zip(self.load.blocks, got, strict=True) if not there])
 
@@ -70,7 +71,8 @@ class Loading:
         """Load some layers of all blocks, and then the next ones."""
         missing = list(self.load.blocks)
         try:
-            with self._blocks.pinned(self.load.keys) as pins:
+            with ExitStack() as held:
+                pins = self._pin(held)
                 fits = [pin is not None and len(pin) == self._memory.block_bytes for pin in pins]
                 there = [(block, memoryview(pin)) for block, pin, fit in zip(self.load.blocks, pins, fits, strict=True)
                          if fit and pin is not None]  # fmt: skip
@@ -90,6 +92,15 @@ class Loading:
                     data.release()
         finally:
             self._end(missing)
+
+    def _pin(self, held: ExitStack) -> list[Pin | None]:
+        pins: list[Pin | None] = [None] * len(self.load.keys)
+        for start in range(0, len(pins), PIECE):
+            if not self._is_wanted():
+                break
+            piece = slice(start, start + PIECE)
+            pins[piece] = held.enter_context(self._blocks.pinned(self.load.keys[piece]))
+        return pins
 
     def _write_layers(self, there: Sequence[tuple[int, memoryview]], layers: range) -> None:
         nbytes = len(there) * self._memory.block_bytes * len(layers) // self._memory.layers
@@ -116,6 +127,9 @@ class Loading:
                 self.failed = set(self.load.blocks)
                 self.ended.set()
         return True
+
+    def _is_wanted(self) -> bool:
+        return not self._abandoned  # without the lock: it may take a piece until it is seen
 
     def _take(self, position: int, data: memoryview) -> bool:
         if data.nbytes != self._memory.block_bytes:

@@ -143,11 +143,13 @@ class Worker:
     def finished(self, requests: set[str], *, idle: bool) -> tuple[set[str], set[str]]:
         """Return the requests whose loads have ended, and those of them that have to be computed from the beginning.
 
-        `requests` are done and forgotten. An engine that is `idle` asks again and again: it is kept waiting for a load
-        a moment, in which the cores are left to that.
+        `requests` are done and forgotten; what is still being loaded for them is given up. An engine that is `idle`
+        asks again and again: it is kept waiting for a load a moment, in which the cores are left to that.
         """
         for request in requests:
             self._storer.submit(self._heads.pop, request, None)
+            for loading in self._loading.get(request, ()):
+                loading.abandon(float("inf"))
         if idle:
             under_way = [loading for loads in self._loading.values() for loading in loads]
             if under_way and not any(loading.ended.is_set() for loading in under_way):
