@@ -108,19 +108,25 @@ class TierError(KVStrataError):
 
 
 class TierFull(TierError):
-    """No room for `need` bytes in `tier`, with `free` bytes left and nothing that may leave."""
+    """No room for `need` bytes in `tier`, with `free` bytes left and nothing that may leave; `advice`: what to do."""
 
-    def __init__(self, tier: str, need: int, free: int) -> None:
+    def __init__(
+        self,
+        tier: str,
+        need: int,
+        free: int,
+        advice: str = "open the cache larger, store smaller values or release pins",
+    ) -> None:
         self.tier = tier
         self.need = need
         self.free = free
+        self.advice = advice
         super().__init__(
-            f"the {tier} tier has no room for {need:,} bytes ({free:,} free, and nothing else may leave); "
-            "open the cache larger, store smaller values or release pins"
+            f"the {tier} tier has no room for {need:,} bytes ({free:,} free, and nothing else may leave); {advice}"
         )
 
     def __reduce__(self) -> tuple[type[TierFull], tuple[object, ...]]:
-        return type(self), (self.tier, self.need, self.free)
+        return type(self), (self.tier, self.need, self.free, self.advice)
 
 
 class TierUnavailable(TierError):

@@ -316,10 +316,13 @@ def _explained(options: CacheOptions) -> Iterator[None]:
                 f"can't make or open the memory tier in {place}: {error.strerror or error}"
             ) from error
         if error.errno == errno.ENOMEM:
-            raise TierFull("memory", options.memory, _available_memory()) from error
+            raise TierFull("memory", options.memory, _available_memory(), "open with less memory") from error
         filesystem = os.statvfs(place)
         free = filesystem.f_bavail * filesystem.f_frsize
-        raise TierFull(f"memory ({place})", options.memory, free) from error
+        advice = (
+            f"open with less memory, make {place} larger (Docker: --shm-size), or set KVSTRATA_SHM_DIR to another tmpfs"
+        )
+        raise TierFull(f"memory ({place})", options.memory, free, advice) from error
 
 
 def _why_no_huge_pages(options: CacheOptions, error: OSError) -> str:
