@@ -178,6 +178,19 @@ def test_pins_that_outlive_the_cache_leave_no_shared_memory(shm: Path, tmp_path:
     assert list(shm.iterdir()) == []
 
 
+def test_a_pin_released_after_its_cache_was_closed_leaves_nothing_behind(open_cache: OpenCache, tmp_path: Path) -> None:
+    cache = open_cache()
+    with Process() as other:
+        other.run(
+            "cache = kvstrata.open(directory, memory='8MiB', disk=0); cache.put('key', bytes(1 << 20))",
+            directory=tmp_path / "cache",
+        )
+        other.run("pin = cache.pin('key'); cache.close(); pin.release()")
+        cache.delete("key")
+        stats = cache.stats()["memory"]
+        assert (stats["clients"], stats["memory_used_bytes"]) == (1, 0)
+
+
 def test_a_directory_that_is_removed_while_open_leaves_no_shared_memory(open_cache: OpenCache, tmp_path: Path) -> None:
     cache = open_cache()
     cache.put("key", b"value")

@@ -16,7 +16,10 @@ struct PinHandle {
     nb::object view;            // given out by `with`: a weak reference
 
     void release_if_unused() {
-        if (released && exports == 0) pin = Pin(), store.reset(), local.reset();
+        if (!released || exports) return;
+        pin = Pin();  // gone with this statement: before the store that it needs
+        store.reset();
+        local.reset();
     }
     bool holds() const { return !released && (store || local); }
     const u8* data() const { return local ? local->data() : whole_record ? pin.record() : pin.value(); }

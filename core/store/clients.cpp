@@ -96,8 +96,10 @@ void Clients::settle_counts(Client& client) {
 }
 
 void Clients::detach() {
-    settle_counts(mine());
-    mine().used.store(0);
+    if (!pins.in_use() && !arrivals.in_use() && !departures.in_use()) {
+        settle_counts(mine());
+        mine().used.store(0);
+    }
     region_.drop_client_lock(self_);
     self_ = ~0u;
 }

@@ -58,6 +58,7 @@ public:
     static void init(Region& region);
     // Takes a slot. Called under the admin lock, when the slots of the dead are empty as far as that could be done.
     void attach();
+    // Leaves the slot. What couldn't be given back stays in it, for the next reaper, as if this process had died.
     void detach();
     void settle_counts(Client& client);  // of one that ends
     void forget() { self_ = ~0u; }  // in a forked child: the slot is the parent's
