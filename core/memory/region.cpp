@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <bit>
 #include <fstream>
+#include <tuple>
 
 namespace kvstrata {
 namespace {
@@ -116,6 +117,43 @@ private:
     sigset_t before_;
 };
 
+// Opens one's own file, which nobody else can have written; -1 where there is none. In a directory that is everybody's, others
+// may have put one there.
+int open_own(const std::string& file) {
+    const int descriptor = open(file.c_str(), O_RDWR | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
+    if (descriptor < 0) {
+        if (errno == ENOENT) return -1;
+        fail("can't open " + file);
+    }
+    struct stat status{};
+    if (fstat(descriptor, &status) == 0 && S_ISREG(status.st_mode) && status.st_uid == geteuid() && !(status.st_mode & 022))
+        return descriptor;
+    close(descriptor);
+    throw ConfigError(file + " is no file that only this user (" + std::to_string(geteuid()) + ") can write to, so it can't be trusted; "
+                      "remove it, or let $KVSTRATA_SHM_DIR name a directory of this user's own");
+}
+
+u64 size_of(int descriptor) {
+    struct stat status{};
+    return fstat(descriptor, &status) == 0 ? static_cast<u64>(status.st_size) : 0;
+}
+
+// Whether everything lies where this build would put it, for the options that the header tells of.
+bool is_laid_out(const Header& header) {
+    Header plan{};
+    try {
+        lay_out(plan, {header.memory, header.disk});
+    } catch (const InvalidValue&) {
+        return false;
+    }
+    const auto offsets = [](const Header& of) {
+        return std::tie(of.max_entries, of.max_buckets, of.debts.counters, of.debts.hashes, of.seen.counters, of.seen.hashes, of.clients_at,
+                        of.namespaces_at, of.shards_at, of.owners_at, of.debts_at, of.seen_at, of.holders_at, of.promises_at, of.tags_at,
+                        of.changes_at, of.buckets_at, of.entries_at, of.scratch_at, of.pages_at, of.data_at, of.end);
+    };
+    return offsets(plan) == offsets(header);
+}
+
 bool anybody_holds(int descriptor, u32 slot, u32 count) {
     struct flock range = client_range(F_WRLCK, slot, count);
     if (fcntl(descriptor, F_OFD_GETLK, &range) != 0) fail("can't ask for the cache's locks");
@@ -216,20 +254,15 @@ std::unique_ptr<Region> Region::create_shared(const std::string& file, const Sto
 
 RegionProbe Region::probe(const std::string& file) {
     RegionProbe found;
-    const int descriptor = open(file.c_str(), O_RDWR | O_CLOEXEC | O_NOFOLLOW);
-    if (descriptor < 0) {
-        if (errno == ENOENT) return found;
-        fail("can't open " + file);
-    }
+    const int descriptor = open_own(file);
+    if (descriptor < 0) return found;
     found.exists = true;
     alignas(Header) unsigned char bytes[sizeof(Header)] = {};
     const ssize_t got = pread(descriptor, bytes, sizeof bytes, 0);
     const auto& header = reinterpret_cast<const Header&>(bytes);
     if (got == static_cast<ssize_t>(sizeof bytes) && std::memcmp(header.magic, kMagic, sizeof kMagic) == 0) {
-        struct stat status{};
         found.format = header.format;
-        found.ready = header.format == kFormat && header.ready.load() == 1 && fstat(descriptor, &status) == 0 &&
-                      static_cast<u64>(status.st_size) == header.end;
+        found.ready = header.format == kFormat && header.ready.load() == 1 && is_laid_out(header) && size_of(descriptor) == header.end;
         found.options = {header.memory, header.disk};
     }
     found.in_use = anybody_holds(descriptor, 0, kMaxClients);
@@ -238,8 +271,8 @@ RegionProbe Region::probe(const std::string& file) {
 }
 
 std::unique_ptr<Region> Region::attach_shared(const std::string& file) {
-    const int descriptor = open(file.c_str(), O_RDWR | O_CLOEXEC | O_NOFOLLOW);
-    if (descriptor < 0) fail("can't open " + file);
+    const int descriptor = open_own(file);
+    if (descriptor < 0) fail("can't open " + file, ENOENT);
     return attach(descriptor, file);
 }
 
@@ -283,6 +316,8 @@ std::unique_ptr<Region> Region::attach(int descriptor, const std::string& file) 
     if (header.format != kFormat)
         throw FormatError(file + " has format " + std::to_string(header.format) + ", this release reads format " +
                           std::to_string(kFormat));
+    if (!is_laid_out(header) || size_of(descriptor) != header.end)
+        throw FormatError(file + " is damaged, or of another build; close the cache everywhere and remove that file");
     region->map(header.data_at, header.end - header.data_at);
     madvise(region->data_, region->data_bytes_, kPopulateWrite);
     madvise(region->view_, region->data_bytes_, kPopulateRead);
