@@ -311,7 +311,9 @@ void Index::repair(u32 number) {
         }
     }
     each_of(number, [&](u32 at, Entry& entry) {
-        if (entry.state == EntryState::live) {
+        if (entry.state == EntryState::live && !entry.memory && !entry.segment) {
+            set_state(entry, EntryState::zombie);  // forgotten below, and about to be dropped: the reaper buries it
+        } else if (entry.state == EntryState::live) {
             u32& bucket = buckets(number)[bucket_of(shard, entry.hash)];
             entry.chain = bucket;
             bucket = at;

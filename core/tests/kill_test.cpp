@@ -64,6 +64,8 @@ void work(Store& store, Space space, unsigned seed) {
             default:
                 write_below();
                 store.insert_disk({space.id, bytes_of("row " + std::to_string(row)), row + 1u, segment, 0, 128, 0, 1, 1, 0, {}});
+                if (random() % 2) store.forget_disk(space.id, bytes_of("row " + std::to_string(row)), row + 1u);
+                if (random() % 32 == 0) store.drop_segment(segment);
                 if (const auto where = store.locate(space, bytes_of(key)); where && where->segment == segment) {
                     if (auto loading = store.begin_load(space, bytes_of(key), *where)) {
                         const std::string& record = disk[where->offset / kUnit];
@@ -79,11 +81,36 @@ void check_whole(Store& store, Space space, const char* point) {
     int present = 0;
     for (u32 number = 0; number < 200; ++number) {
         const std::string got = get(store, space, key_of(number));
-        if (got == "(absent)") continue;
+        if (got == "(absent)") {
+            CHECK(!store.contains(space, bytes_of(key_of(number))) || store.locate(space, bytes_of(key_of(number))));
+            continue;
+        }
         ++present;
         if (!CHECK(got == value_of(number))) std::fprintf(stderr, "  after %s\n", point);
     }
     if (!CHECK(present > 0)) std::fprintf(stderr, "  after %s\n", point);
+}
+
+// Lets another process act and die at that point of it; returns its number.
+template <class Act>
+pid_t die_at(Store& store, const std::string& point, Act&& act) {
+    const pid_t child = fork();
+    if (child == 0) {
+        setenv("KVSTRATA_FAILPOINT", point.c_str(), 1);
+        store.leave_to_parent();
+        const auto mine = store.attach_again();
+        alarm(20);
+        try {
+            act(*mine);
+        } catch (const std::exception& error) {
+            std::fprintf(stderr, "  in the child: %s\n", error.what());
+        }
+        _exit(1);
+    }
+    int status = 0;
+    waitpid(child, &status, 0);
+    if (!CHECK(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL)) std::fprintf(stderr, "  %s was never reached\n", point.c_str());
+    return child;
 }
 
 }  // namespace
@@ -100,23 +127,9 @@ TEST(a_death_at_any_point_costs_nothing_but_what_was_being_put) {
                 put(*store, space, key_of(number), value_of(number));
                 for (auto& dirty : store->take_dirty(8, 1 << 20, 0)) store->settle(dirty, 0, 0);
             }
-            const pid_t child = fork();
-            if (child == 0) {
-                setenv("KVSTRATA_FAILPOINT", (std::string(point) + ":" + std::to_string(countdown)).c_str(), 1);
-                store->leave_to_parent();
-                const auto mine = store->attach_again();
-                alarm(20);
-                try {
-                    work(*mine, space, static_cast<unsigned>(countdown));
-                } catch (const std::exception& error) {
-                    std::fprintf(stderr, "  in the child: %s\n", error.what());
-                }
-                _exit(1);
-            }
-            int status = 0;
-            waitpid(child, &status, 0);
-            if (!CHECK(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL))
-                std::fprintf(stderr, "  %s:%d was never reached\n", point, countdown);
+            const pid_t child = die_at(*store, std::string(point) + ":" + std::to_string(countdown), [&](Store& mine) {
+                work(mine, space, static_cast<unsigned>(countdown));
+            });
             check_whole(*store, space, point);  // before anybody has reaped
             auto settle_all = [&] {
                 for (auto& dirty : store->take_dirty(1000, 1 << 30, 0)) store->settle(dirty, 0, 0);
@@ -150,6 +163,24 @@ TEST(a_death_at_any_point_costs_nothing_but_what_was_being_put) {
                              static_cast<unsigned long>(stats.memory.used), stats.memory.free_runs,
                              static_cast<unsigned long>(stats.memory.faults));
         }
+    }
+}
+
+TEST(a_death_while_a_record_below_is_forgotten_leaves_no_key_that_can_be_neither_read_nor_stored) {
+    for (const bool all_of_the_segment : {false, true}) {
+        auto store = Store::open_private({1 << 20, 1 << 30});
+        NamespaceOptions options;
+        options.immutable = true;
+        const Space space = store->open_namespace(0, "default", 1, options);
+        store->insert_disk({space.id, bytes_of("key"), 5, 7, 0, 128, 0, 1, 1, kRecordImmutable, {}});
+        die_at(*store, "index.unlink", [&](Store& mine) {
+            all_of_the_segment ? void(mine.drop_segment(7)) : void(mine.forget_disk(space.id, bytes_of("key"), 5));
+        });
+        CHECK(!store->contains(space, bytes_of("key")));
+        CHECK(put(*store, space, "key", "value") == Published::stored && get(*store, space, "key") == "value");
+        CHECK(store->reap() == 1);
+        store->remove(space, bytes_of("key"));
+        CHECK(store->stats().entries == 0 && store->stats().memory.used == 0);
     }
 }
 #else
