@@ -14,12 +14,14 @@ COUNTDOWNS = [0, 25]
 
 # Workers come by everywhere but at these places, which take a history of their own.
 ONLY_WHEN_MANY_KEYS_ARE_PUT = {"allocator.chunk", "store.forgotten"}
+ONLY_WHEN_A_NAMESPACE_IS_MADE = {"store.defined"}
 ONLY_WHEN_A_VERSION_IS_OPENED = {"store.epoch"}
 ONLY_WHEN_THE_INDEX_IS_RESTORED = {"store.row"}
 ONLY_WHEN_A_POLICY_GETS_SCRATCH_MEMORY = {"scratch.left", "scratch.placed"}
 ONLY_WHEN_A_SEGMENT_IS_CLEANED = {"store.moved"}
 SPECIAL = (
     ONLY_WHEN_MANY_KEYS_ARE_PUT
+    | ONLY_WHEN_A_NAMESPACE_IS_MADE
     | ONLY_WHEN_A_VERSION_IS_OPENED
     | ONLY_WHEN_THE_INDEX_IS_RESTORED
     | ONLY_WHEN_A_POLICY_GETS_SCRATCH_MEMORY
@@ -76,6 +78,21 @@ def test_a_death_while_the_index_grows_or_is_full(
             "    assert cache.get(b'%d' % i + b'.' * (i % 3 * 30)) == b'%d' % i\n"
             "cache.close()\n" + RECLAIM
         )
+
+
+def test_a_death_while_a_namespace_is_made_gives_no_two_names_the_same_one(
+    core: Path, shm: Path, tmp_path: Path
+) -> None:
+    variables = {"directory": tmp_path, "options": OPTIONS | {"disk": 0}}
+    with Process(core=core) as survivor, Process(core=core, KVSTRATA_FAILPOINT="store.defined") as victim:
+        survivor.run(OPEN, **variables)
+        victim.run(OPEN, **variables)
+        victim.start("cache.namespace('a', immutable=True)")
+        assert victim.wait() == -9
+        survivor.run("b, c = cache.namespace('b'), cache.namespace('c'); b.put('key', b'of b')")
+        assert survivor.eval("c.get('key')") is None
+        survivor.run("a = cache.namespace('a', policy='sieve'); a.put('key', b'of a')")  # with its options chosen anew
+        assert survivor.eval("a.get('key'), b.get('key')") == (b"of a", b"of b")
 
 
 def test_a_death_while_a_newer_version_is_opened_shows_it_no_older_records(

@@ -139,8 +139,9 @@ Space Store::open_namespace(u32 id, const std::string& name, u32 version, const 
         ns.admission = options.admission;
         ns.write_back = options.write_back;
         ns.remote = options.remote;
+        ns.defined.store(1);  // first: a slot that isn't defined is given to the next name
+        KVSTRATA_COMMIT("store.defined");
         ns.configured = 1;
-        ns.defined.store(1);
         if (reorder) change_policy(chosen);
     } else {
         std::string differs;
