@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
+import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.failpoints import build
+from support.processes import Process
 
 import kvstrata
 from kvstrata.tiers.breaker import Breaker
@@ -169,3 +174,65 @@ def test_what_the_disk_had_not_taken_is_tried_once_more_when_the_cache_is_closed
     monkeypatch.undo()
     with kvstrata.open(tmp_path, **OPTIONS) as cache:
         assert cache.get_many(keys) == [key.encode() if heals else None for key in keys]
+
+
+# ---- Stopped peers
+
+OPEN = "cache = kvstrata.open(directory, memory='8MiB', disk='64MiB'); ns = cache.namespace('ns')\n"
+
+# Stands still when the rows are committed, until it is told that the other process is stopped.
+HALF_WAY = """
+import threading
+from kvstrata import _core
+from kvstrata.errors import TierUnavailable
+from kvstrata.tiers.catalog import Catalog
+add, mark = Catalog.add, _core.Store.mark_durable
+committed, stopped, marking, failed = (threading.Event() for _ in range(4))
+def adding(self, *what):
+    alive = add(self, *what)
+    committed.set()
+    assert stopped.wait(60)
+    return alive
+def telling(self, *what):
+    marking.set()
+    try:
+        mark(self, *what)
+    except TierUnavailable:
+        failed.set()
+        raise
+Catalog.add, _core.Store.mark_durable = adding, telling
+ns.put('key', b'value')
+assert committed.wait(60)
+"""
+
+
+@contextlib.contextmanager
+def a_record_that_a_stopped_process_keeps_from_being_settled(
+    directory: Path, patience: str
+) -> Iterator[tuple[Process, Process]]:
+    with Process(KVSTRATA_LOCK_TIMEOUT=patience) as writer, Process(core=build()) as other:
+        writer.run(OPEN, directory=directory)
+        other.run(OPEN + "os.environ['KVSTRATA_FAILPOINT'] = 'store.pin:0:stop'", directory=directory)
+        writer.run(HALF_WAY)
+        other.start("ns.pin('key')")  # stops with the lock of its shard
+        os.waitid(os.P_PID, other.pid, os.WSTOPPED | os.WNOWAIT)
+        try:
+            writer.run("stopped.set()")
+            yield writer, other
+        finally:
+            other.kill()
+
+
+def test_a_record_whose_row_is_committed_is_never_taken_for_one_without(shm: Path, tmp_path: Path) -> None:
+    with a_record_that_a_stopped_process_keeps_from_being_settled(tmp_path, "0.05") as (writer, other):
+        writer.run("assert failed.wait(60)")
+        other.kill()
+        writer.run("cache.flush(); assert cache.stats()['disk']['failed_records'] == 0")
+        writer.run("assert ns.delete('key'); cache.close()")
+        writer.run(OPEN + "assert ns.get('key') is None")
+
+
+def test_others_run_while_records_wait_for_a_lock_to_be_settled(shm: Path, tmp_path: Path) -> None:
+    with a_record_that_a_stopped_process_keeps_from_being_settled(tmp_path, "600") as (writer, _):
+        writer.run("assert marking.wait(60)")
+        writer.run("assert marking.is_set()")  # else hangs for as long as the lock is waited for

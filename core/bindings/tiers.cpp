@@ -44,10 +44,49 @@ nb::object view_dirty(DirtyHandle& self) {
     return nb::steal(view);
 }
 
-void settle(DirtyHandle& handle, u32 segment, u64 offset, bool postponed = false) {
-    if (!handle.dirty) return;
-    handle.store->settle(*handle.dirty, segment, offset, handle.encoded.is_valid() ? handle.length() : 0, postponed);
-    handle.dirty.reset();
+// Settles those that aren't yet; with offsets, as durable. Others may run while it waits for a lock. When it can't be had, those
+// that are left stay as they are.
+void settle(nb::list records, u32 segment = 0, const nb::list* offsets = nullptr, bool postponed = false) {
+    struct Settling {
+        nb::object record;
+        DirtyHandle* handle;
+        Dirty dirty;  // nobody else can settle it meanwhile
+        u64 offset, encoded;
+    };
+    std::vector<Settling> all;
+    for (size_t i = 0; i < records.size(); ++i) {
+        DirtyHandle& handle = nb::cast<DirtyHandle&>(records[i]);
+        if (!handle.dirty) continue;
+        const u64 offset = offsets ? nb::cast<u64>((*offsets)[i]) : 0, encoded = handle.encoded.is_valid() ? handle.length() : 0;
+        all.push_back({nb::borrow(records[i]), &handle, std::move(*handle.dirty), offset, encoded});
+        handle.dirty.reset();
+    }
+    size_t done = 0;
+    try {
+        const nb::gil_scoped_release free;
+        for (; done < all.size(); ++done)
+            all[done].handle->store->settle(all[done].dirty, segment, all[done].offset, all[done].encoded, postponed);
+    } catch (...) {
+        for (; done < all.size(); ++done) all[done].handle->dirty = std::move(all[done].dirty);
+        throw;
+    }
+}
+
+nb::list still_live(StoreHandle& self, nb::list records) {
+    const std::shared_ptr<Store> store = self.live();
+    std::vector<std::pair<u32, u64>> asked;  // entries and numbers
+    for (nb::handle record : records) {
+        const auto& dirty = nb::cast<DirtyHandle&>(record).dirty;
+        asked.emplace_back(dirty ? dirty->pin.entry() : kNone, dirty ? dirty->seq : 0);
+    }
+    std::vector<bool> live;
+    {
+        const nb::gil_scoped_release free;
+        for (const auto& [entry, seq] : asked) live.push_back(entry && store->still_live(entry, seq));
+    }
+    nb::list list;
+    for (const bool lives : live) list.append(lives);
+    return list;
 }
 
 nb::list find_on_disk(StoreHandle& self, u32 ns, nb::handle keys_object) {
@@ -130,29 +169,21 @@ void bind_tiers(nb::module_& m, nb::class_<StoreHandle>& store) {
     store
         .def("take_dirty", &take_dirty, nb::arg("max_records"), nb::arg("max_bytes"), nb::arg("timeout_s"))
         .def("wake_writer", [](StoreHandle& self) { self.live()->wake_writer(); })
-        .def("still_live", [](StoreHandle& self, nb::list dirty) {
-            nb::list live;
-            for (nb::handle d : dirty) {
-                const DirtyHandle& handle = nb::cast<DirtyHandle&>(d);
-                live.append(handle.dirty && self.live()->still_live(*handle.dirty));
-            }
-            return live;
-        }, nb::arg("records"))
-        .def("mark_durable", [](StoreHandle&, nb::list dirty, u32 segment, nb::list offsets) {
-            for (size_t i = 0; i < dirty.size(); ++i)
-                settle(nb::cast<DirtyHandle&>(dirty[i]), segment, nb::cast<u64>(offsets[i]));
+        .def("still_live", &still_live, nb::arg("records"))
+        .def("mark_durable", [](StoreHandle&, nb::list records, u32 segment, nb::list offsets) {
+            settle(records, segment, &offsets);
         }, nb::arg("records"), nb::arg("segment"), nb::arg("offsets"))
-        .def("mark_failed", [](StoreHandle&, nb::list dirty) {
-            for (nb::handle d : dirty) settle(nb::cast<DirtyHandle&>(d), 0, 0);
+        .def("mark_failed", [](StoreHandle&, nb::list records) { settle(records); }, nb::arg("records"))
+        .def("doubt", [](StoreHandle&, nb::list records) {
+            for (nb::handle record : records)
+                if (const DirtyHandle& handle = nb::cast<DirtyHandle&>(record); handle.dirty) handle.store->doubt(*handle.dirty);
         }, nb::arg("records"))
         .def("wait_until_settled", [](StoreHandle& self, double timeout) {
             const std::shared_ptr<Store> store = self.live();
             const nb::gil_scoped_release free;
             return store->wait_until_settled(timeout);
         }, nb::arg("timeout_s"))
-        .def("postpone", [](StoreHandle&, nb::list dirty) {
-            for (nb::handle d : dirty) settle(nb::cast<DirtyHandle&>(d), 0, 0, true);
-        }, nb::arg("records"))
+        .def("postpone", [](StoreHandle&, nb::list records) { settle(records, 0, nullptr, true); }, nb::arg("records"))
         .def("write_postponed", [](StoreHandle& self, u64 most_bytes) {
             const std::shared_ptr<Store> store = self.live();
             const nb::gil_scoped_release free;

@@ -122,11 +122,10 @@ std::vector<Dirty> Store::take_dirty(size_t most, u64 most_bytes, double timeout
     return taken;
 }
 
-bool Store::still_live(const Dirty& dirty) {
-    const u32 at = dirty.pin.entry();
+bool Store::still_live(u32 at, u64 seq) {
     const RobustLock held = index_.lock(index_.shard_holding(at));
     const Entry& entry = index_.entry(at);
-    return entry.state == EntryState::live && current(entry, space(entry.ns));
+    return entry.state == EntryState::live && entry.seq == seq && current(entry, space(entry.ns));
 }
 
 void Store::settle(Dirty& dirty, u32 segment, u64 offset, u64 encoded, bool postponed) {

@@ -53,11 +53,11 @@ void Store::sweep(u32 dead_owner) {
                 if (entry.flags & kLoading && entry.owner == dead_owner) entry.flags &= static_cast<u8>(~kLoading);
                 if (entry.state == EntryState::zombie && entry.pins == 0) bury(at);
                 if (entry.state != EntryState::live || !(entry.flags & kDirty) || entry.owner != dead_owner) return;
+                if (entry.flags & kWriting) index_.borrow(entry.hash);  // he may have got as far as the row of it
                 if (leaving) {  // nobody will write it: it may leave memory all the same
                     entry.flags &= static_cast<u8>(~(kDirty | kWriting | kLazy));
                     return;
                 }
-                // kWriting stays: the dead may have got as far as the row of it.
                 entry.flags &= static_cast<u8>(~kLazy);
                 entry.owner = static_cast<u8>(clients_.self());
                 clients_.mine().dirty_bytes.fetch_add(u64{entry.units} * kUnit);

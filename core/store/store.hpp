@@ -130,7 +130,10 @@ public:
     size_t write_postponed(u64 most_bytes);  // of what was postponed the oldest, of any process; returns how many records
     // How many of the keys are neither below nor gone, `timeout` s at most being waited for those on their way.
     size_t wait_until_durable(Space space, size_t count, const Key* keys, double timeout);
-    bool still_live(const Dirty& dirty);
+    bool still_live(const Dirty& dirty) { return still_live(dirty.pin.entry(), dirty.seq); }
+    bool still_live(u32 entry, u64 seq);
+    // Nobody knows whether the tier below has it: whoever removes it deletes its row all the same. Before it is settled.
+    void doubt(const Dirty& dirty) { index_.borrow(index_.entry(dirty.pin.entry()).hash); }
     void tags_of(const Pin& pin, u16* tags) const { std::memcpy(tags, index_.entry(pin.entry()).tags, sizeof(Entry::tags)); }
     // segment 0: it could not be written. `encoded`: bytes that it has there, if its payload isn't the value itself; else 0.
     // `postponed`: nor is it to be forgotten: it may leave memory, and until then `write_postponed` tries it again.

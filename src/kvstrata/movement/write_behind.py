@@ -97,7 +97,11 @@ class WriteBehind:
             _log.exception("kvstrata: the housekeeping failed")
 
     def _let_go(self, records: list[_core.DirtyRecord]) -> None:
-        """Leave records to memory, however long somebody holds a lock that it takes; unless all is to end."""
+        """Leave records to memory, however long somebody holds a lock that it takes; unless all is to end.
+
+        Nobody knows by now which of them have rows.
+        """
+        self._store.doubt(records)
         while True:
             try:
                 return self._store.mark_failed(records)

@@ -183,6 +183,7 @@ class DiskTier:
     def close(self) -> None:
         """Finish the segment that is being written, fold up the catalog and let go of the directory."""
         self._capacity.close()
+        self._writer.close()
         self._segments.seal()
         with contextlib.suppress(TierUnavailable):
             self.sync()
@@ -199,7 +200,8 @@ class DiskTier:
             raise TierUnavailable(f"{self.directory} can't be synced: {error.strerror or error}") from error
 
     def tend(self) -> None:
-        """Sync what has waited for it long enough, and have written what was postponed."""
+        """Sync what has waited for it long enough, and have written and settled what was postponed."""
+        self._writer.settle_the_rest()
         if self._writing.due:
             self._writer.write_postponed()
         since = self._catalog.unsynced_since

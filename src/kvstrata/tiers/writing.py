@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -62,6 +63,7 @@ class Writer:
         self._known = known
         self._register = register
         self._owed = False  # whether anything was postponed, as far as this process knows
+        self._unsettled: deque[Callable[[], None]] = deque()  # what settles records whose rows are committed
 
     def write(self, records: Sequence[DirtyRecord], later: Later) -> None:
         """Store records that are pinned in memory, and settle each; see `DiskTier.write`."""
@@ -157,10 +159,34 @@ class Writer:
             durable = [(r, at) for r, at, lives in zip(part, places, alive, strict=True) if lives]
             self._counters.add("written_records", len(durable))
             self._counters.add("written_bytes", sum(record.length for record, _ in durable))
-            self._store.mark_durable([record for record, _ in durable], segment, [at for _, at in durable])
-            self._store.mark_failed([r for r, lives in zip(part, alive, strict=True) if not lives])
+            gone = [r for r, lives in zip(part, alive, strict=True) if not lives]
+            self._finish(functools.partial(self._mark, durable, segment, gone))
             start += len(part)
         return True
+
+    def _mark(self, durable: list[tuple[DirtyRecord, int]], segment: int, gone: list[DirtyRecord]) -> None:
+        self._store.mark_durable([record for record, _ in durable], segment, [at for _, at in durable])
+        self._store.mark_failed(gone)
+
+    def _finish(self, mark: Callable[[], None]) -> bool:
+        """Settle records whose rows are committed: they never count as failed. False when somebody holds a lock."""
+        try:
+            mark()
+        except TierUnavailable:
+            self._unsettled.append(mark)
+            return False
+        return True
+
+    def settle_the_rest(self) -> None:
+        """Settle what is committed and was kept from it, as far as nobody holds a lock any more."""
+        with contextlib.suppress(IndexError):  # another thread took the last one
+            while self._unsettled and self._finish(self._unsettled.popleft()):
+                pass
+
+    def close(self) -> None:
+        """Let go of what could not be settled: whoever takes over what this process leaves has to find out."""
+        self.settle_the_rest()
+        self._unsettled.clear()
 
     def _add(self, records: list[DirtyRecord], segment: int, offsets: list[int]) -> list[bool]:
         """Commit rows; the store is asked which records still count. Returns which do."""
