@@ -140,8 +140,9 @@ static_assert(sizeof(Changes) == 16);
 
 // Somebody who wants records to stay in memory: as many bytes as `limit`. Guarded by the admin lock; how much he holds
 // is the sum of the shards' counts.
+inline constexpr u64 kClosing = ~u64{0};
 struct Holder {
-    std::atomic<u64> limit;  // 0: there is no such holder
+    std::atomic<u64> limit;  // 0: there is no such holder; kClosing: he holds nothing more, and lets go of all
     u32 name_len;
     char name[kMaxName];
 };

@@ -5,6 +5,12 @@
 #include "store.hpp"
 
 namespace kvstrata {
+namespace {
+bool is_open(const Holder& who) {
+    const u64 limit = who.limit.load();
+    return limit && limit != kClosing;
+}
+}  // namespace
 
 u8 Store::open_holder(const std::string& name, u64 limit) {
     if (name.empty() || name.size() > kMaxName)
@@ -15,6 +21,7 @@ u8 Store::open_holder(const std::string& name, u64 limit) {
     u64 promised = limit;
     for (u8 number = 1; number < kHolders; ++number) {
         const Holder& other = holder(number);
+        if (other.limit.load() == kClosing) finish_closing(number);  // who began it was cut short
         const u64 its_limit = other.limit.load();
         if (!its_limit) {
             if (!chosen) chosen = number;
@@ -46,7 +53,7 @@ bool Store::hold(Space wanted, Key key, u8 number) {
     const Namespace& ns = space(wanted.id);
     const RobustLock admin_held(header_.admin, [] {});  // nobody else adds to the sum meanwhile
     const Holder& who = holder(number);
-    if (!who.limit.load()) throw ConfigError("this holder is closed");
+    if (!is_open(who)) throw ConfigError("this holder is closed");
     const u32 hash = index_.hash(wanted.id, key);
     const u32 shard = Index::shard_of(hash);
     const u64 all = held_by(number);
@@ -84,15 +91,21 @@ void Store::let_go_of_all(u8 number) {
 
 void Store::close_holder(u8 number) {
     const RobustLock held(header_.admin, [] {});
-    holder(number).limit.store(0);  // first, so that nobody holds more
+    holder(number).limit.store(kClosing);  // first, so that nobody holds more
+    finish_closing(number);
+}
+
+// The number is free for another once nobody's records count for it. The admin lock is held.
+void Store::finish_closing(u8 number) {
     let_go_of_all(number);
+    holder(number).limit.store(0);
 }
 
 std::vector<HolderState> Store::holders() const {
     const RobustLock held(header_.admin, [] {});
     std::vector<HolderState> found;
     for (u8 number = 1; number < kHolders; ++number)
-        if (const Holder& who = holder(number); who.limit.load())
+        if (const Holder& who = holder(number); is_open(who))
             found.push_back({std::string(who.name, who.name_len), who.limit.load(), held_by(number)});
     return found;
 }

@@ -213,6 +213,7 @@ private:
     bool outlived(const Identity& identity) const;
     bool any_removed(const u16* tags, u64 seq) const;  // since the record of that number was put
     u64 held_by(u8 holder) const;
+    void finish_closing(u8 holder);
     u64 promised(Space space, Key key, Promised what) const;
     Promises& promises() const { return *reinterpret_cast<Promises*>(region_->at(header_.promises_at)); }
     void forget_promises(u32 client);

@@ -11,6 +11,70 @@
 using namespace kvstrata;
 using namespace kvstrata::testing;
 
+#if defined(KVSTRATA_FAILPOINTS) && !defined(__SANITIZE_THREAD__)  // TSan can't follow a fork
+namespace {
+
+[[maybe_unused]] const int impatient = setenv("KVSTRATA_LOCK_TIMEOUT", "0.02", 1);
+
+// Another process, which stops at a point of what it does.
+class Stopped {
+public:
+    template <class Act>
+    Stopped(Store& store, const char* point, Act&& act) : child_(fork()) {
+        if (child_ == 0) {
+            alarm(60);
+            store.leave_to_parent();
+            {
+                const auto mine = store.attach_again();
+                setenv("KVSTRATA_FAILPOINT", (std::string(point) + ":0:stop").c_str(), 1);
+                act(*mine);
+            }
+            _exit(0);
+        }
+        int status = 0;
+        CHECK(waitpid(child_, &status, WUNTRACED) == child_ && WIFSTOPPED(status));
+    }
+    ~Stopped() { go_on(); }
+    Stopped(const Stopped&) = delete;
+    Stopped& operator=(const Stopped&) = delete;
+
+    // Lets it go on, to its end.
+    void go_on() {
+        if (!child_) return;
+        int status = 0;
+        CHECK(kill(child_, SIGCONT) == 0 && waitpid(child_, &status, 0) == child_ && WIFEXITED(status));
+        child_ = 0;
+    }
+
+private:
+    pid_t child_;
+};
+
+std::string key_of(int number) { return "key " + std::to_string(number); }
+
+}  // namespace
+
+TEST(a_holder_whose_closing_was_cut_short_is_closed_by_whoever_opens_the_next_one) {
+    auto store = Store::open_private({4 << 20, 0});
+    const Space space = store->open_namespace(0, "default", 1, {});
+    const u8 holder = store->open_holder("holder", 1 << 20);
+    for (int i = 0; i < 200; ++i) {
+        put(*store, space, key_of(i), "value");
+        CHECK(store->hold(space, bytes_of(key_of(i)), holder));
+    }
+    {
+        const Stopped peer(*store, "store.pin", [&](Store& mine) { get(mine, space, key_of(100)); });
+        CHECK_THROWS(TierUnavailable, store->close_holder(holder));
+    }
+    CHECK(store->holders().empty());
+    CHECK_THROWS(ConfigError, store->hold(space, bytes_of(key_of(0)), holder));
+    CHECK(store->open_holder("another", 1 << 20) == holder);
+    CHECK(store->holders().at(0).bytes == 0);
+    put(*store, space, "large", std::string(3900 << 10, 'x'));  // for which all others have to leave
+    CHECK(get(*store, space, key_of(199)) == "(absent)");
+}
+#endif
+
 TEST(what_a_store_still_holds_when_it_goes_is_left_to_the_next_reaper) {
     auto store = Store::open_private({1 << 20, 0});
     const Space space = store->open_namespace(0, "default", 1, {});
