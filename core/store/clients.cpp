@@ -6,8 +6,9 @@
 
 namespace kvstrata {
 
-SlotPool::SlotPool(u32 first, u32 count, const char* what) : free_((count + 63) / 64), first_(first), count_(count), what_(what) {
-    for (u32 i = 0; i < count; ++i) free_[i / 64].fetch_or(u64{1} << i % 64, std::memory_order_relaxed);
+SlotPool::SlotPool(u32 first, u32 count, const char* what, bool full)
+    : free_((count + 63) / 64), first_(first), count_(count), what_(what) {
+    for (u32 i = 0; full && i < count; ++i) free_[i / 64].fetch_or(u64{1} << i % 64, std::memory_order_relaxed);
 }
 
 std::optional<u32> SlotPool::try_take() {
@@ -85,9 +86,8 @@ void Clients::claim(u32 slot) {
 }
 
 void Clients::end_arrival(u32 slot) {
-    if (slot < kInFlight - kDepartures) return arrivals.give_back(slot);
-    departures.give_back(slot);
-    spares.returned();
+    give_back(slot);
+    no_spare_any_more(slot);
 }
 
 void Clients::settle_counts(Client& client) {

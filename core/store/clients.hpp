@@ -16,7 +16,7 @@ namespace kvstrata {
 // Numbers from `first` on to be handed out, within this process.
 class SlotPool {
 public:
-    SlotPool(u32 first, u32 count, const char* what);
+    SlotPool(u32 first, u32 count, const char* what, bool full = true);
     u32 take();                     // waits a little for one to come back; throws TierUnavailable
     std::optional<u32> try_take();  // nothing when all are taken
     void give_back(u32 slot);
@@ -30,6 +30,32 @@ private:
     std::atomic<u32> waiting_{0};
     std::mutex mutex_;
     std::condition_variable returned_;
+};
+
+// Slots of which what they hold has yet to be given back, since somebody held a lock for too long.
+class PutOff {
+public:
+    explicit PutOff(u32 count) : slots_(0, count, "", false) {}
+    void add(u32 slot) {
+        slots_.give_back(slot);
+        any_.store(true);
+    }
+    bool any() const { return any_.load(std::memory_order_relaxed); }
+    // Takes all that there are now out, and tries each: `give_back(slot)` says whether it could be done, and adds it again if not.
+    template <class GiveBack>
+    bool retry(GiveBack&& give_back) {
+        if (!any_.exchange(false)) return true;
+        while (const auto slot = slots_.try_take()) {
+            if (give_back(*slot)) continue;
+            any_.store(true);  // for those that haven't been tried
+            return false;
+        }
+        return true;
+    }
+
+private:
+    SlotPool slots_;
+    std::atomic<bool> any_{false};
 };
 
 // A slot that goes back to its pool unless it is kept.
@@ -76,8 +102,13 @@ public:
     // them may stay, as spare blocks, and then come in again.
     SlotPool departures{kInFlight - kDepartures, kDepartures, "values being freed"};
     Spares spares;
+    PutOff pins_put_off{kPins}, blocks_put_off{kInFlight};
     // A slot whose block, on its way in, has arrived or is gone.
     void end_arrival(u32 slot);
+    void give_back(u32 slot) { (slot < kInFlight - kDepartures ? arrivals : departures).give_back(slot); }
+    void no_spare_any_more(u32 slot) {  // one that may have been lent, and whose block is to be freed
+        if (slot >= kInFlight - kDepartures) spares.returned();
+    }
     u32 blocks_arriving() const { return arrivals.in_use() + spares.lent(); }
 
 private:

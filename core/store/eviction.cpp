@@ -28,15 +28,15 @@ void Store::leave_memory(u32 at) {
     Entry& entry = index_.entry(at);
     Namespace& ns = space(entry.ns);
     Shard& shard = index_.shard(index_.shard_holding(at));
-    take_from_order(ns, at, true);
-    if (!current(entry, ns)) {
-        ++shard.expired;
-        drop(at);
-    } else if (entry.segment) {
+    const bool there = current(entry, ns);
+    if (there && entry.segment) {
+        const u32 departure = take_departure();
+        take_from_order(ns, at, true);
         ++shard.demotions;
-        free_memory(at);  // from now on only below
+        free_memory(at, departure);  // from now on only below
     } else {
-        ++shard.evictions;
+        take_from_order(ns, at, true);
+        ++(there ? shard.evictions : shard.expired);
         drop(at);
     }
 }
@@ -273,8 +273,9 @@ u64 Store::demote_all() {
             const RobustLock held = index_.lock(number);
             index_.each_of(number, [&](u32 at, Entry& entry) {
                 if (entry.state != EntryState::live || entry.ns != id || !entry.memory || !entry.segment || entry.pins || entry.holder) return;
+                const u32 departure = take_departure();
                 take_from_order(space(id), at, true);
-                free_memory(at);
+                free_memory(at, departure);
                 ++index_.shard(number).demotions;
                 bytes += u64{entry.units} * kUnit;
             });
@@ -352,6 +353,7 @@ Block Store::take_block(u32 units, Space wanted, bool may_wait) {
     if (!free_slot) return {};
     const u32 slot = *free_slot;
     try {
+        if (clients_.blocks_put_off.any() || unburied_.load()) do_what_was_put_off();
         bool reaped = false;
         for (int evictions = 0;; ++evictions) {
             const bool full = over_quota();
@@ -389,8 +391,8 @@ bool Store::give_back_spares() {
     for (u32 i = 0; i < Spares::kMost; ++i) {  // other threads may keep more meanwhile
         const auto slot = clients_.spares.take_any();
         if (!slot) return i > 0;
-        allocator_.release(clients_.self(), *slot);
-        clients_.end_arrival(*slot);
+        clients_.no_spare_any_more(*slot);
+        free_block(*slot);
     }
     return true;
 }

@@ -111,8 +111,9 @@ Lookup Store::acquire(Space wanted, Key key, u32 hash, Pin& pin, Small* small, U
     }
 }
 
-void Store::unpin(u32 slot, u32 at) noexcept {
-    if (clients_.self() == ~0u) return;  // a forked child: the pin is the parent's
+// False when the lock can't be had: then it is done later.
+bool Store::unpin(u32 slot, u32 at) noexcept {
+    if (clients_.self() == ~0u) return true;  // a forked child: the pin is the parent's
     try {
         const RobustLock held = index_.lock(index_.shard_holding(at));
         Entry& entry = index_.entry(at);
@@ -120,9 +121,11 @@ void Store::unpin(u32 slot, u32 at) noexcept {
         KVSTRATA_COMMIT("store.unpin");
         if (--entry.pins == 0 && entry.state == EntryState::zombie) bury(at);
     } catch (...) {
-        return;  // the lock can't be had: the pin stays until this process ends
+        clients_.pins_put_off.add(slot);
+        return false;
     }
     clients_.pins.give_back(slot);
+    return true;
 }
 
 Pin::~Pin() {

@@ -69,6 +69,7 @@ void Store::sweep(u32 dead_owner) {
 }
 
 u32 Store::reap() {
+    do_what_was_put_off();
     const RobustLock held(header_.admin, [] {});
     return reap_dead();
 }

@@ -8,11 +8,6 @@
 #include "base/failpoints.hpp"
 
 namespace kvstrata {
-namespace {
-void fetch_to_write(const u8* block, u32 units) {
-    for (u32 unit = 0; unit < std::min(units, kFetched); ++unit) __builtin_prefetch(block + unit * kUnit, 1);
-}
-}  // namespace
 
 // ---- Opening ------------------------------------------------------------------------------------
 
@@ -64,6 +59,7 @@ void Store::attach() {
 Store::~Store() {
     if (clients_.self() == ~0u) return;
     try {
+        do_what_was_put_off();
         const RobustLock held(header_.admin, [] {});
         sweep(clients_.self());
         give_back_spares();
@@ -210,16 +206,6 @@ u8* Block::bytes() const {
 }
 u32 Block::units() const { return store_->clients_.mine().in_flight[slot_].units; }
 
-void Store::abort_block(u32 slot) noexcept {
-    if (clients_.self() == ~0u) return;
-    try {
-        allocator_.release(clients_.self(), slot);
-    } catch (...) {
-        return;
-    }
-    clients_.end_arrival(slot);
-}
-
 std::optional<Reservation> Store::reserve(Space wanted, Key key, u32 hash, u64 bytes, const PutOptions& options, bool may_wait) {
     const Namespace& ns = space(wanted.id);
     const u64 length = record_bytes(key.size(), bytes);
@@ -345,63 +331,6 @@ Published Store::publish(Reservation& reservation, Pin* keep, const Promotion* p
     }
     make_room_ahead(at, static_cast<u32>(length / kUnit));
     return result;
-}
-
-// ---- References ---------------------------------------------------------------------------------
-
-void Store::put_in_order(Namespace& ns, u32 at, u32 depth) {
-    index_.nodes()[at].stamp = header_.tick.fetch_add(1, std::memory_order_relaxed);
-    policy_of(ns).insert(order_of(ns), at, depth);
-    if (ns.order.room && ns.order.count > ns.order.room) ns.hungry.store(1, std::memory_order_relaxed);
-    ns.count(u64{index_.entry(at).units} * kUnit, 1);
-}
-
-void Store::take_from_order(Namespace& ns, u32 at, bool evicted) {
-    policy_of(ns).remove(order_of(ns), at, evicted);
-    ns.count(-(u64{index_.entry(at).units} * kUnit), ~u64{0});
-}
-
-// Takes an entry out of the table; it goes at once, or with its last pin.
-void Store::drop(u32 at) {
-    index_.unlink(at, EntryState::zombie);
-    if (index_.entry(at).pins == 0) bury(at);
-}
-
-void Store::bury(u32 at) {
-    free_memory(at);
-    free_key(at);
-    index_.free_entry(at);
-}
-
-// Frees the block that a field of the entry refers to. Written down as in flight before the reference goes.
-void Store::release_through(u32 Entry::* reference, u32 at, u32 units) {
-    const u32 slot = clients_.departures.take();
-    InFlight& flight = clients_.mine().in_flight[slot];
-    flight.units = units;
-    flight.entry = at;
-    KVSTRATA_COMMIT("store.leaving");
-    flight.block = index_.entry(at).*reference;
-    KVSTRATA_COMMIT("store.left");
-    index_.entry(at).*reference = kNone;
-    KVSTRATA_COMMIT("store.gone");
-    flight.entry = kNone;
-    allocator_.set_owner(flight.block, units, kNone);
-    if (!kDebug && clients_.spares.keep(slot, units)) {  // debug builds look at what is freed
-        fetch_to_write(region_->data() + u64{flight.block} * kUnit, units);  // by the next put
-        return;
-    }
-    allocator_.release(clients_.self(), slot);
-    clients_.departures.give_back(slot);
-}
-
-void Store::free_memory(u32 at) {
-    if (index_.entry(at).memory) release_through(&Entry::memory, at, index_.entry(at).units);
-}
-
-void Store::free_key(u32 at) {
-    Entry& entry = index_.entry(at);
-    if (entry.key_len <= kInlineKey || !entry.key_block) return;
-    release_through(&Entry::key_block, at, static_cast<u32>(align_up(entry.key_len, kUnit) / kUnit));
 }
 
 }  // namespace kvstrata

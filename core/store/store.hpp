@@ -17,6 +17,9 @@
 namespace kvstrata {
 
 inline constexpr u32 kFetched = 24;  // cache lines of a record that are asked for at once, before the first has come
+inline void fetch_to_write(const u8* block, u32 units) {
+    for (u32 unit = 0; unit < std::min(units, kFetched); ++unit) __builtin_prefetch(block + unit * kUnit, 1);
+}
 
 class Store {
 public:
@@ -236,15 +239,18 @@ private:
     void tell(Uses& uses);
     bool in_order(u32 id, const Uses::Hit& hit) const;
     void claim(u32 at, Lease& lease, Pin& pin);
-    void unpin(u32 slot, u32 at) noexcept;
+    bool unpin(u32 slot, u32 at) noexcept;
 
     void put_in_order(Namespace& ns, u32 at, u32 depth);  // policy locked
     void take_from_order(Namespace& ns, u32 at, bool evicted);
     void drop(u32 at);                           // shard locked, and not in an order
     void bury(u32 at);
-    void free_memory(u32 at);
-    void free_key(u32 at);
-    void release_through(u32 Entry::* reference, u32 at, u32 units);
+    void free_memory(u32 at, u32 departure);
+    void release_through(u32 Entry::* reference, u32 at, u32 units, u32 departure);
+    u32 take_departure();
+    bool free_block(u32 slot) noexcept;
+    void free_put_off();
+    void do_what_was_put_off();
 
     Block take_block(u32 units, Space space, bool may_wait);
     bool may_leave(const Entry& entry) const;
@@ -291,6 +297,7 @@ private:
     Namespace* namespaces_;
     u32 capacity_units_;
 
+    std::atomic<bool> unburied_{false};  // zombies are left for which this process had no slot
     std::atomic<u32> next_shard_{0};  // of which evict_keys forgets some
 
     struct Ahead {  // of what will be wanted: see make_room_ahead

@@ -73,6 +73,55 @@ TEST(a_holder_whose_closing_was_cut_short_is_closed_by_whoever_opens_the_next_on
     put(*store, space, "large", std::string(3900 << 10, 'x'));  // for which all others have to leave
     CHECK(get(*store, space, key_of(199)) == "(absent)");
 }
+
+TEST(blocks_that_a_stopped_process_keeps_from_being_freed_are_freed_once_it_goes_on) {
+    auto store = Store::open_private({16 << 20, 0});
+    const Space space = store->open_namespace(0, "default", 1, {});
+    const std::string value(20000, 'v'), longer(100, 'k');  // keys of which each has a block of its own
+    for (int i = 0; i < 200; ++i) put(*store, space, longer + key_of(i), value);
+    {
+        const Stopped peer(*store, "allocator.announced", [&](Store& mine) { put(mine, space, "its", value); });
+        for (int i = 0; i < 50; ++i) CHECK(store->remove(space, bytes_of(longer + key_of(i))).present);  // of more blocks than slots
+        CHECK_THROWS(TierUnavailable, put(*store, space, "mine", value));
+    }
+    put(*store, space, "mine", value);
+    CHECK(store->usage(space.id).first == 152);
+    for (int i = 50; i < 200; ++i) store->remove(space, bytes_of(longer + key_of(i)));
+    for (const char* const key : {"its", "mine"}) store->remove(space, bytes_of(key));
+    const auto stats = store->stats();
+    CHECK(stats.memory.used == 0 && stats.memory.free_runs == 1 && stats.memory.faults == 0);
+    CHECK(stats.entries == 0 && stats.reservations == 0 && store->usage(space.id).second == 0);
+}
+
+TEST(a_record_whose_block_cannot_be_freed_now_stays_in_memory_and_in_its_order) {
+    auto store = Store::open_private({16 << 20, 1 << 30});
+    const Space space = store->open_namespace(0, "default", 1, {});
+    for (int i = 0; i < 200; ++i) put(*store, space, key_of(i), std::string(20000, 'v'));
+    u64 offset = 0;
+    for (auto& dirty : store->take_dirty(200, 1 << 30, 0)) store->settle(dirty, 1, offset += 1 << 20);
+    {
+        const Stopped peer(*store, "allocator.announced", [&](Store& mine) { put(mine, space, "its", "value"); });
+        CHECK_THROWS(TierUnavailable, store->demote_all());  // once no slot is left
+    }
+    u64 in_memory = 0;
+    for (int i = 0; i < 200; ++i) in_memory += get(*store, space, key_of(i)) != "(absent)";
+    CHECK(in_memory && store->usage(space.id).first == in_memory + 1);
+}
+
+TEST(a_pin_that_a_stopped_process_keeps_from_being_given_back_is_given_back_once_it_goes_on) {
+    auto store = Store::open_private({1 << 20, 0});
+    const Space space = store->open_namespace(0, "default", 1, {});
+    put(*store, space, "key", "value");
+    {
+        Pin pin;
+        CHECK(store->acquire(space, bytes_of("key"), pin, nullptr, nullptr) == Lookup::hit);
+        const Stopped peer(*store, "store.pin", [&](Store& mine) { get(mine, space, "key"); });
+        pin = Pin();
+    }
+    store->reap();
+    store->remove(space, bytes_of("key"));
+    CHECK(store->stats().pins == 0 && store->stats().memory.used == 0);
+}
 #endif
 
 TEST(what_a_store_still_holds_when_it_goes_is_left_to_the_next_reaper) {
