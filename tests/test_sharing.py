@@ -123,6 +123,23 @@ def test_a_childs_end_does_not_end_the_parents_pin(open_cache: OpenCache) -> Non
         assert bytes(view) == bytes(1000)
 
 
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_parents_pin_gives_a_child_nothing_to_read(open_cache: OpenCache) -> None:
+    cache = open_cache()
+    cache.put("a", bytes(1000))
+    pin = cache.pin("a")
+
+    def child() -> bool:
+        for read in (memoryview, len, lambda pin: pin.__enter__()):
+            with pytest.raises(ValueError, match="another process's"):
+                read(pin)
+        return cache.get("a") == bytes(1000)
+
+    assert in_a_fork(child)
+    assert bytes(memoryview(pin)) == bytes(1000)
+    pin.release()
+
+
 def _sum_of(cache: kvstrata.Cache, keys: list[str]) -> int:
     return sum(len(value) for value in cache.get_many(keys))
 

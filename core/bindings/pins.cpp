@@ -26,10 +26,12 @@ u64 replaced(Published published, const Reservation& reservation) {
 
 namespace {
 
+const char* const kNothingHeld = "this pin is released, or another process's";
+
 int export_pin(PyObject* self, Py_buffer* buffer, int flags) {
     PinHandle* pin = nb::inst_ptr<PinHandle>(self);
     if (!pin->holds()) {
-        PyErr_SetString(PyExc_ValueError, "this pin is released");
+        PyErr_SetString(PyExc_ValueError, kNothingHeld);
         return -1;
     }
     // const_cast: the pages are mapped read-only, and the export says so.
@@ -140,7 +142,7 @@ nb::object commit_load(WriteHandle& write, std::optional<u32> payload_crc) {
 
 std::optional<Identity> identity_of(nb::handle object) {
     const PinHandle& handle = nb::cast<PinHandle&>(object);
-    if (!handle.pin) return std::nullopt;
+    if (!handle.pin || !handle.holds()) return std::nullopt;
     return handle.store->identify(handle.pin);
 }
 
@@ -153,7 +155,7 @@ void bind_pins(nb::module_& m) {
              nb::arg().none(), nb::arg().none(), nb::arg().none())
         .def("release", &release_pin)
         .def("__len__", [](const PinHandle& self) -> size_t {
-            if (!self.holds()) throw InvalidValue("this pin is released");
+            if (!self.holds()) throw InvalidValue(kNothingHeld);
             return self.size();
         });
     m.def("local_pin", [](nb::handle value) {

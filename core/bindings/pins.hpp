@@ -21,7 +21,8 @@ struct PinHandle {
         store.reset();
         local.reset();
     }
-    bool holds() const { return !released && (store || local); }
+    // In a forked child it holds nothing: there the record may go, and another one come, at any time.
+    bool holds() const { return !released && (local || (store && !store->left_to_parent())); }
     const u8* data() const { return local ? local->data() : whole_record ? pin.record() : pin.value(); }
     u64 size() const { return local ? local->size() : whole_record ? pin.record_size() : pin.size(); }
 };
