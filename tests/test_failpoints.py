@@ -13,7 +13,7 @@ OPTIONS = {"memory": "2MiB", "disk": "16MiB"}
 COUNTDOWNS = [0, 25]
 
 # Workers come by everywhere but at these places, which take a history of their own.
-ONLY_WHEN_MANY_KEYS_ARE_PUT = {"allocator.chunk", "store.forgotten"}
+ONLY_WHEN_MANY_KEYS_ARE_PUT = {"allocator.chunk", "index.split", "store.forgotten"}
 ONLY_WHEN_A_NAMESPACE_IS_MADE = {"store.defined"}
 ONLY_WHEN_A_VERSION_IS_OPENED = {"store.epoch"}
 ONLY_WHEN_THE_INDEX_IS_RESTORED = {"store.row"}

@@ -23,9 +23,9 @@ bool Store::wanted_often(u32 hash, u32 times) {
     const u32 lately = generation(now).count(key);
     if (lately + 1 >= times) return true;
     const u32 before = lately + generation(1 - now).count(key);
-    if (!lately && header_.seen_keys.fetch_add(1) == capacity_of(header_.seen)) {  // exactly one sees this number
+    if (!lately && header_.seen_keys.fetch_add(1) >= capacity_of(header_.seen) &&
+        header_.seen_keys.exchange(0) >= capacity_of(header_.seen)) {  // exactly one takes the number back
         generation(1 - now).clear();
-        header_.seen_keys.store(0);
         header_.seen_now.store(1 - now);
     }
     generation(header_.seen_now.load() % 2).add(key);

@@ -251,6 +251,7 @@ void Index::grow(u32 number) {
     u32 chain = table[from];
     table[from] = table[to] = kNone;
     if (++shard.split == 1u << shard.level) {
+        KVSTRATA_COMMIT("index.split");
         ++shard.level;
         shard.split = 0;
     }
@@ -286,6 +287,7 @@ void Index::repair(u32 number) {
     header_.rebuilt_shards.fetch_add(1);
     Shard& shard = shards_[number];
     std::memset(buckets(number), 0, u64{shard.backed} * sizeof(u32));
+    if (shard.split >> shard.level) ++shard.level, shard.split = 0;  // it died between the last split of a level and the next level
     if ((1u << shard.level) + shard.split > shard.backed) shard.split = 0;
     shard.count = 0;
     shard.removals.fetch_add(1);

@@ -27,6 +27,7 @@ void Store::reap_client(u32 slot) {
             const RobustLock held = index_.lock(index_.shard_holding(flight.entry));
             referenced = index_.refers_to(index_.entry(flight.entry), flight.block);
         }
+        if (!flight.block) continue;  // a repair of the shard has found it to be the entry's
         if (referenced) {
             flight.block = kNone;
         } else {
