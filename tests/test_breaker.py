@@ -79,6 +79,20 @@ def test_a_probe_of_which_nothing_is_heard_does_not_keep_it_half_open(breaker: B
     assert breaker.allow()
 
 
+def test_a_refusal_is_an_answer_that_the_figures_tell_of(breaker: Breaker, clock: Clock) -> None:
+    fail(breaker, 2)
+    breaker.refusal("OOM", "full")
+    fail(breaker, 2)
+    assert breaker.allow()
+    breaker.refusal("OOM", "full")
+    assert breaker.stats()["last_error"] == "OOM: full"
+    fail(breaker, 3)
+    clock.now += 1
+    assert breaker.allow()
+    breaker.refusal("OOM", "full")
+    assert breaker.state == "closed"
+
+
 def test_a_late_failure_of_an_earlier_call_changes_nothing(breaker: Breaker, clock: Clock) -> None:
     fail(breaker, 3)
     clock.now += 0.5

@@ -187,6 +187,18 @@ def test_faults_are_misses_and_open_the_breaker_which_a_probe_closes(store: Memo
     assert host.tier.stats()["breaker"] == "closed"
 
 
+def test_a_store_that_answers_with_refusals_goes_on_being_asked(store: MemoryStore) -> None:
+    host = Host(store)
+    host.write({b"key": b"1"})
+    store.fault = StoreFault("OOM", "full", sent=False, answered=True)
+    for _ in range(10):
+        with pytest.raises(StoreFault, match="full"):
+            host.write({b"other": b"2"})
+    store.fault = None
+    assert host.load([b"key"]) == [b"1"]
+    assert host.tier.stats()["error OOM"] == 10
+
+
 def test_a_probe_that_is_a_write_is_one_even_if_the_generation_is_not_known(store: MemoryStore) -> None:
     now = [0.0]
     host = Host(store, breaker=Breaker("the store", threshold=1, pause_s=1.0, clock=lambda: now[0]))

@@ -604,6 +604,34 @@ def test_a_server_that_is_killed_and_started_again_under_load_costs_hits_only(
         assert all(a != b for a, b in itertools.pairwise(said))
 
 
+@pytest.mark.parametrize("policy", ["noeviction", "volatile-lru"])
+def test_a_full_server_is_read_as_ever_and_written_to_less_and_less_often(
+    open_cache: OpenCache, tmp_path: Path, policy: str
+) -> None:
+    valkey = pytest.importorskip("valkey")
+    with valkey_server("--maxmemory", "20mb", "--maxmemory-policy", policy) as server:
+        url = f"redis://127.0.0.1:{server.port}?lookup_timeout=10"
+        values = {f"{i}": make_value(b"%d" % i, 1, 100_000) for i in range(100)}
+        with open_cache(tmp_path / "a", memory="32MiB", remote=url) as writer:
+            writer.namespace("ns", immutable=True).put_many(values)
+            writer.flush()
+        cache = open_cache(tmp_path / "b", memory="64MiB", remote=url)
+        ns = cache.namespace("ns", immutable=True)
+        new = {f"new {i}": bytes(100_000) for i in range(200)}
+        ns.put_many(new)
+        wait_for(lambda: cache.stats()["remote"][0]["refused_writes"] >= 4)
+        assert [ns.get(key) == value for key, value in values.items()] == [True] * 100
+        figures = cache.stats()["remote"][0]
+        assert figures["breaker_opened"] == 0
+        assert figures["queued_records"] > 0
+        assert "OOM" in figures["last_error"]
+        with valkey.Valkey(port=server.port) as client:
+            client.config_set("maxmemory", 0)
+        cache.flush()
+        other = open_cache(tmp_path / "c", memory="64MiB", remote=url).namespace("ns", immutable=True)
+        assert other.get_many(list(new)) == list(new.values())
+
+
 def test_a_server_that_stands_still_costs_no_more_than_the_time_limit(open_cache: OpenCache, tmp_path: Path) -> None:
     with valkey_server() as server:
         cache = open_cache(tmp_path / "a", remote=f"redis://127.0.0.1:{server.port}?lookup_timeout=0.05")

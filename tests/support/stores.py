@@ -59,7 +59,8 @@ class MemoryStore:
         self.calls[verb] = self.calls.get(verb, 0) + 1
         if self.fault is not None:
             # A new one each time: an exception keeps what was in its frames.
-            raise StoreFault(self.fault.kind, str(self.fault), found=self.fault.found, sent=self.fault.sent)
+            fault = self.fault
+            raise StoreFault(fault.kind, str(fault), found=fault.found, sent=fault.sent, answered=fault.answered)
 
     def _get(self, name: bytes) -> bytes | None:
         data, expires = self.records.get(name, (None, 0))

@@ -32,6 +32,7 @@ __all__ = ["Change", "RemoteWriter", "Target", "Unsent", "trust_from"]
 _AT_ONCE = 64  # keys
 _BYTES_AT_ONCE = 16 << 20
 _IDLE_S = 0.2
+_LONGEST_PAUSE_S = 30.0
 _SKEW_NS = 10_000_000_000  # as in core/store/remote.cpp
 _SETTLING_S = 1.0  # after which a command that timed out earlier is no longer carried out by a server that is back
 _RECHECKS = 3
@@ -131,6 +132,8 @@ class RemoteWriter:
         self._stopping = False
         self._give_up_at = float("inf")
         self._probe_at = 0.0
+        self._pause_s = _IDLE_S  # after the next failure
+        self._hurried = False
         self._thread = new_thread(self._run, "kvstrata-remote")
         self._thread.start()
 
@@ -169,6 +172,8 @@ class RemoteWriter:
     def flush(self, until: float) -> bool:
         """Wait, no longer than until that monotonic time, until all that was queued has been dealt with."""
         with self._changed:
+            self._hurried = True
+            self._changed.notify_all()
             return self._changed.wait_for(
                 lambda: not self._queue and not self._busy, max(0.0, until - time.monotonic())
             )
@@ -176,7 +181,7 @@ class RemoteWriter:
     def stats(self) -> Stats:
         """Return how many keys wait, and what became of others."""
         with self._changed:
-            names = ("dropped_records", "vanished_records", "rewritten_records")
+            names = ("dropped_records", "vanished_records", "rewritten_records", "refused_writes")
             return {"queued_records": len(self._queue) + self._busy, **{name: self._numbers[name] for name in names}}
 
     def stop(self, patience_s: float) -> None:
@@ -210,7 +215,8 @@ class RemoteWriter:
                 if failed:
                     if self._stopping:
                         self._give_up_at = 0.0
-                    self._changed.wait_for(lambda: self._stopping, _IDLE_S)
+                    self._changed.wait_for(lambda: self._stopping or self._hurried, self._pause_s)
+                    self._hurried = False
 
     def _take(self) -> tuple[Target | None, dict[bytes | None, _Item]]:
         """Wait for something that is due; returns keys of one namespace, None for the end.
@@ -264,12 +270,22 @@ class RemoteWriter:
         except StoreFault as fault:
             may_arrive = fault.sent and not target.immutable
             self._put_back(target, batch, due=float("inf") if may_arrive else 0.0, first=True)
+            self._pause_s = self._refused() if fault.answered else _IDLE_S
             return False
         except TierUnavailable:
             self._put_back(target, batch, first=True)
+            self._pause_s = _IDLE_S
             return False
+        self._pause_s = _IDLE_S
         self._unpark()
         return True
+
+    def _refused(self) -> float:
+        """The tier can be reached but doesn't take this: return how long to wait this time, twice the last."""
+        self._unpark()
+        with self._changed:
+            self._numbers["refused_writes"] += 1
+        return min(2 * self._pause_s, _LONGEST_PAUSE_S)
 
     def _bring_some(self, target: Target, batch: dict[bytes | None, _Item]) -> None:
         """Deal with the first keys: as many records as may be pinned and sent at once."""

@@ -144,13 +144,23 @@ class StoreFault(TierUnavailable):
 
     `kind` is what it is counted under, such as "ECONNREFUSED" or "timeout"; the message holds no secrets. `found` is
     what a read did get, if it was one. With `sent`, what was to be changed may still be, later; without, nothing will.
+    `answered`: the store can be reached and refuses only this, so others may well be served.
     """
 
-    def __init__(self, kind: str, message: str, *, found: list[Buffer | None] | None = None, sent: bool = True) -> None:
+    def __init__(
+        self,
+        kind: str,
+        message: str,
+        *,
+        found: list[Buffer | None] | None = None,
+        sent: bool = True,
+        answered: bool = False,
+    ) -> None:
         super().__init__(message)
         self.kind = kind
         self.found = found
         self.sent = sent
+        self.answered = answered
 
 
 class RecordStore(Protocol):

@@ -26,9 +26,9 @@ log = logging.getLogger("kvstrata.breaker")
 class Breaker:
     """Decides for `subject`, a name without secrets, whether a call may be made; for all threads.
 
-    Whoever was told that he may call says how it went: `success` or `failure`. A pause lasts `pause_s` at first and
-    `longest_s` at most, each up to a quarter shorter by chance, so that hosts don't all probe at once. A probe of which
-    nothing is heard for `longest_s` counts as failed.
+    Whoever was told that he may call says how it went: `success`, `refusal` or `failure`. A pause lasts `pause_s` at
+    first and `longest_s` at most, each up to a quarter shorter by chance, so that hosts don't all probe at once. A
+    probe of which nothing is heard for `longest_s` counts as failed.
     """
 
     def __init__(
@@ -104,6 +104,12 @@ class Breaker:
             self._pause_s = self._first_pause_s
             if self._state != "closed":
                 self._to("closed", "it answers again")
+
+    def refusal(self, kind: str, message: object) -> None:
+        """Say that a call was answered, if only with a refusal: that is a success, which `stats` tells of."""
+        with self._lock:
+            self._last = f"{kind}: {message}"
+        self.success()
 
     def failure(self, kind: str, message: object) -> None:
         """Say that a call failed: `kind` in a word, and a message without secrets."""

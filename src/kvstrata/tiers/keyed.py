@@ -407,4 +407,4 @@ class KeyedTier:
 
     def _failed(self, fault: StoreFault) -> None:
         self._count(**{f"error {fault.kind}": 1})
-        self.breaker.failure(fault.kind, fault)
+        (self.breaker.refusal if fault.answered else self.breaker.failure)(fault.kind, fault)

@@ -168,7 +168,8 @@ class S3Store:
         for word, name in (("refused", "ECONNREFUSED"), ("timed out", "timeout")):
             if word in str(error).lower():
                 kind = name
-        return StoreFault(kind, f"{self.name}: the request failed ({kind})")
+        refused = kind == "PermissionDeniedError"  # maybe only to write
+        return StoreFault(kind, f"{self.name}: the request failed ({kind})", sent=not refused, answered=refused)
 
 
 class _Until:

@@ -28,6 +28,7 @@ _CHUNK = 8 << 20  # bytes of a record that go under one name
 _MANIFEST = struct.Struct("<4sIQ")  # magic, pieces, bytes of all of them
 _MAGIC = b"KVSC"
 _MOVED = ("MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN")
+_SERVES_NOBODY = ("LOADING", "BUSY", "MASTERDOWN", "NOAUTH")  # else a refusal says nothing of other commands
 _IDLE_WIRES = 8  # of each server
 _HANDSHAKE_S = 5.0  # for one that goes on after its caller has given up
 
@@ -206,9 +207,8 @@ class ValkeyStore:
                 raise
             raise StoreFault(fault.kind, f"{self.name}: {fault}", sent=fault.sent) from fault
         if failed is not None:
-            raise StoreFault(
-                failed.kind, f"{self.name}: {failed}", sent=failed.kind not in ("OOM", "NOPERM", "LOADING")
-            )
+            answered = failed.kind not in _SERVES_NOBODY
+            raise StoreFault(failed.kind, f"{self.name}: {failed}", sent=False, answered=answered)
 
     def _route(self, names: Sequence[bytes], deadline: Deadline, *, refresh: bool) -> dict[_Server, list[int]]:
         """Return which of the names each server has."""
