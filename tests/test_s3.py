@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -127,6 +129,27 @@ def test_a_server_that_stands_still_is_a_timeout_and_answers_later(server: Serve
         assert store.read([b"name"], PATIENCE_S) == [b"bytes"]
     finally:
         store.close()
+
+
+def test_who_waits_for_an_answer_while_another_closes_the_store_gets_a_fault() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        store = S3Store("the store", "tests", "x", options(silent.getsockname()[1]))
+        faults: list[StoreFault] = []
+
+        def read() -> None:
+            try:
+                store.read([b"a", b"b"], 3600.0)
+            except StoreFault as fault:
+                faults.append(fault)
+
+        reader = threading.Thread(target=read, daemon=True)
+        reader.start()
+        with silent.accept()[0]:
+            store.close()
+            reader.join(PATIENCE_S)
+    assert [fault.kind for fault in faults] == ["closed"]
+    with pytest.raises(StoreFault, match="closed"):
+        store.read([b"a"], PATIENCE_S)
 
 
 def test_hosts_share_records_through_a_bucket(server: Server, open_cache: OpenCache, tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ An object has no time to live there, so that stands in the record only; a rule o
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import CancelledError, Future
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,6 +25,7 @@ __all__ = ["S3Store"]
 T = TypeVar("T")
 _AT_ONCE = 32  # requests
 _RATE = 32 << 20  # bytes a second, at which a transfer may go on
+_GRACE_S = 5.0  # for the loop to end what has no time left
 
 
 class S3Store:
@@ -58,6 +61,8 @@ class S3Store:
         self._requests = 0
         self._loop = asyncio.new_event_loop()
         self._slots = asyncio.Semaphore(_AT_ONCE)
+        self._lock = threading.Lock()  # so that nothing is started once it is being closed
+        self._closed = False
         self._thread = new_thread(self._loop.run_forever, "kvstrata-s3")
         self._thread.start()
 
@@ -127,12 +132,25 @@ class S3Store:
 
     def close(self) -> None:
         """Give up what is under way."""
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join()
-            self._loop.close()
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        if self._thread.is_alive():  # as it isn't in a forked child
+            asyncio.run_coroutine_threadsafe(self._cancel_all(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
     # ---- Inside
+
+    async def _cancel_all(self) -> None:
+        """Let those who wait for an answer have one before the loop stops, which nobody would settle later."""
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=_GRACE_S)
 
     def _all(self, one: Callable[[int, _Until], Coroutine[Any, Any, None]], count: int, timeout_s: float) -> None:
         """Run one coroutine for each position, within the time limit; raises the first fault when all have ended."""
@@ -154,11 +172,25 @@ class S3Store:
 
         if not count:
             return
-        if self._loop.is_closed():
-            raise StoreFault("closed", f"{self.name} is closed", sent=False)
-        for error in asyncio.run_coroutine_threadsafe(run(), self._loop).result():
+        with self._lock:
+            if self._closed:
+                raise StoreFault("closed", f"{self.name} is closed", sent=False)
+            running = asyncio.run_coroutine_threadsafe(run(), self._loop)
+        for error in self._result(running, until):
             if error is not None:
                 raise self._fault(error)
+
+    def _result(self, running: Future[T], until: _Until) -> T:
+        """Wait until the loop is done, not much longer than there is time."""
+        while True:
+            try:
+                return running.result(max(0.0, until.left()) + _GRACE_S)
+            except TimeoutError:
+                if until.left() <= 0:
+                    running.cancel()
+                    raise StoreFault("timeout", f"{self.name}: no answer within the time limit") from None
+            except CancelledError:
+                raise StoreFault("closed", f"{self.name} is closed") from None
 
     def _fault(self, error: BaseException) -> StoreFault:
         """What obstore raises, as a fault. Its text may hold addresses and signatures, so only its kind is told."""
