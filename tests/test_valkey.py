@@ -6,7 +6,7 @@ import contextlib
 import ssl
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 from conftest import OpenCache
 from record_store_contract import PATIENCE_S, NativeExpiryContract, RecordStoreContract, pattern, record
 from support.servers import Server, TLSFront, valkey_cluster, valkey_server
+from support.stores import Host
 
 from kvstrata.tiers.base import StoreFault
 from kvstrata.tiers.valkey import ValkeyStore
@@ -188,26 +189,83 @@ class TestCluster(RecordStoreContract):
         assert min(counts) > 0
 
     def test_records_are_found_where_their_slot_has_moved_to(self, cluster: list[Server], store: ValkeyStore) -> None:
-        from valkey.crc import key_slot
-
         store.write([record(b"%d" % i, b"x%d" % i) for i in range(100)], PATIENCE_S)
-        slot = key_slot(b"7")
-        clients = [valkey.Valkey(port=server.port) for server in cluster]
+        with moving(cluster, b"7") as (_, rest):
+            rest()
+        assert store.read([b"%d" % i for i in range(100)], PATIENCE_S) == [b"x%d" % i for i in range(100)]
+
+    def test_records_are_reached_while_their_slot_is_on_its_way(
+        self, cluster: list[Server], store: ValkeyStore
+    ) -> None:
+        names = [b"%d" % i for i in range(50)] + [b"{7}here", b"{7}gone ahead", b"{7}new"]
+        store.write([record(name, name) for name in names[:-1]], PATIENCE_S)
+        with moving(cluster, b"7") as (move, rest):
+            move(b"{7}gone ahead")
+            assert store.read(names, PATIENCE_S) == [*names[:-1], None]
+            store.write([record(name, name + b"!") for name in names], PATIENCE_S)
+            assert store.read(names, PATIENCE_S) == [name + b"!" for name in names]
+            assert store.contains(names, PATIENCE_S) == [True] * len(names)
+            store.delete([b"{7}gone ahead", b"{7}here"], PATIENCE_S)
+            assert store.read(names[-3:], PATIENCE_S) == [None, None, b"{7}new!"]
+            rest()
+        assert store.read(names[-3:], PATIENCE_S) == [None, None, b"{7}new!"]
+
+
+@contextlib.contextmanager
+def moving(cluster: list[Server], name: bytes) -> Iterator[tuple[Callable[..., None], Callable[[], None]]]:
+    """Open the slot of a record for its move to another server: what moves records by name, and what moves the rest."""
+    from valkey.crc import key_slot
+
+    slot = key_slot(name)
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(valkey.Valkey(port=server.port)) for server in cluster]
         owner = next(c for c in clients if c.execute_command("CLUSTER COUNTKEYSINSLOT", slot))
         other = next(c for c in clients if c is not owner)
         ids = {c: c.execute_command("CLUSTER MYID").decode() for c in (owner, other)}
-        try:
-            other.execute_command("CLUSTER SETSLOT", slot, "IMPORTING", ids[owner])
-            owner.execute_command("CLUSTER SETSLOT", slot, "MIGRATING", ids[other])
-            port = other.connection_pool.connection_kwargs["port"]
-            for key in owner.execute_command("CLUSTER GETKEYSINSLOT", slot, 100):
-                owner.execute_command("MIGRATE", "127.0.0.1", port, key, 0, 5000)
+        port = other.connection_pool.connection_kwargs["port"]
+        other.execute_command("CLUSTER SETSLOT", slot, "IMPORTING", ids[owner])
+        owner.execute_command("CLUSTER SETSLOT", slot, "MIGRATING", ids[other])
+
+        def move(*names: bytes) -> None:
+            for each in names:
+                owner.execute_command("MIGRATE", "127.0.0.1", port, each, 0, 5000)
+
+        def rest() -> None:
+            move(*owner.execute_command("CLUSTER GETKEYSINSLOT", slot, 100))
             for client in (other, owner, *(c for c in clients if c not in (owner, other))):
                 client.execute_command("CLUSTER SETSLOT", slot, "NODE", ids[other])
-            assert store.read([b"%d" % i for i in range(100)], PATIENCE_S) == [b"x%d" % i for i in range(100)]
-        finally:
+
+        yield move, rest
+
+
+def test_a_slot_that_no_server_has_costs_its_own_records_only() -> None:
+    from valkey.crc import key_slot
+
+    items = {b"%d" % i: b"x%d" % i for i in range(50)}
+    with contextlib.ExitStack() as stack:
+        servers = stack.enter_context(valkey_cluster())
+        known, new = (stack.enter_context(opened(port=servers[0].port, cluster=True)) for _ in range(2))
+        host = Host(known)
+        host.write(items)
+        slots = [key_slot(name) for name in host.space.names(list(items), host.space.generation or 0)]
+        lost = next(slot for slot in slots if slot != key_slot(host.space.generation_name))
+        clients = [stack.enter_context(valkey.Valkey(port=server.port)) for server in servers]
+        for client in clients:
+            client.config_set("cluster-require-full-coverage", "no")
+        deadline = time.monotonic() + PATIENCE_S
+        while any(int(client.cluster("INFO")["cluster_slots_assigned"]) == 16384 for client in clients):
+            assert time.monotonic() < deadline
             for client in clients:
-                client.close()
+                with contextlib.suppress(valkey.ResponseError):  # it knows already
+                    client.execute_command("CLUSTER DELSLOTS", lost)
+        expected = [None if slot == lost else value for slot, value in zip(slots, items.values(), strict=True)]
+        for some in (host, Host(new)):
+            assert [some.load(list(items)) for _ in range(5)] == [expected] * 5
+            assert some.tier.stats()["breaker_opened"] == 0
+            with pytest.raises(StoreFault, match="no server of the cluster has the slots"):
+                some.write(items)
+        with pytest.raises(StoreFault, match="no server of the cluster has the slots"):
+            host.tier.delete(host.space, list(items))
 
 
 def test_a_user_with_a_password_may_and_one_without_gets_a_fault_that_tells_no_secret() -> None:

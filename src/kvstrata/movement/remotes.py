@@ -179,15 +179,17 @@ class RemoteSpace:
         """
         remotes, targets = self._bind()
         failed: TierUnavailable | None = None
-        for tier, target, writer in zip(remotes.tiers, targets, remotes.writers, strict=True):
-            try:
-                tier.delete(target.keyed, keys)
-            except TierUnavailable as error:
-                failed = error
-                remotes.unsent.more(change, len(keys))
-                for key in keys:
-                    writer.add(target, _bytes(key), change, must=True)
-        remotes.unsent.end(change)
+        try:
+            for tier, target, writer in zip(remotes.tiers, targets, remotes.writers, strict=True):
+                try:
+                    tier.delete(target.keyed, keys)
+                except TierUnavailable as error:
+                    failed = error
+                    remotes.unsent.more(change, len(keys))
+                    for key in keys:
+                        writer.add(target, _bytes(key), change, must=True)
+        finally:
+            remotes.unsent.end(change)
         if failed is not None:
             raise TierUnavailable(f"removed on this host, and there as soon as it can be reached: {failed}") from failed
 

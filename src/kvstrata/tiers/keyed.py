@@ -231,7 +231,7 @@ class KeyedTier:
         try:
             got = ask(head + names, left())
         except StoreFault as fault:
-            if fault.found is None or head:
+            if fault.found is None or (head and fault.found[0] is None):
                 raise  # without the generation, nothing of it counts
             self._failed(fault)
             got = fault.found

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections import deque
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from kvstrata.errors import MissingExtra
-from kvstrata.threads import new_thread
 from kvstrata.tiers.base import NamedRecord, Stats, StoreFault
+from kvstrata.tiers.connections import Server, within
 from kvstrata.tiers.resp import Deadline, ReplyError, Wire, command, fault_of
 
 if TYPE_CHECKING:
@@ -23,13 +23,12 @@ if TYPE_CHECKING:
 
 __all__ = ["ValkeyStore"]
 
-T = TypeVar("T")
 _CHUNK = 8 << 20  # bytes of a record that go under one name
 _MANIFEST = struct.Struct("<4sIQ")  # magic, pieces, bytes of all of them
 _MAGIC = b"KVSC"
-_MOVED = ("MOVED", "ASK", "TRYAGAIN", "CLUSTERDOWN")
+_MOVED = ("MOVED", "TRYAGAIN", "CLUSTERDOWN")
+_LOOK_AGAIN_S = 1.0  # after which a slot that nobody had may have been given to somebody
 _SERVES_NOBODY = ("LOADING", "BUSY", "MASTERDOWN", "NOAUTH")  # else a refusal says nothing of other commands
-_IDLE_WIRES = 8  # of each server
 _HANDSHAKE_S = 5.0  # for one that goes on after its caller has given up
 
 
@@ -50,8 +49,9 @@ class ValkeyStore:
         self._options = dict(options, lib_name=None, lib_version=None)
         self._cluster: Any = None  # the library's client, which knows who has which slot
         self._is_cluster = cluster
-        self._servers: dict[str, _Server] = {}
+        self._servers: dict[str, Server] = {}
         self._stale = False  # what is known of the cluster
+        self._looked_at = 0.0
         self._connections = 0
         self._lock = threading.Lock()
         self._closed = False
@@ -169,30 +169,48 @@ class ValkeyStore:
     ) -> None:
         """Send a command for each name to whoever has it, all at once, and put the replies in their places."""
         left = list(range(len(names)))
+        unserved: list[int] = []
         for attempt in range(4):
-            if not left:
-                return
             moved: list[int] = []
-            parts = self._route([names[i] for i in left], deadline, refresh=attempt > 0)
+            asked: dict[str, list[int]] = {}
+            parts, nobodys = self._route([names[i] for i in left], deadline, refresh=attempt > 0)
+            unserved += [left[i] for i in nobodys]
             for server, chosen in parts.items():
-                self._exchange(server, [left[i] for i in chosen], commands, deadline, replies, moved)
+                self._exchange(server, [left[i] for i in chosen], commands, deadline, replies, moved, asked)
+            for place, chosen in asked.items():  # what isn't there any more of a slot on its way elsewhere
+                server = self._server_at(place)
+                self._exchange(server, chosen, commands, deadline, replies, moved, asked, asking=True)
             left = moved
-        raise StoreFault("moved", "the cluster's servers keep sending each other's keys back and forth")
+            if not left:
+                break
+        if left:
+            raise StoreFault("moved", f"{self.name}: the servers keep sending each other's keys back and forth")
+        if unserved:
+            raise StoreFault(
+                "unserved", f"{self.name}: no server of the cluster has the slots of {len(unserved)} names",
+                sent=False, answered=True,
+            )  # fmt: skip
 
     def _exchange(
-        self, server: _Server, chosen: list[int], commands: Sequence[list[Buffer]], deadline: Deadline,
-        replies: list[Any], moved: list[int],
+        self, server: Server, chosen: list[int], commands: Sequence[list[Buffer]], deadline: Deadline,
+        replies: list[Any], moved: list[int], asked: dict[str, list[int]], *, asking: bool = False,
     ) -> None:  # fmt: skip
-        pieces = [piece for i in chosen for piece in commands[i]]
+        """Talk to a server. What others have is told in `moved`, or in `asked`, by where, if they have it this once."""
+        asks = command(b"ASKING") if asking else []
+        pieces = [piece for i in chosen for piece in (*asks, *commands[i])]
 
         def talk(wire: Wire) -> ReplyError | None:
             failed = None
             wire.send(pieces, deadline)
             for i in chosen:
+                if asking:
+                    wire.reply(deadline)
                 reply = wire.reply(deadline)
                 if type(reply) is not ReplyError:
                     replies[i] = reply
-                elif reply.kind in _MOVED:
+                elif reply.kind == "ASK" and self._is_cluster and not asking:
+                    asked.setdefault(_place(reply, server.host), []).append(i)
+                elif reply.kind == "ASK" or reply.kind in _MOVED:
                     moved.append(i)
                 else:
                     failed = reply
@@ -210,18 +228,26 @@ class ValkeyStore:
             answered = failed.kind not in _SERVES_NOBODY
             raise StoreFault(failed.kind, f"{self.name}: {failed}", sent=False, answered=answered)
 
-    def _route(self, names: Sequence[bytes], deadline: Deadline, *, refresh: bool) -> dict[_Server, list[int]]:
-        """Return which of the names each server has."""
+    def _route(
+        self, names: Sequence[bytes], deadline: Deadline, *, refresh: bool
+    ) -> tuple[dict[Server, list[int]], list[int]]:
+        """Return which of the names each server has, and which are nobody's."""
         if not self._is_cluster:
-            return {self._server("", self._options): list(range(len(names)))}
+            return {self._server("", self._options): list(range(len(names)))}, []
         if self._cluster is None or refresh or self._stale:
-            _within(deadline, self._look_around)
-        parts: dict[_Server, list[int]] = {}
+            within(deadline, self._look_around)
+        parts: dict[Server, list[int]] = {}
+        unserved: list[int] = []
         for i, name in enumerate(names):
-            node = self._cluster.nodes_manager.get_node_from_slot(self._cluster.keyslot(name))
-            server = self._server(node.name, self._options | {"host": node.host, "port": node.port})
-            parts.setdefault(server, []).append(i)
-        return parts
+            try:
+                node = self._cluster.nodes_manager.get_node_from_slot(self._cluster.keyslot(name))
+            except self._library.exceptions.SlotNotCoveredError:
+                unserved.append(i)
+                continue
+            parts.setdefault(self._server_at(node.name), []).append(i)
+        if unserved and time.monotonic() - self._looked_at > _LOOK_AGAIN_S:
+            self._stale = True  # for the next time
+        return parts, unserved
 
     def _look_around(self) -> None:
         """Ask the cluster who has what."""
@@ -233,15 +259,20 @@ class ValkeyStore:
                 self._cluster.nodes_manager.initialize()
         except Exception as error:  # noqa: BLE001 - whatever the library raises is a fault
             raise self._fault(error) from None
-        self._stale = False
+        self._stale, self._looked_at = False, time.monotonic()
 
-    def _server(self, key: str, options: dict[str, Any]) -> _Server:
+    def _server_at(self, place: str) -> Server:
+        """Return a server of the cluster by "host:port"."""
+        host, _, port = place.rpartition(":")
+        return self._server(place, self._options | {"host": host, "port": int(port)})
+
+    def _server(self, key: str, options: dict[str, Any]) -> Server:
         with self._lock:
             if self._closed:
                 raise StoreFault("closed", f"{self.name} is closed", sent=False)
             server = self._servers.get(key)
             if server is None:
-                server = self._servers[key] = _Server(lambda: self._connect(options))
+                server = self._servers[key] = Server(lambda: self._connect(options), options.get("host", ""))
             return server
 
     def _connect(self, options: dict[str, Any]) -> Wire:
@@ -278,80 +309,10 @@ class ValkeyStore:
         return StoreFault(type(error).__name__, f"{self.name}: can't be connected to", sent=False)
 
 
-class _Server:
-    """Connections to one server, kept between uses."""
-
-    def __init__(self, connect: Callable[[], Wire]) -> None:
-        self._connect = connect
-        self._idle: deque[Wire] = deque()
-
-    def use(self, talk: Callable[[Wire], T], deadline: Deadline) -> T:
-        """Let somebody talk over a connection. One that was idle may be dead: then once more over a new one."""
-        while True:
-            try:
-                wire, fresh = self._idle.pop(), False
-            except IndexError:
-                wire, fresh = _within(deadline, self._connect, self._keep), True
-            try:
-                result = talk(wire)
-            except StoreFault as fault:
-                wire.close()
-                if fresh or fault.kind in ("timeout", "protocol"):
-                    raise
-                self.close()  # those that have been idle for longer are no better
-            except BaseException:
-                wire.close()
-                raise
-            else:
-                self._keep(wire)
-                return result
-
-    def _keep(self, wire: Wire) -> None:
-        if len(self._idle) < _IDLE_WIRES:
-            self._idle.append(wire)
-        else:
-            wire.close()
-
-    def close(self) -> None:
-        while self._idle:
-            self._idle.pop().close()
-
-
-def _within(deadline: Deadline, call: Callable[[], T], late: Callable[[T], object] = lambda _: None) -> T:
-    """Call in another thread, which may take longer than the caller has; `late` is given what comes too late.
-
-    Names that don't resolve, and handshakes, can't be bounded otherwise.
-    """
-    done: deque[T | BaseException] = deque()
-    finished = threading.Event()
-    state = threading.Lock()
-    abandoned = False
-
-    def run() -> None:
-        try:
-            result: T | BaseException = call()
-        except BaseException as error:  # noqa: BLE001 - it is raised in the caller
-            result = error
-        with state:
-            if not abandoned:
-                done.append(result)
-            elif not isinstance(result, BaseException):
-                late(result)
-        finished.set()
-
-    new_thread(run, "kvstrata-connect").start()
-    finished.wait(deadline.left())
-    with state:
-        if not done:
-            abandoned = True
-            raise StoreFault("timeout", "no connection within the time limit", sent=False)
-    answer = done.pop()
-    if isinstance(answer, BaseException):
-        try:
-            raise answer
-        finally:
-            del answer  # else the exception and this frame would keep each other, and the callers' frames
-    return answer
+def _place(ask: ReplyError, host: str) -> str:
+    """Where "ASK slot host:port" points to; without a host, the one that says so means itself."""
+    place = str(ask).split()[-1]
+    return host + place if place.startswith(":") and place.count(":") == 1 else place
 
 
 def _get(name: bytes) -> list[Buffer]:
