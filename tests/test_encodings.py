@@ -11,6 +11,7 @@ import pytest
 from support.processes import Process
 
 import kvstrata
+from kvstrata.codecs import encryption
 from kvstrata.codecs.base import TensorInfo
 from kvstrata.codecs.encryption import Keyring
 from kvstrata.codecs.zstd import Zstd, train_dictionary
@@ -208,6 +209,33 @@ def test_keys_come_from_a_function_that_is_asked_again_for_a_key_that_is_not_kno
             )  # fmt: skip
         leave_memory(cache)
         assert cache.get_many(["old", "new"]) == [TEXT, TEXT]
+
+
+def test_values_under_a_new_key_are_misses_while_the_source_of_keys_fails(
+    shm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encryption, "_ASK_AGAIN_S", 3600.0)
+    keys = [secrets.token_bytes(32)]
+    calls = []
+
+    def source() -> list[bytes]:
+        calls.append(1)
+        if len(calls) > 1:
+            raise ConnectionError("nobody there")
+        return keys
+
+    with kvstrata.open(tmp_path, **OPTIONS, encryption=source) as cache:
+        cache.put("old", TEXT)
+        with Process() as process:
+            process.run(
+                "with kvstrata.open(root, **options, encryption=lambda: keys) as cache:\n    cache.put('new', text)",
+                root=tmp_path, options=OPTIONS, keys=[*keys, secrets.token_bytes(32)], text=TEXT,
+            )  # fmt: skip
+        leave_memory(cache)
+        assert cache.get("new") is None
+        assert cache.stats()["disk"]["sealed_records"] > 0
+        assert len(calls) == 2
+        assert cache.get_many(["old", "new"]) == [TEXT, None]
 
 
 # ---- Wishes

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstrata.codecs import codec, decoder
+from kvstrata.codecs import codec, decoder, encryption
 from kvstrata.codecs.encryption import KEY_BYTES, SEALED, Keyring, Sealer, key_id
 from kvstrata.errors import ConfigError, CorruptRecord, InvalidValue, MissingExtra, WrongKey
 
@@ -88,7 +88,10 @@ def test_the_newest_key_seals_and_older_ones_still_open() -> None:
         Sealer(Keyring([OLD])).open(sealed, b"")
 
 
-def test_a_key_that_is_added_to_the_file_is_found_when_it_is_needed(tmp_path: Path) -> None:
+def test_a_key_that_is_added_to_the_file_is_found_when_it_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encryption, "_ASK_AGAIN_S", 0.0)
     file = key_file(tmp_path, OLD)
     keys = Keyring.from_file(file)
     sealed = Sealer(Keyring([NEW])).seal(0, b"payload", b"")
@@ -97,6 +100,38 @@ def test_a_key_that_is_added_to_the_file_is_found_when_it_is_needed(tmp_path: Pa
     key_file(tmp_path, OLD, NEW)
     assert Sealer(keys).open(sealed, b"") == (0, b"payload")
     assert keys.newest == (key_id(NEW), NEW)
+
+
+def test_keys_that_can_not_be_read_again_leave_a_key_unknown(tmp_path: Path) -> None:
+    file = key_file(tmp_path, OLD)
+    keys = Keyring.from_file(file)
+    sealed = [Sealer(Keyring([key])).seal(0, b"payload", b"") for key in (OLD, NEW)]
+    file.unlink()
+    with pytest.raises(WrongKey, match=r"can't be read again \(ConfigError\)") as raised:
+        Sealer(keys).open(sealed[1], b"")
+    assert isinstance(raised.value.__cause__, ConfigError)
+    assert Sealer(keys).open(sealed[0], b"") == (0, b"payload")
+
+
+def test_a_source_is_asked_once_for_a_key_that_it_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encryption, "_ASK_AGAIN_S", 3600.0)
+    calls = []
+
+    def source() -> list[bytes]:
+        calls.append(1)
+        if len(calls) > 1:
+            raise ConnectionError("the address and its secrets")
+        return [OLD]
+
+    keys = Keyring(source)
+    for _ in range(20):
+        with pytest.raises(WrongKey, match=r"can't be read again \(ConnectionError\)") as raised:
+            keys.find(key_id(NEW))
+        assert "secrets" not in str(raised.value)
+    assert len(calls) == 2
+    with pytest.raises(WrongKey):
+        keys.find(key_id(bytes(32)))  # another one may be there
+    assert len(calls) == 3
 
 
 def test_keys_can_come_from_a_function() -> None:

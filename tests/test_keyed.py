@@ -8,7 +8,7 @@ import pytest
 from record_store_contract import NativeExpiryContract, RecordStoreContract
 from support.stores import Host, MemoryStore
 
-from kvstrata.codecs import codec
+from kvstrata.codecs import codec, encryption
 from kvstrata.codecs.encryption import Keyring, Sealer
 from kvstrata.errors import TierUnavailable
 from kvstrata.tiers.base import StoreFault
@@ -266,6 +266,26 @@ def test_what_is_encrypted_is_read_with_the_key_and_else_is_a_miss(
     assert stranger.load([b"key", b"small"]) == [None, None]
     assert stranger.tier.stats()["sealed_records"] == 2
     assert len([r for r in caplog.records if "isn't among the" in r.getMessage()]) == 1
+
+
+def test_a_source_of_keys_that_fails_makes_misses_and_is_asked_once(
+    store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encryption, "_ASK_AGAIN_S", 3600.0)
+    calls = []
+
+    def source() -> list[bytes]:
+        calls.append(1)
+        if len(calls) > 1:
+            raise ConnectionError("nobody there")
+        return [bytes(32)]
+
+    keys = [b"%d" % i for i in range(20)]
+    encoded(store, Encoding(sealer=Sealer(Keyring([bytes([1]) * 32])))).write(dict.fromkeys(keys, TEXT))
+    host = encoded(store, Encoding(sealer=Sealer(Keyring(source))))
+    assert host.load(keys) == [None] * 20
+    assert host.tier.stats()["sealed_records"] == 20
+    assert len(calls) == 2
 
 
 def test_a_sealed_record_under_another_name_is_no_value(store: MemoryStore) -> None:

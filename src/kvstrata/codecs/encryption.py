@@ -18,6 +18,7 @@ import os
 import stat
 import struct
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ import blake3
 
 from kvstrata.codecs.base import bytes_of
 from kvstrata.errors import ConfigError, CorruptRecord, InvalidValue, MissingExtra, WrongKey
+from kvstrata.forking import after_fork
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -41,6 +43,8 @@ _VERSION = 1
 _HEADER = struct.Struct("<BB2x8s12s")  # version, number of the codec inside, key id, nonce
 _TAG = 16
 _MOST = (1 << 31) - 1 - _TAG  # what the library takes at once
+_ASK_AGAIN_S = 1.0  # after which a key that wasn't known may be
+_MOST_UNKNOWN = 1024  # ids that are remembered
 _KEY_ID = "kvstrata 2026-11-25 id of an encryption key"
 
 
@@ -52,11 +56,11 @@ def key_id(key: bytes) -> bytes:
 class Keyring:
     """The keys that are known, the newest last: it seals, all open.
 
-    keys: 32 bytes each, or what returns them; that is called again when a payload's key isn't among them, so keys can
-    be added while the cache is open. Raises ConfigError for what are no keys.
+    keys: 32 bytes each, or what returns them; that is called again when a payload's key isn't among them, once a second
+    at most for each, so keys can be added while the cache is open. Raises ConfigError for what are no keys.
     """
 
-    __slots__ = ("_keys", "_lock", "_newest", "_source")
+    __slots__ = ("__weakref__", "_asking", "_keys", "_lock", "_newest", "_source", "_unknown")
 
     def __init__(self, keys: Sequence[bytes] | Callable[[], Sequence[bytes]]) -> None:
         if not callable(keys):
@@ -65,8 +69,14 @@ class Keyring:
         else:
             self._source = keys
             fixed = list(keys())
-        self._lock = threading.Lock()
+        self._unknown: dict[bytes, tuple[float, str]] = {}  # by id: when it was asked for, and what went wrong
+        self._forget_parent()
         self._take(fixed)
+        after_fork(self)
+
+    def _forget_parent(self) -> None:
+        self._lock = threading.Lock()
+        self._asking = threading.Lock()
 
     def __repr__(self) -> str:
         return f"<kvstrata keyring, {len(self._keys)} keys, newest {self._newest[0].hex()}>"
@@ -92,16 +102,29 @@ class Keyring:
         return number in self._keys
 
     def find(self, number: bytes) -> bytes:
-        """Return the key with that id; raises WrongKey."""
+        """Return the key with that id; raises WrongKey, also when the keys can't be read again."""
         key = self._keys.get(number)
-        if key is None and self._source is not None:
-            self.refresh()
+        if key is not None:
+            return key
+        cause, trouble = None, ""
+        if self._source is not None:
+            with self._asking:  # one for all
+                asked_at, trouble = self._unknown.get(number, (float("-inf"), ""))
+                if number not in self._keys and time.monotonic() - asked_at >= _ASK_AGAIN_S:
+                    try:
+                        self.refresh()
+                        trouble = ""
+                    except Exception as error:  # noqa: BLE001 - whatever a source raises: values without a key are misses
+                        cause, trouble = error, f"; they can't be read again ({type(error).__name__})"
+                    if len(self._unknown) >= _MOST_UNKNOWN:
+                        self._unknown.clear()
+                    self._unknown[number] = time.monotonic(), trouble
             key = self._keys.get(number)
         if key is None:
             raise WrongKey(
                 f"this was encrypted under the key {number.hex()}, which isn't among the "
-                f"{len(self._keys)} that are known; add it to the keyring"
-            )
+                f"{len(self._keys)} that are known; add it to the keyring{trouble}"
+            ) from cause
         return key
 
     def refresh(self) -> None:
