@@ -238,6 +238,20 @@ def test_values_under_a_new_key_are_misses_while_the_source_of_keys_fails(
         assert cache.get_many(["old", "new"]) == [TEXT, None]
 
 
+def test_a_value_that_can_not_be_encrypted_stays_in_memory_and_the_others_reach_the_disk(
+    shm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encryption, "_MOST", 1 << 20)
+    values = {"before": TEXT, "large": bytes(2 << 20), "after": TEXT}
+    with kvstrata.open(tmp_path, **OPTIONS, encryption=keys(1)) as cache:
+        cache.put_many(values)
+        cache.flush()
+        assert cache.get_many(list(values)) == list(values.values())
+        assert cache.stats()["disk"]["error encoding"] == 1
+    with kvstrata.open(tmp_path, **OPTIONS, encryption=keys(1)) as cache:
+        assert cache.get_many(list(values)) == [TEXT, None, TEXT]
+
+
 # ---- Wishes
 
 

@@ -288,6 +288,17 @@ def test_a_source_of_keys_that_fails_makes_misses_and_is_asked_once(
     assert len(calls) == 2
 
 
+def test_a_value_that_can_not_be_encrypted_is_left_out_and_takes_the_older_one_with_it(
+    store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encryption, "_MOST", 1 << 20)
+    host = encoded(store, Encoding(sealer=Sealer(Keyring([bytes(32)]))))
+    host.write({b"a": b"1", b"b": b"1", b"c": b"1"})
+    host.write({b"a": b"2", b"b": bytes(2 << 20), b"c": b"2"})
+    assert host.load([b"a", b"b", b"c"]) == [b"2", None, b"2"]
+    assert host.tier.stats()["unencoded_records"] == 1
+
+
 def test_a_sealed_record_under_another_name_is_no_value(store: MemoryStore) -> None:
     host = encoded(store, Encoding(sealer=Sealer(Keyring([bytes(32)]))))
     host.write({b"one": TEXT, b"two": TEXT})

@@ -57,7 +57,10 @@ class Encoding:
         return self.codec.id == _RAW.id and self.sealer is None
 
     def encode(self, value: Buffer, identity: bytes, key: bytes) -> tuple[int, Buffer]:
-        """Return the number for the record's header, 0 for raw, and the payload."""
+        """Return the number for the record's header, 0 for raw, and the payload.
+
+        Raises InvalidValue for more than can be sealed.
+        """
         try:
             number, payload = self._encode(bytes_of(value), key)
         except InvalidValue:
@@ -133,7 +136,7 @@ class Encodings:
             self._of[ns] = encoding
 
     def apply(self, record: DirtyRecord, seed: int) -> None:
-        """Let a record that is on its way down be stored as its namespace wants it."""
+        """Let a record that is on its way down be stored as its namespace wants it; raises as `Encoding.encode`."""
         encoding = self._of.get(record.ns, self._default)
         if encoding.plain:
             return

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 from kvstrata import _core
-from kvstrata.errors import CorruptRecord, FormatError, TierUnavailable, WrongKey
+from kvstrata.errors import CorruptRecord, FormatError, InvalidValue, TierUnavailable, WrongKey
 from kvstrata.record import NAMESPACE, TAGGED, build_record
 from kvstrata.tiers.base import Key, NamedRecord, RecordStore, Stats, StoreFault
 from kvstrata.tiers.breaker import Breaker
@@ -37,7 +37,7 @@ _log = logging.getLogger("kvstrata")
 _COUNTERS = (
     "sealed_records",
     "lookups", "hits", "misses", "refused_lookups", "rejected_records", "expired_records",
-    "written_records", "written_bytes", "deleted_records", "generations_read", "generations_made",
+    "written_records", "written_bytes", "unencoded_records", "deleted_records", "generations_read", "generations_made",
 )  # fmt: skip
 
 T = TypeVar("T")
@@ -154,9 +154,7 @@ class KeyedTier:
         except CorruptRecord:
             self._count(rejected_records=1)
         except WrongKey as wrong:
-            if not self._numbers["sealed_records"]:
-                _log.error("kvstrata: %s: %s", self.name, wrong)
-            self._count(sealed_records=1)
+            self._tell_first("sealed_records", wrong)
         return None
 
     def contains(self, space: KeyedSpace, keys: Sequence[Key], state: object) -> list[bool]:
@@ -251,8 +249,17 @@ class KeyedTier:
         assert generation is not None
         names = space.names([record.key for record in records], generation)
         now = time.time_ns()
-        items = [addressed(name, record, space, generation, now) for name, record in zip(names, records, strict=True)]
+        items: list[NamedRecord] = []
+        left_out: list[bytes] = []  # an older record must not stay in its place
+        for name, record in zip(names, records, strict=True):
+            try:
+                items.append(addressed(name, record, space, generation, now))
+            except InvalidValue as wrong:
+                self._tell_first("unencoded_records", wrong)
+                left_out.append(name)
         self._publish(space, generation, names, records)
+        if left_out:
+            self._change(lambda: self.store.delete(left_out, self._change_s), first=True)
         asked_at = time.monotonic()
         current = self._change(lambda: self.store.write(items, self._change_s, then_read=space.generation_name))
         # What was written under an earlier generation isn't there.
@@ -404,6 +411,11 @@ class KeyedTier:
         with self._lock:
             for name, amount in amounts.items():
                 self._numbers[name] += amount
+
+    def _tell_first(self, name: str, error: Exception) -> None:
+        if not self._numbers[name]:
+            _log.error("kvstrata: %s: %s", self.name, error)
+        self._count(**{name: 1})
 
     def _failed(self, fault: StoreFault) -> None:
         self._count(**{f"error {fault.kind}": 1})

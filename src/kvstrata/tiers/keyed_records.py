@@ -23,7 +23,10 @@ def _identity(name: bytes, written: int) -> bytes:
 
 
 def addressed(name: bytes, record: DirtyRecord, space: KeyedSpace, generation: int, now: int) -> NamedRecord:
-    """Return a record under its name there; unless it is encoded, its payload is sent from where it lies."""
+    """Return a record under its name there; unless it is encoded, its payload is sent from where it lies.
+
+    Raises InvalidValue for one that can't be encoded.
+    """
     view = record.view
     epoch = generation & 0xFFFFFFFF
     if not space.encoding.plain:

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from kvstrata.errors import TierFull, TierUnavailable
+from kvstrata.errors import InvalidValue, TierFull, TierUnavailable
 from kvstrata.record import NamespaceInfo
 from kvstrata.tiers.base import Later
 from kvstrata.tiers.counters import reason
@@ -70,9 +70,7 @@ class Writer:
         alive = self._store.still_live(list(records))
         left = [record for record, lives in zip(records, alive, strict=True) if lives]
         self._store.mark_failed([record for record, lives in zip(records, alive, strict=True) if not lives])
-        for record in left:
-            self._encodings.apply(record, self._store.seed)
-        left = self._within_limit(self._within_quota(left))
+        left = self._within_limit(self._within_quota([record for record in left if self._encoded(record)]))
         if not left:
             return
         if not self._breaker.allow():
@@ -90,6 +88,15 @@ class Writer:
                 self._counters.add("retried_records", queued)
                 self._owed = queued > 0
         return queued
+
+    def _encoded(self, record: DirtyRecord) -> bool:
+        """Encode a record; False for one that can't be, which is left to memory."""
+        try:
+            self._encodings.apply(record, self._store.seed)
+        except InvalidValue as error:
+            self._failed("encoding", error, [record])
+            return False
+        return True
 
     def _within_quota(self, records: list[DirtyRecord]) -> list[DirtyRecord]:
         """Return those that a quota can hold at all, and leave the others to memory."""
