@@ -90,6 +90,8 @@ class Below:
             owed += [keys[i] for i in on_disk]
         if self.tier:  # also for those that the index has no room for
             self.tier.delete_prefix(space.id, prefix, before)
+            if owed:  # what was put and written after `before` and removed all the same
+                self.tier.delete(space.id, [(key, None) for key in owed])
             self._store.pay(space.id, owed)
         return present
 

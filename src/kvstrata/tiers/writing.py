@@ -74,8 +74,8 @@ class Writer:
         if not left:
             return
         if not self._breaker.allow():
-            self._postpone(left)
             self._counters.add("refused_records", len(left))
+            self._postpone(left)
         else:
             self._write(left, later)
 
@@ -111,8 +111,8 @@ class Writer:
         admitted = [self._limit.admits(record.length) for record in records]
         over = [record for record, may in zip(records, admitted, strict=True) if not may]
         if over:
-            self._store.mark_failed(over)
             self._counters.add("limited_records", len(over))
+            self._store.mark_failed(over)
         return [record for record, may in zip(records, admitted, strict=True) if may]
 
     def _write(self, left: list[DirtyRecord], later: Later) -> None:
@@ -216,14 +216,14 @@ class Writer:
 
     def _postpone(self, records: list[DirtyRecord]) -> None:
         """Let records stay in memory, until a write succeeds; those that are still there are then written."""
-        self._store.postpone(records)
         self._counters.add("failed_records", len(records))
         self._owed = True
+        self._store.postpone(records)
 
     def _failed(self, kind: str, error: object, records: list[DirtyRecord]) -> None:
         """Let records stay in memory only."""
         if not records:
             return
-        self._store.mark_failed(records)
         self._counters.add("failed_records", len(records))
         self._counters.fault(kind, error)
+        self._store.mark_failed(records)
