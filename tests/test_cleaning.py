@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import random
 import shutil
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -12,8 +15,10 @@ from support.processes import Process
 from test_disk import MIB, SEED, Host, stat, used
 
 from kvstrata import _core
-from kvstrata.errors import ConfigError, ConfigMismatch, UnknownOption
+from kvstrata.errors import ConfigError, ConfigMismatch, TierUnavailable, UnknownOption
+from kvstrata.tiers.catalog import Move
 from kvstrata.tiers.disk import DiskTier
+from kvstrata.tiers.ledger import Ledger
 from kvstrata.tiers.segments import segment_bytes_for
 from kvstrata.tiers.wear import WriteLimit
 
@@ -50,6 +55,9 @@ class Cleaned(Host):
 
     def clean(self, number: int) -> None:
         self.tier._cleaner.keep_some(number)
+        self.drop(number)
+
+    def drop(self, number: int) -> None:
         with self.tier._ledger.hold():
             self.tier._drop_segment(number)
         self.tier._segments.remove(number)
@@ -197,6 +205,78 @@ def test_what_is_removed_while_it_is_written_anew_stays_removed(
     assert host.get(b"a 3") == newer
     again = Cleaned(shutil.copytree(tmp_path / "one", tmp_path / "two"), "lru")
     assert again.get(b"a 3") in (None, newer)
+    again.close()
+    host.close()
+
+
+def test_a_segment_is_not_dropped_between_the_rows_of_what_is_kept_and_the_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = Cleaned(tmp_path, "lru")
+    number = host.fill_segment("a")
+    assert host.get(b"a 3") is not None
+    move = host.tier._catalog.move
+
+    def move_and_drop_if_that_can_be(moves: list[Move]) -> None:
+        move(moves)
+        with contextlib.suppress(TierUnavailable):
+            with Ledger(tmp_path, patience=0).hold():  # as another process
+                pass
+            host.tier._drop_segment(number)
+
+    monkeypatch.setattr(host.tier._catalog, "move", move_and_drop_if_that_can_be)
+    host.clean(number)
+    assert host.there("a") == [3]
+    host.close()
+
+
+def test_what_was_deleted_does_not_come_back_when_cleaning_was_killed_before_it_told_the_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = Cleaned(tmp_path / "one", "lru")
+    number = host.fill_segment("a")
+    assert host.get(b"a 3") is not None
+    with monkeypatch.context() as dying:
+        move = host.tier._catalog.move
+        dying.setattr(host.tier._catalog, "move", lambda moves: (move(moves), 1 // 0))
+        with pytest.raises(ZeroDivisionError):
+            host.tier._cleaner.keep_some(number)
+    host.drop(number)
+    host.delete(b"a 3")
+    again = Cleaned(shutil.copytree(tmp_path / "one", tmp_path / "two"), "lru")
+    assert again.get(b"a 3") is None
+    again.close()
+    host.close()
+
+
+def test_what_was_kept_before_cleaning_failed_half_way_is_kept_and_can_be_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = Cleaned(tmp_path / "one", "lru")
+    at_once = host.tier._catalog.batch_rows
+    keys = [b"%d" % i for i in range(2 * at_once)]
+    for key in keys:
+        host.put(key, b"old")
+    number = host.fill_segment("a")
+    assert [host.get(key) for key in keys] == [b"old"] * len(keys)
+    with monkeypatch.context() as broken:
+        transaction, commits = host.tier._catalog._transaction, itertools.count(1)
+
+        def fail_the_second(*arguments: int) -> contextlib.AbstractContextManager[sqlite3.Connection]:
+            if next(commits) == 2:
+                raise TierUnavailable("the catalog can't be written")
+            return transaction(*arguments)
+
+        broken.setattr(host.tier._catalog, "_transaction", fail_the_second)
+        with pytest.raises(TierUnavailable, match="written"):
+            host.tier._cleaner.keep_some(number)
+    host.store.demote_all()
+    host.drop(number)
+    assert sum(host.get(key) == b"old" for key in keys) == at_once
+    for key in keys:
+        host.delete(key)
+    again = Cleaned(shutil.copytree(tmp_path / "one", tmp_path / "two"), "lru")
+    assert [again.get(key) for key in keys] == [None] * len(keys)
     again.close()
     host.close()
 

@@ -140,14 +140,12 @@ class Catalog(CatalogFile):
         return alive
 
     def move(self, moves: Sequence[Move]) -> None:
-        """Commit that records lie elsewhere, those that are still where they were."""
-        for start in range(0, len(moves), self.batch_rows):
-            part = moves[start : start + self.batch_rows]
-            with self._transaction(len(part), sum(len(move[3]) for move in part)) as connection:
-                connection.executemany(
-                    "UPDATE records SET segment=?, offset=? WHERE ns=? AND key=? AND seq=? AND segment=? AND offset=?",
-                    part,
-                )
+        """Commit that records lie elsewhere, those that are still where they were. At most batch_rows of them."""
+        with self._transaction(len(moves), sum(len(move[3]) for move in moves)) as connection:
+            connection.executemany(
+                "UPDATE records SET segment=?, offset=? WHERE ns=? AND key=? AND seq=? AND segment=? AND offset=?",
+                moves,
+            )
 
     def delete(self, ns: int, keys: Iterable[tuple[bytes, int | None]], lasting: Lasting = "marked") -> int:
         """Commit the deletion of rows, of those with a lower number where one is given; returns how many."""

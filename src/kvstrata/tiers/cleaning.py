@@ -17,6 +17,7 @@ from kvstrata.record import LARGE_PAYLOAD, PAGE, parse_record
 from kvstrata.tiers.blockio import Read, aligned_buffer, page_ceil
 from kvstrata.tiers.catalog import Catalog, Move
 from kvstrata.tiers.counters import Counters
+from kvstrata.tiers.ledger import Ledger
 from kvstrata.tiers.segments import Segment, SegmentSet
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class Cleaner:
         store: Store,
         segments: SegmentSet,
         catalog: Catalog,
+        ledger: Ledger,
         counters: Counters,
         may_write: Callable[[int], bool],
     ) -> None:
@@ -83,6 +85,7 @@ class Cleaner:
         self._store = store
         self._segments = segments
         self._catalog = catalog
+        self._ledger = ledger
         self._counters = counters
         self._may_write = may_write
 
@@ -135,11 +138,14 @@ class Cleaner:
             (segment, to, row.ns, row.key, row.seq, number, row.offset)
             for (row, _), to in zip(moved, offsets, strict=True)
         ]
-        # The rows first: what the index says is followed, and it must not point to what a restart doesn't know.
-        self._catalog.move(moves)
-        for to_segment, to, ns, key, seq, from_segment, offset in moves:
-            if self._store.move_on_disk(ns, key, seq, from_segment, offset, to_segment, to):
-                self._counters.add("reinserted_records")
+        for start in range(0, len(moves), self._catalog.batch_rows):
+            part = moves[start : start + self._catalog.batch_rows]
+            with self._ledger.hold():  # whoever drops the segment between would leave rows that the index doesn't know
+                # The rows first: what the index says is followed, and it must not point to what a restart doesn't know.
+                self._catalog.move(part)
+                for to_segment, to, ns, key, seq, from_segment, offset in part:
+                    if self._store.move_on_disk(ns, key, seq, from_segment, offset, to_segment, to):
+                        self._counters.add("reinserted_records")
         self._counters.add("reinserted_bytes", sum(kept.length for kept in moved))
 
     def _read(self, number: int, rows: list[_Row]) -> list[_Kept]:

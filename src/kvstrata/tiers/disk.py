@@ -139,7 +139,9 @@ class DiskTier:
         )
         self._quotas = Quotas(self._catalog, store, lambda ns: self._known(ns).immutable)
         self._write_limit = WriteLimit(write_limit)
-        self._cleaner = Cleaner(policy, store, self._segments, self._catalog, self._counters, self._write_limit.admits)
+        self._cleaner = Cleaner(
+            policy, store, self._segments, self._catalog, self._ledger, self._counters, self._write_limit.admits
+        )
         # A full or read-only file system can still be read.
         self._writing = Breaker(f"writing to {directory}")
         self._reading = Breaker(f"reading from {directory}")
@@ -397,8 +399,14 @@ class DiskTier:
         self._capacity.make_ahead(self._segments, size + self._segments_ahead * self._segment_bytes)
 
     def _drop_segment(self, number: int) -> None:
-        # Rows first, so that none ever outlives what it points to; then the index.
-        self._catalog.drop_segment(number)
+        # Rows first, so that none ever outlives what it points to; then the index. Of what that has there a row may lie
+        # elsewhere, if who moved it was killed.
+        keys: dict[int, list[tuple[bytes, int]]] = {}
+        for ns, key, seq, *_ in sorted(self._store.rows_of(number, False)):  # in the order of the rows
+            keys.setdefault(ns, []).append((key, seq + 1))
+        for ns, below in keys.items():
+            self._catalog.delete(ns, below, "later")
+        self._catalog.drop_segment(number)  # synced, and with it all before
         self._store.drop_segment(number)
         self._counters.add("dropped_segments")
 
