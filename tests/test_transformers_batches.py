@@ -170,6 +170,20 @@ def test_a_static_cache_starts_with_the_prefix(cache: kvstrata.Cache, changes: P
     assert last(reuse).reused_by_prompt == (48, 32)
 
 
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"num_return_sequences": 3, "do_sample": True}], ids=str)
+def test_a_static_cache_has_a_row_for_each_sequence(model: Any, cache: kvstrata.Cache, options: PLAN) -> None:
+    reuse = make(model, cache)
+    options = {**padded(sequence(0, 50), sequence(40, 33)), "max_new_tokens": 10, "cache_implementation": "static"} | (
+        {"do_sample": False} | options
+    )
+    generated = []
+    for generate in (model.generate, reuse.generate, reuse.generate):  # by itself, cold and warm
+        torch.manual_seed(7)
+        generated.append(generate(**options).tolist())
+    assert generated[1:] == generated[:1] * 2
+    assert last(reuse).reused_by_prompt == (48, 32)
+
+
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [("Mistral", {"sliding_window": 16}), ("Gemma2", GEMMA), ("Gemma3", GEMMA)],

@@ -164,11 +164,15 @@ def cache_of_output(output: Any) -> Any:
     return getattr(output, "cache", None) or getattr(output, "past_key_values", None)
 
 
-def static_copy(cache: DynamicCache, capacity: int) -> StaticCache:
-    """Return a StaticCache of `capacity` columns that starts with what `cache` holds."""
+def static_copy(cache: DynamicCache, capacity: int, copies: int) -> StaticCache:
+    """Return a StaticCache of `capacity` columns that starts with what `cache` holds, each of its rows `copies` times.
+
+    Unlike a dynamic one it takes its rows from an empty cache, too, so they have to be as many from the start.
+    """
     layers = []
     held: list[Any] = cache.layers
-    for keys, values in ((layer.keys, layer.values) for layer in held):
+    for layer in held:
+        keys, values = (part.repeat_interleave(copies, dim=0) for part in (layer.keys, layer.values))
         static: Any = StaticLayer(capacity)
         static.lazy_initialization(keys, values)
         static.update(keys, values)

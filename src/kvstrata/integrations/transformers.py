@@ -188,10 +188,10 @@ class PrefixReuse:
             loads = [self._load(prefixes, request, row, buffer, session) for row in range(rows)]
             reused = tuple(loaded.tokens if loaded is not None else 0 for loaded, _ in loads)
             cache: Any = cache_over(buffer, self._level(request, buffer, reused))
-            if request.copies > 1:
-                cache.batch_repeat_interleave(request.copies)
             if request.static:
-                cache = static_copy(cache, request.columns)
+                cache = static_copy(cache, request.columns, request.copies)
+            elif request.copies > 1:
+                cache.batch_repeat_interleave(request.copies)
             if not request.beams or timer.inner is not None:  # beam search takes no streamer, and says so
                 kwargs["streamer"] = timer
             output = self.model.generate(request.ids, **{CACHE_ARGUMENT: cache}, **kwargs)
