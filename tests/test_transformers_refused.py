@@ -22,6 +22,7 @@ from kvstrata.integrations.transformers import PrefixReuse
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+BART = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "is_encoder_decoder": False}
 DYNAMIC_ROPE = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
 
 
@@ -39,8 +40,14 @@ def model() -> Any:
         ("T5", "ForConditionalGeneration", {"d_model": 32, "num_layers": 1}, "encoder-decoder"),
         ("Llama", "ForCausalLM", {"rope_parameters": DYNAMIC_ROPE}, "dynamic"),
         ("Llama", "Model", {}, "generates"),
+        ("Bart", "ForCausalLM", BART, "padding"),
+        ("Roberta", "ForCausalLM", {"is_decoder": True}, "positions"),
+        ("Blenderbot", "ForCausalLM", {"num_hidden_layers": 0, **BART, "decoder_layers": 0}, "no KV"),
     ],
-    ids=["tiny-window", "convolution", "recurrent", "encoder-decoder", "dynamic-rope", "headless"],
+    ids=[
+        "tiny-window", "convolution", "recurrent", "encoder-decoder", "dynamic-rope", "headless", "padding-counts",
+        "own-positions", "no-layers",
+    ],
 )  # fmt: skip
 def test_models_whose_cache_can_not_be_represented_are_refused(
     cache: kvstrata.Cache, kind: str, suffix: str, changes: dict[str, Any], reason: str

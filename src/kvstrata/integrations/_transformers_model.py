@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -26,16 +27,20 @@ _ROPE_OF_LENGTH = ("dynamic", "longrope")
 _LAYER_TYPES = {"attention", "full_attention", "sliding_attention"}
 _IDENTITY = "_kvstrata_identity"
 
+_KV = list[tuple[torch.Tensor, torch.Tensor]]
+_PADDING = 6
+"""Tokens before a padded probe: positions so far away differ clearly also where the model learned them smoothly."""
+
 
 def layout_of(model: Any, *, salt: bytes = b"", block_tokens: int = DEFAULT_BLOCK_TOKENS) -> KVLayout:
     """Return the KVLayout of `model` as it stands, adapters included.
 
-    Runs two forward passes of two tokens, to see the shapes of the KV instead of guessing them.
+    Runs three forward passes of a few tokens, to see the shapes of the KV instead of guessing them.
     Raises UnsupportedModel with the reason where a row of keys and values for each token, the same
-    whatever follows, isn't all that the model keeps.
+    whatever follows and however much padding precedes, isn't all that the model keeps.
     """
     config = _refuse_by_config(model)
-    first, second = _probe(model, [1, 2]), _probe(model, [1, 0])
+    first, second = _probe(model, [[1, 2]]), _probe(model, [[1, 0]])
     for index, ((keys, values), (other_keys, other_values)) in enumerate(zip(first, second, strict=True)):
         if keys.shape != values.shape or keys.shape != first[0][0].shape or keys.dtype != first[0][0].dtype:
             raise UnsupportedModel(
@@ -48,6 +53,7 @@ def layout_of(model: Any, *, salt: bytes = b"", block_tokens: int = DEFAULT_BLOC
                     f"the KV of a token in layer {index} depends on the tokens after it "
                     "(attention isn't causal), so a prefix can't be reused"
                 )
+    _refuse_other_positions(model, first)
     _, heads, _, head_dim = first[0][0].shape
     return KVLayout(
         model=f"{type(_base(model)).__name__}:{weights_identity(model)}",
@@ -157,14 +163,48 @@ def _refuse_by_config(model: Any) -> Any:
     return config
 
 
-def _probe(model: Any, tokens: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Run `tokens` and return each layer's keys and values, [1, kv_heads, len(tokens), head_dim]."""
+def _refuse_other_positions(model: Any, alone: _KV) -> None:
+    """Raise UnsupportedModel where the tokens that gave `alone` get other KV from `generate`, or behind padding.
+
+    Prefixes are computed by bare passes, too, and a padded prompt shares blocks with the same one without padding.
+    """
+    pads = [0] * _PADDING
+    inputs: dict[str, Any] = {"attention_mask": [[1] * (2 + _PADDING), [*pads, 1, 1]]}
+    if "position_ids" in inspect.signature(_base(model).forward).parameters:  # as `generate` gives them
+        inputs["position_ids"] = [[*range(2 + _PADDING)], [*pads, 0, 1]]
+    layers = _probe(model, [[1, 2, *pads], [*pads, 1, 2]], **inputs)
+    # Positions show in the first layer, sight of padding in the second; further on rounding adds up.
+    for ours, theirs in zip(alone[:2], layers[:2], strict=True):
+        for one, both in zip(ours, theirs, strict=True):
+            if _differ(one[0], both[0, :, :2]):
+                raise UnsupportedModel(
+                    "the model numbers positions otherwise when it isn't told them than `generate` does, "
+                    "so KV computed ahead of `generate` is not its own"
+                )
+            if _differ(one[0], both[1, :, -2:]):
+                raise UnsupportedModel(
+                    "padding before a token changes its KV (it counts as positions, or is seen), so prompts of a batch "
+                    "can't share prefixes"
+                )
+
+
+def _differ(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Whether two KV are further apart than passes of other shapes make them, by the largest value."""
+    ours, theirs = ours.float(), theirs.float()
+    return not bool((ours - theirs).abs().max() <= 0.03 * ours.abs().max())
+
+
+def _probe(model: Any, tokens: Sequence[Sequence[int]], **inputs: Any) -> _KV:
+    """Run rows of `tokens` and return each layer's keys and values, [rows, kv_heads, tokens, head_dim]."""
+    given = {name: torch.tensor(value, device=_base(model).device) for name, value in inputs.items()}
     with torch.no_grad():
-        output = model(input_ids=torch.tensor([tokens], device=_base(model).device), use_cache=True)
+        output = model(input_ids=torch.tensor(tokens, device=_base(model).device), use_cache=True, **given)
     cache = cache_of_output(output)
     if not isinstance(cache, DynamicCache):
         raise UnsupportedModel(f"the model keeps a {type(cache).__name__}, not one row of KV for each token")
     layers: list[Any] = cache.layers
+    if not layers:
+        raise UnsupportedModel("the model keeps no KV")
     for index, layer in enumerate(layers):
         # A sliding window only leaves out what its mask hides anyway: all the same, a row for each token serves it.
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys is None:
@@ -172,8 +212,8 @@ def _probe(model: Any, tokens: Sequence[int]) -> list[tuple[torch.Tensor, torch.
                 f"layer {index} keeps a {type(layer).__name__} (recurrent, shared or compressed state), "
                 "not one row of keys and values for each token"
             )
-        if layer.keys.shape[-2] != len(tokens):
-            raise UnsupportedModel(f"layer {index} has a sliding window of less than {len(tokens) + 1} tokens")
+        if layer.keys.shape[-2] != len(tokens[0]):
+            raise UnsupportedModel(f"layer {index} has a sliding window of less than {len(tokens[0]) + 1} tokens")
     return [(layer.keys, layer.values) for layer in layers]
 
 
