@@ -16,6 +16,9 @@ import transformers
 from support.tiny_models import PROMPT, make, plain, reusing, tiny
 
 import kvstrata
+from kvstrata.errors import UnsupportedModel
+from kvstrata.integrations._transformers_cache import cache_of_output
+from kvstrata.integrations._transformers_request import _OPTIONS
 from kvstrata.integrations.transformers import PrefixReuse
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -41,6 +44,13 @@ def padded(*prompts: list[int]) -> PLAN:
 
 def sequence(start: int, length: int) -> list[int]:
     return [3 + (start + 7 * i) % 120 for i in range(length)]
+
+
+def own_kv(model: Any, prompt: list[int]) -> list[torch.Tensor]:
+    """What the model computes of a prompt by itself, [2, kv_heads, tokens, head_dim] of each layer."""
+    with torch.no_grad():
+        layers = cache_of_output(model(torch.tensor([prompt]), use_cache=True)).layers
+    return [torch.stack([layer.keys[0], layer.values[0]]) for layer in layers]
 
 
 def last(reuse: PrefixReuse) -> Any:
@@ -120,6 +130,26 @@ def test_batches_of_models_of_other_kinds(cache: kvstrata.Cache, kind: str, chan
     for _ in range(2):
         assert torch.equal(reuse.generate(**batch, do_sample=False, max_new_tokens=8), expected)
     assert last(reuse).reused_by_prompt == (48, 32)
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"num_beams": 2}], ids=str)
+def test_a_prefill_in_chunks_goes_on_behind_the_prefix(model: Any, cache: kvstrata.Cache, options: PLAN) -> None:
+    reuse = make(model, cache)
+    one, two = sequence(0, 50), sequence(40, 33)
+    for prompt in (one[:20], two[:9]):
+        reuse.generate(torch.tensor([prompt]), max_new_tokens=1)
+    options = {**padded(one, two), **options, "do_sample": False, "max_new_tokens": 4, "prefill_chunk_size": 8}
+    if "prefill_chunk_size" in _OPTIONS:  # before transformers 5.21
+        with pytest.raises(UnsupportedModel, match="upgrade transformers"):
+            reuse.generate(**options)
+        return
+    assert torch.equal(reuse.generate(**options), model.generate(**options))
+    assert last(reuse).reused_by_prompt == (16, 8)
+    for prompt, tokens in ((one, 48), (two, 32)):
+        stored = reuse._prefixes.match(prompt).load().kv
+        assert stored.shape[3] == tokens
+        for layer, kv in zip(own_kv(model, prompt), stored, strict=True):
+            torch.testing.assert_close(torch.from_numpy(kv.view("f4")), layer[..., :tokens, :])
 
 
 # ---- Beams and several sequences

@@ -17,7 +17,9 @@ from transformers.cache_utils import DynamicCache
 
 import kvstrata
 from kvstrata.errors import ConfigError, UnsupportedModel
+from kvstrata.integrations import _transformers_request
 from kvstrata.integrations._transformers_load import load_model
+from kvstrata.integrations._transformers_request import _HARMLESS_OPTIONS, _OPTIONS
 from kvstrata.integrations.transformers import PrefixReuse
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -94,6 +96,9 @@ def test_a_model_in_training_mode_is_refused_also_later(model: Any, cache: kvstr
         ({"cache_implementation": "quantized"}, "cache_implementation"),
         ({"use_cache": False}, "use_cache"),
         ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens"),
+        ({"assistant_early_exit": 1}, "assistant_early_exit"),
+        ({"use_mtp": True}, "use_mtp"),
+        ({"is_assistant": True}, "is_assistant"),
         ({"output_attentions": True}, "output_attentions"),
         ({"generation_config": transformers.GenerationConfig(dola_layers="high")}, "dola_layers"),
         ({"past_key_values": DynamicCache()}, "past_key_values"),
@@ -108,6 +113,21 @@ def test_requests_that_can_not_be_represented_are_refused(
     with pytest.raises(UnsupportedModel, match=reason):
         reuse.generate(**{"inputs": PROMPT, "max_new_tokens": 2, **options})
     assert reuse.stats()["requests"] == 0
+
+
+def test_every_option_of_generation_is_known() -> None:
+    options = {name for name in vars(transformers.GenerationConfig()) if not name.startswith("_")}
+    assert options - _HARMLESS_OPTIONS - _OPTIONS.keys() == set()
+
+
+def test_an_option_that_is_not_known_must_be_at_its_default(
+    model: Any, cache: kvstrata.Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reuse = make(model, cache)
+    monkeypatch.setattr(_transformers_request, "_HARMLESS_OPTIONS", _HARMLESS_OPTIONS - {"top_k", "min_p"})
+    reuse.generate(PROMPT, max_new_tokens=2, top_k=50)
+    with pytest.raises(UnsupportedModel, match=r"min_p=0\.5: kvstrata doesn't know"):
+        reuse.generate(PROMPT, max_new_tokens=2, min_p=0.5)
 
 
 def test_what_is_no_cache_is_refused(model: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import transformers
 from transformers import GenerationConfig
 
 from kvstrata.errors import UnsupportedModel
@@ -17,7 +18,7 @@ __all__ = ["Request", "read_request"]
 _UNKNOWN_LENGTH = 256
 """Room for new tokens where a request doesn't bound them."""
 
-# Options of generation that use the cache in other ways than to append to it, and the values that don't.
+# Options of generation that use the cache in other ways than to append to it, the values that don't, and the reason.
 _OPTIONS: dict[str, tuple[tuple[object, ...], str]] = {
     "use_cache": ((None, True), "without a cache there is nothing to reuse"),
     "cache_implementation": (
@@ -26,6 +27,9 @@ _OPTIONS: dict[str, tuple[tuple[object, ...], str]] = {
     ),
     "prompt_lookup_num_tokens": ((None,), "assisted decoding takes tokens back out of the cache"),
     "assistant_model": ((None,), "assisted decoding takes tokens back out of the cache"),
+    "assistant_early_exit": ((None,), "assisted decoding takes tokens back out of the cache"),
+    "use_mtp": ((None, False), "assisted decoding takes tokens back out of the cache"),
+    "is_assistant": ((None, False), "assisted decoding takes tokens back out of the cache"),
     "custom_generate": ((None,), "it may use the cache in any way"),
     "penalty_alpha": ((None,), "contrastive search may use the cache in any way"),
     "dola_layers": ((None,), "DoLa needs the hidden states of the whole prompt"),
@@ -36,12 +40,37 @@ _OPTIONS: dict[str, tuple[tuple[object, ...], str]] = {
     "output_attentions": ((None, False), "a reused prefix has no attentions"),
     "output_hidden_states": ((None, False), "a reused prefix has no hidden states"),
 }
+if tuple(map(int, transformers.__version__.split(".", 2)[:2])) < (5, 21):
+    _OPTIONS["prefill_chunk_size"] = (
+        (None,),
+        "before 5.21 transformers computes the whole prompt again behind the prefix; upgrade transformers",
+    )
+
+# Options that only choose tokens, end sequences, shape the output, or do nothing where a cache is given. Whatever
+# else a GenerationConfig knows has to be at its default.
+_HARMLESS_OPTIONS = {
+    "max_length", "max_new_tokens", "min_length", "min_new_tokens", "early_stopping", "max_time", "stop_strings",
+    "do_sample", "num_beams", "num_return_sequences", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p",
+    "epsilon_cutoff", "eta_cutoff", "repetition_penalty", "encoder_repetition_penalty", "length_penalty",
+    "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "renormalize_logits",
+    "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty",
+    "suppress_tokens", "begin_suppress_tokens", "sequence_bias", "guidance_scale", "watermarking_config",
+    "output_scores", "output_logits", "return_dict_in_generate", "pad_token_id", "bos_token_id", "eos_token_id",
+    "decoder_start_token_id", "compile_config", "disable_compile", "prefill_chunk_size",
+    "cache_config", "max_cache_len",  # of caches that `generate` makes
+    "continuous_batching_config",  # of `generate_batch`
+    # of assisted decoding, which is refused:
+    "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_lookbehind",
+    "target_lookbehind", "assistant_ensemble_weight", "speculation_type", "max_matching_ngram_size",
+    "diversity_penalty", "low_memory",  # of group beam and contrastive search
+    "transformers_version",
+}  # fmt: skip
+_DEFAULTS = GenerationConfig._get_default_generation_params()
+_UNKNOWN_OPTION = "kvstrata doesn't know what it does to the cache"
 _OWN_ARGUMENTS = {"cache", "past_key_values", "cache_params"}
-_OPTIONS_OF_GENERATION = vars(GenerationConfig()).keys()
-_HARMLESS_ARGUMENTS = _OPTIONS_OF_GENERATION | {
-    "assistant_model", "attention_mask", "custom_generate", "generation_config", "logits_processor",
-    "prefix_allowed_tokens_fn", "stopping_criteria", "streamer", "synced_gpus", "tokenizer",
-    "use_model_defaults",
+_HARMLESS_ARGUMENTS = {
+    "attention_mask", "generation_config", "logits_processor", "prefix_allowed_tokens_fn", "stopping_criteria",
+    "streamer", "synced_gpus", "tokenizer", "use_model_defaults",
 }  # fmt: skip
 
 
@@ -96,15 +125,19 @@ def read_request(model: Any, inputs: torch.Tensor | None, kwargs: dict[str, Any]
         value = getattr(config, name, None) if value is None else value
         return getattr(model.generation_config, name, None) if value is None else value
 
-    for name, (allowed, reason) in _OPTIONS.items():
+    options = {**_OPTIONS, **vars(GenerationConfig())}.keys()
+    for name in options:
+        if name[0] == "_" or (name in _HARMLESS_OPTIONS and name not in _OPTIONS):
+            continue
+        allowed, reason = _OPTIONS.get(name, ((None, _DEFAULTS.get(name)), _UNKNOWN_OPTION))
         value = option(name)
         if not any(value is item or value == item for item in allowed):
-            shown = value if isinstance(value, int | str) else type(value).__name__
+            shown = value if isinstance(value, int | float | str) else type(value).__name__
             raise UnsupportedModel(f"{name}={shown!r}: {reason}")
     for name in kwargs:
         if name in _OWN_ARGUMENTS:
             raise UnsupportedModel(f"{name} is what this object provides; call model.generate for your own")
-        if name not in _HARMLESS_ARGUMENTS:
+        if name not in options and name not in _HARMLESS_ARGUMENTS:
             raise UnsupportedModel(f"the input {name!r} may change the KV, but isn't in the token ids")
     static = option("cache_implementation") == "static"
     if option("cache_implementation") is not None:
