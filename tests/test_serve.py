@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,8 +30,9 @@ TEXT = "A lighthouse stands at the end of a long sandy spit. " * 6 + "What stand
 @pytest.fixture(scope="module")
 def served(smollm_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """Two workers with one cache."""
-    path = str(tmp_path_factory.mktemp("cache"))
-    server = Served(smollm_directory, "--workers", "2", "--memory", "256MiB", "--path", path)
+    place = tmp_path_factory.mktemp("served")
+    options = ["--workers", "2", "--memory", "256MiB", "--path", str(place / "cache")]
+    server = Served(smollm_directory, *options, TMPDIR=str(place))
     try:
         server.wait_until_ready()
         yield server
@@ -269,6 +271,19 @@ def test_a_killed_worker_harms_no_request_of_the_others_and_is_replaced(served: 
         answer = served.chat(TEXT, client, max_tokens=40)
     assert answer["choices"][0]["message"]["content"] == text
     assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+
+
+def test_workers_are_forks_that_end_when_their_supervisor_is_killed(served: Served) -> None:
+    """The last one here: it ends the server."""
+    workers = sorted(served.workers(2))
+    commands = {Path(f"/proc/{process}/cmdline").read_bytes() for process in (served.process.pid, *workers)}
+    ends = [os.pidfd_open(worker) for worker in workers]
+    served.process.kill()
+
+    assert len(commands) == 1
+    for end in ends:
+        assert select.select([end], [], [], REQUEST_LIMIT_S)[0] == [end]
+        os.close(end)
 
 
 def figure(text: str, name: str) -> float:

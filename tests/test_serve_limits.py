@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -20,7 +21,9 @@ pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 pytest.importorskip("prometheus_client", reason="prometheus_client is not installed")
 
 import httpx
+import uvicorn
 from support.openai_server import REQUEST_LIMIT_S, Served, chat
+from support.processes import HANG_LIMIT_S
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(1500)]
 
@@ -42,7 +45,7 @@ def served(smollm_directory: Path) -> Iterator[Served]:
 def until_pending(served: Served, count: int) -> None:
     """Wait until so many requests wait or are generated."""
     deadline = time.monotonic() + REQUEST_LIMIT_S
-    while httpx.get(f"{served.url}/health", timeout=REQUEST_LIMIT_S).json()["pending"] != count:
+    while served.get("/health").json()["pending"] != count:
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -74,7 +77,7 @@ def test_a_full_queue_says_when_to_come_again_and_a_client_that_went_makes_room(
     assert int(refused.headers["retry-after"]) >= 1
     assert refused.json()["error"]["type"] == "rate_limit_error"
     assert served.chat("Hello")["usage"]["completion_tokens"] > 0
-    text = httpx.get(f"{served.url}/metrics", timeout=REQUEST_LIMIT_S).text
+    text = served.get("/metrics").text
     assert 'kvstrata_serve_requests_total{endpoint="/v1/chat/completions",status="429"} 1.0' in text
     generated = [line for line in text.splitlines() if 'kind="generated"' in line]
     assert float(generated[0].split()[-1]) <= 16
@@ -107,6 +110,30 @@ def test_a_gguf_file_is_unpacked_for_several_workers_and_served(smollm: Any) -> 
         server.stop()
 
     assert "The keepers" + answer == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_a_start_that_is_told_to_stop_leaves_nothing_behind(smollm_directory: Path, tmp_path: Path) -> None:
+    server = Served(smollm_directory, "--workers", "2", TMPDIR=str(tmp_path))
+    server.wait_for_its_address()  # and not until a worker is ready
+    server.stop()
+
+    assert list(tmp_path.glob("kvstrata-*")) == []
+
+
+def test_a_worker_that_is_dead_does_not_let_its_supervisor_wait_for_an_answer() -> None:
+    from kvstrata.serve.run import _Worker
+
+    class Silent(_Worker):
+        def target(self, sockets: Any = None) -> None:
+            signal.pause()
+
+    worker = Silent(uvicorn.Config("none"), [])
+    worker.start()
+    worker.process.kill()
+
+    assert worker.parent_conn.poll(HANG_LIMIT_S)  # it is at its end
+    assert not worker.ping(REQUEST_LIMIT_S)
+    worker.process.join()
 
 
 def test_a_model_that_is_not_there_or_can_not_be_loaded_ends_it_with_one_error(tmp_path: Path) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import re
 import signal
+import ssl
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from support.processes import python_path
 
 START_LIMIT_S = 600.0  # loading a model on a busy machine
 REQUEST_LIMIT_S = 120.0
+_NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # else each client reads all the certificates of the world
 
 
 class Served:
@@ -41,23 +43,36 @@ class Served:
         self._log.seek(0)
         return self._log.read().decode(errors="replace")
 
+    def wait_for_its_address(self) -> None:
+        """Wait until it says where it will answer, which it does before its workers are there."""
+        said = re.compile(r"at (http://[\d.]+:\d+)/v1")
+        self._wait_until(lambda: said.search(self.log()) is not None)
+        self.url = said.findall(self.log())[0]
+
     def wait_until_ready(self) -> None:
+        self.wait_for_its_address()
+        self._wait_until(self._answers)
+
+    def _answers(self) -> bool:
+        try:
+            return self.get("/health", timeout_s=5).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def _wait_until(self, true: Callable[[], bool]) -> None:
         deadline = time.monotonic() + START_LIMIT_S
-        while time.monotonic() < deadline and self.process.poll() is None:
-            found = re.search(r"at (http://[\d.]+:\d+)/v1", self.log())
-            if found:
-                self.url = found[1]
-                try:
-                    if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
-                        return
-                except httpx.HTTPError:
-                    pass
+        while not true():
+            if time.monotonic() > deadline or self.process.poll() is not None:
+                raise AssertionError(f"the server did not start: {self.log()}")
             time.sleep(0.2)
-        raise AssertionError(f"the server did not start: {self.log()}")
+
+    def get(self, path: str, *, timeout_s: float = REQUEST_LIMIT_S) -> httpx.Response:
+        with _client(timeout_s) as client:
+            return client.get(f"{self.url}{path}")
 
     def post(self, path: str, body: Any, client: httpx.Client | None = None) -> httpx.Response:
-        post = client.post if client else httpx.post
-        return post(f"{self.url}{path}", json=body, timeout=REQUEST_LIMIT_S)
+        with nullcontext(client) if client else _client() as client:
+            return client.post(f"{self.url}{path}", json=body)
 
     def chat(self, text: str, client: httpx.Client | None = None, **options: Any) -> dict[str, Any]:
         """The answer to a greedy chat."""
@@ -72,6 +87,7 @@ class Served:
         while len(seen) < count:
             assert time.monotonic() < deadline, f"only workers {seen} answered: {self.log()}"
             seen |= self._burst()
+            time.sleep(0.1)
         return seen
 
     @contextmanager
@@ -79,7 +95,7 @@ class Served:
         """A connection to one worker: the kernel gives each new one to any of them."""
         deadline = time.monotonic() + START_LIMIT_S
         while time.monotonic() < deadline:
-            clients = [httpx.Client(timeout=REQUEST_LIMIT_S) for _ in range(8)]
+            clients = [_client() for _ in range(8)]
             try:
                 for client in clients:
                     if _worker(client.get(f"{self.url}/health")) == worker:
@@ -91,7 +107,7 @@ class Served:
         raise AssertionError(f"worker {worker} took no connection")
 
     def _burst(self) -> set[int]:
-        clients = [httpx.Client(timeout=REQUEST_LIMIT_S) for _ in range(8)]
+        clients = [_client() for _ in range(8)]
         try:
             return {_worker(client.get(f"{self.url}/health")) for client in clients}
         except httpx.HTTPError:  # one was killed meanwhile
@@ -120,6 +136,10 @@ def chat(text: str, **options: Any) -> dict[str, Any]:
         "max_tokens": 16,
         **options,
     }
+
+
+def _client(timeout_s: float = REQUEST_LIMIT_S) -> httpx.Client:
+    return httpx.Client(timeout=timeout_s, verify=_NO_TLS)
 
 
 def _worker(response: httpx.Response) -> int:

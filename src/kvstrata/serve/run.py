@@ -1,16 +1,23 @@
-"""Starting the server: one process, or several workers under uvicorn's supervisor, which replaces those that die."""
+"""Starting the server: one process, or several workers under uvicorn's supervisor, which replaces those that die.
+
+Workers are forks of the supervisor, which has imported what they need and runs none of it: threads of torch, which it
+never starts, would be missing in them.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import importlib.util
-import multiprocessing
 import os
 import signal
+import socket
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +27,7 @@ from kvstrata.serve.settings import ServeSettings
 try:
     import uvicorn
     from uvicorn.config import STARTUP_FAILURE
-    from uvicorn.supervisors import Multiprocess
+    from uvicorn.supervisors import multiprocess
 except ImportError as error:
     raise MissingExtra("serve", error.name or "uvicorn") from error
 
@@ -44,10 +51,11 @@ def serve(settings: ServeSettings, say: Callable[[str], None]) -> None:
         metrics.mkdir()
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(metrics)  # before prometheus_client is imported anywhere
         settings = replace(settings, path=settings.path or str(Path(scratch, "cache")), name=settings.served_name)
+        served = settings
         if settings.workers > 1 and Path(settings.model).suffix == ".gguf":
-            settings = replace(settings, model=_unpacked(settings, str(Path(scratch, "model"))))
+            served = replace(settings, model=str(Path(scratch, "model")))
         config = uvicorn.Config(
-            functools.partial(_create, settings, os.getpid()),
+            functools.partial(_create, served, os.getpid()),
             factory=True,
             host=settings.host,
             port=settings.port,
@@ -65,7 +73,12 @@ def serve(settings: ServeSettings, say: Callable[[str], None]) -> None:
             what = f"{settings.workers} worker(s), cache {settings.path}"
             say(f"{settings.served_name} at http://{host}:{port}/v1, {what}")
             if settings.workers > 1:
-                supervisor = Multiprocess(config, sockets=[listener])
+                signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # until the supervisor has its own
+                _import_for_workers()
+                if served.model != settings.model:
+                    _unpacked(settings, served.model)
+                multiprocess.Process = _Worker  # what the supervisor makes
+                supervisor = multiprocess.Multiprocess(config, sockets=[listener])
                 supervisor.run()
                 if any(process.exitcode == STARTUP_FAILURE for process in supervisor.processes):
                     raise ConfigError("the model could not be loaded; the log says why")
@@ -87,16 +100,52 @@ def _create(settings: ServeSettings, parent: int) -> Any:
     return create_app(settings)
 
 
-def _unpacked(settings: ServeSettings, directory: str) -> str:
+class _Fork(ForkProcess):
+    """A fork of the supervisor, without its signal handlers."""
+
+    def start(self) -> None:
+        """Start it; a signal that comes before it has handlers of its own waits for them."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, multiprocess.SIGNALS)
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def run(self) -> None:
+        """Do what it was made for, in its process."""
+        for number in multiprocess.SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, multiprocess.SIGNALS)
+        super().run()
+
+
+class _Worker(multiprocess.Process):  # type: ignore[misc]  # uvicorn is an extra
+    """A worker as its supervisor knows it."""
+
+    def __init__(self, config: Any, sockets: list[socket.socket]) -> None:
+        super().__init__(config, sockets)
+        self.process = _Fork(target=self.target, args=(sockets,))
+
+    def start(self) -> None:
+        """Start it; when it ends, nobody else holds its end of the pipe, where it would be waited for."""
+        super().start()
+        self.child_conn.close()
+
+
+def _import_for_workers() -> None:
+    """Import what workers need."""
+    importlib.import_module("kvstrata.serve.app")
+    gc.collect()
+    gc.freeze()  # what a worker's collector looks at would be copied for it
+
+
+def _unpacked(settings: ServeSettings, directory: str) -> None:
     """Write the model of a GGUF file to a directory: workers load that in a second, and share its pages."""
-    process = multiprocessing.get_context("spawn").Process(
-        target=_unpack, args=(settings.model, settings.dtype, directory, os.getpid())
-    )  # in a process of its own, so that the supervisor stays small
+    process = _Fork(target=_unpack, args=(settings.model, settings.dtype, directory, os.getpid()))
     process.start()
     process.join()
     if process.exitcode:
         raise ConfigError(f"the model {settings.model} could not be loaded; the log says why")
-    return directory
 
 
 def _unpack(file: str, dtype: str, directory: str, parent: int) -> None:
