@@ -10,7 +10,7 @@ from support.stores import Host, MemoryStore
 
 from kvstrata.codecs import codec, encryption
 from kvstrata.codecs.encryption import Keyring, Sealer
-from kvstrata.errors import TierUnavailable
+from kvstrata.errors import CorruptRecord, TierUnavailable
 from kvstrata.tiers.base import StoreFault
 from kvstrata.tiers.breaker import Breaker
 from kvstrata.tiers.encodings import Encoding
@@ -236,8 +236,8 @@ def test_after_a_clear_that_failed_nothing_is_served_until_it_is_made_up_for(sto
 TEXT = b"the same words again and again, " * 400
 
 
-def encoded(store: MemoryStore, encoding: Encoding) -> Host:
-    host = Host(store)
+def encoded(store: MemoryStore, encoding: Encoding, memory: int = 4 << 20) -> Host:
+    host = Host(store, memory=memory)
     host.space = host.tier.open_namespace("ns", 1, encoding)
     return host
 
@@ -249,6 +249,26 @@ def test_hosts_with_other_codecs_read_each_others_values(store: MemoryStore) -> 
     assert plain.load([b"packed", b"plain"]) == packed.load([b"packed", b"plain"]) == [TEXT, TEXT]
     (record,) = [bytes(record) for record, _ in store.records.values() if b"packed" in bytes(record)]
     assert len(record) < len(TEXT) // 10
+
+
+def test_a_large_value_of_which_next_to_nothing_is_left_comes_back(store: MemoryStore) -> None:
+    large = bytes(80 << 20)
+    host = encoded(store, Encoding(codec("zstd:3"), sealer=Sealer(Keyring([bytes(32)]))), memory=128 << 20)
+    host.write({b"key": large})
+    assert host.tier.stats()["written_bytes"] < 20_000
+    assert host.load([b"key"]) == [large]
+
+
+def test_a_payload_that_speaks_of_another_length_than_its_record_is_none() -> None:
+    encoding = Encoding(codec("zstd"))
+    number, payload = encoding.encode(TEXT, b"", b"key")
+    assert encoding.decode(number, payload, b"", len(TEXT)) == TEXT
+    for length in (0, len(TEXT) - 1, len(TEXT) + 1, 1 << 60):
+        with pytest.raises(CorruptRecord):
+            encoding.decode(number, payload, b"", length)
+        if length < 1 << 20:
+            with pytest.raises(CorruptRecord):
+                encoding.decode_into(number, payload, b"", bytearray(length))
 
 
 def test_what_is_encrypted_is_read_with_the_key_and_else_is_a_miss(

@@ -70,8 +70,10 @@ class MemoryStore:
 class Host:
     """A host with records of its own: what is put can be written to a tier."""
 
-    def __init__(self, store: RecordStore, name: str = "ns", version: int = 1, **options: object) -> None:
-        self.native = _core.Store.open_private(4 << 20)
+    def __init__(
+        self, store: RecordStore, name: str = "ns", version: int = 1, memory: int = 4 << 20, **options: object
+    ) -> None:
+        self.native = _core.Store.open_private(memory)
         self.tier = KeyedTier(store, lookup_s=10.0, **options)  # type: ignore[arg-type]
         self.local = self.native.open_namespace(0, name, version, "lru", 0, 0, False)
         self.space: KeyedSpace = self.tier.open_namespace(name, version)

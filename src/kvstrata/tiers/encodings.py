@@ -10,7 +10,7 @@ import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvstrata.codecs.base import Codec, TensorInfo, bytes_of
 from kvstrata.codecs.encryption import SEALED, Keyring, Sealer
@@ -84,41 +84,74 @@ class Encoding:
             tail = self.tail(decoded, key)
         return TAILED, b"".join((_TAIL.pack(1, number, len(tail)), tail, payload))
 
+    def decode(self, number: int, payload: Buffer, identity: bytes, length: int) -> bytearray:
+        """Return the value, which has `length` bytes; raises CorruptRecord, also where the payload says otherwise.
+
+        Raises WrongKey as well.
+        """
+        parts = self._parts(number, payload, identity)
+        if parts.value_len != length:  # before memory is taken for it
+            raise CorruptRecord("its value can't be as long as it says")
+        try:
+            out = bytearray(length)
+        except MemoryError:
+            raise CorruptRecord(f"there is no memory for a value of {length:,} bytes") from None
+        parts.decode_into(memoryview(out))
+        return out
+
     def decode_into(self, number: int, payload: Buffer, identity: bytes, out: Buffer) -> None:
         """Fill `out`, which has the value's bytes; raises CorruptRecord and WrongKey."""
+        parts, target = self._parts(number, payload, identity), bytes_of(out)
+        if parts.value_len != target.nbytes:
+            raise CorruptRecord("a payload of another length than its value")
+        parts.decode_into(target)
+
+    def _parts(self, number: int, payload: Buffer, identity: bytes) -> _Parts:
         if number == SEALED:
             if self.sealer is None:
                 raise WrongKey("this was encrypted; open the cache with the keys: encryption=...")
             number, payload = self.sealer.open(payload, identity)
+        tail, data = memoryview(b""), bytes_of(payload)
         if number == TAILED:
-            number, payload, out = _without_tail(bytes_of(payload), bytes_of(out))
-        if number == _RAW.id:
-            data, target = bytes_of(payload), bytes_of(out)
-            if data.nbytes != target.nbytes:
-                raise CorruptRecord("a raw payload of another length than its value")
-            target[:] = data
-            return
+            number, tail, data = _parted(data)
         known = self.codec
         try:
             chosen = known if isinstance(known, Zstd) and number == known.id else decoder(number)
         except FormatError as error:
             raise CorruptRecord(str(error)) from error
+        return _Parts(chosen, data, tail)
+
+
+class _Parts(NamedTuple):
+    """What a payload consists of."""
+
+    codec: Codec
+    payload: memoryview
+    tail: memoryview
+
+    @property
+    def value_len(self) -> int:
+        """Bytes of the value, as its own checked header says."""
+        return self.codec.value_len(self.payload) + self.tail.nbytes
+
+    def decode_into(self, out: memoryview) -> None:
+        start = out.nbytes - self.tail.nbytes
+        out[start:] = self.tail
         try:
-            chosen.decode_into(payload, out)
+            self.codec.decode_into(self.payload, out[:start])
         except ConfigError as error:  # a dictionary that isn't known here
             raise WrongKey(str(error)) from error
 
 
-def _without_tail(payload: memoryview, out: memoryview) -> tuple[int, memoryview, memoryview]:
-    """Fill the end of `out` with the tail; returns number, payload and place of what stands before it."""
+def _parted(payload: memoryview) -> tuple[int, memoryview, memoryview]:
+    """Return the number of the codec before the tail, the tail, and the payload of what stands before it."""
     if payload.nbytes < _TAIL.size:
         raise CorruptRecord("a payload with a tail is too short")
     version, number, length = _TAIL.unpack_from(payload)
-    if version != 1 or number in (TAILED, SEALED) or length > min(out.nbytes, payload.nbytes - _TAIL.size):
+    if version != 1 or number in (TAILED, SEALED) or length > payload.nbytes - _TAIL.size:
         raise CorruptRecord("a payload with a tail is damaged")
-    start = out.nbytes - length
-    out[start:] = payload[_TAIL.size : _TAIL.size + length]
-    return number, payload[_TAIL.size + length :], out[:start]
+    start = _TAIL.size + length
+    return number, payload[_TAIL.size : start], payload[start:]
 
 
 class Encodings:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvstrata import _core
-from kvstrata.errors import CorruptRecord
 from kvstrata.tiers.base import NamedRecord
 from kvstrata.tiers.keyed_space import GENERATION_NUMBER, KeyedSpace
 
@@ -13,8 +12,6 @@ if TYPE_CHECKING:
     from kvstrata._core import DirtyRecord
 
 __all__ = ["addressed", "decode"]
-
-_LEAST_RATIO, _SMALL = 1024, 65536
 
 
 def _identity(name: bytes, written: int) -> bytes:
@@ -45,8 +42,4 @@ def addressed(name: bytes, record: DirtyRecord, space: KeyedSpace, generation: i
 
 def decode(space: KeyedSpace, name: bytes, written: int, number: int, payload: memoryview, length: int) -> memoryview:
     """Return the value of an encoded record; raises CorruptRecord, and WrongKey."""
-    if length > _LEAST_RATIO * max(len(payload), _SMALL):  # nothing can be that much smaller than its value
-        raise CorruptRecord("its value can't be as long as it says")
-    out = bytearray(length)
-    space.encoding.decode_into(number, payload, _identity(name, written), out)
-    return memoryview(out).toreadonly()
+    return memoryview(space.encoding.decode(number, payload, _identity(name, written), length)).toreadonly()
