@@ -18,6 +18,7 @@ __all__ = ["RemoteURL"]
 
 _VALKEY = ("redis", "rediss", "valkey", "valkeys", "unix")
 _CLUSTER = ("redis+cluster", "rediss+cluster", "valkey+cluster", "valkeys+cluster")
+_TLS = tuple(scheme for scheme in (*_VALKEY, *_CLUSTER) if scheme.partition("+")[0] in ("rediss", "valkeys"))
 _SCHEMES = (*_VALKEY, *_CLUSTER, "s3")
 _SECONDS = ("lookup_timeout", "change_timeout", "generation_ttl", "bloom_refresh")
 _COMMON = (*_SECONDS, "bloom", "bloom_fp")
@@ -33,6 +34,7 @@ _OF_PLACE = ("prefix", "db", "endpoint")
 _LOOKUP_S = {"s3": 0.5}
 _CHANGE_S = {"s3": 10.0}
 _REFRESH_S = {"s3": 10.0}
+_ESCAPE = "remote: escape / in a password as %2F, ? as %3F, # as %23 and @ as %40; @ also in a path"
 _FILTERED = ("s3",)  # where a miss costs more than to find what others write a little later
 
 
@@ -47,9 +49,12 @@ class RemoteURL:
         if ":" in host:
             host = f"[{host}]"
         try:
-            port = f":{parts.port}" if parts.port else ""
+            number = parts.port
         except ValueError:
-            raise ConfigError(f"remote: the port of {scheme}://{host} is no number from 1 to 65535") from None
+            number = 0
+        if number == 0:
+            raise ConfigError(f"remote: the port of {scheme}://{host} is no number from 1 to 65535")
+        port = "" if number is None else f":{number}"
         self.label = f"{scheme}://{host}{port}{parts.path}"
 
     def __repr__(self) -> str:
@@ -72,11 +77,17 @@ class RemoteURL:
         scheme = parts.scheme
         if scheme not in _SCHEMES:
             raise UnknownOption("kind of remote", scheme, _SCHEMES)
+        if "@" in parts.path or parts.fragment:
+            raise ConfigError(_ESCAPE)
         options: dict[str, str] = {}
         known = _S3_OPTIONS if scheme == "s3" else _VALKEY_OPTIONS
         for name, value in parse_qsl(parts.query, keep_blank_values=True):
             if name not in known:
+                if "@" in parts.query:  # it may be the end of a password
+                    raise ConfigError(_ESCAPE)
                 raise UnknownOption(f"option of {scheme}://", name, known)
+            if name in options:
+                raise ConfigError(f"remote: {name} is given twice")
             options[name] = value
         parsed = cls(scheme, parts, options)
         parsed._check()
@@ -108,9 +119,24 @@ class RemoteURL:
             self._seconds(name, 1.0)
         self._bloom()
         self._prefix()
-        self._database()
+        if self._database() and self.scheme in _CLUSTER:
+            raise ConfigError(f"remote {self.label}: a cluster has no database but 0")
+        self._check_twice()
+        useless = [name for name in self._options if name.startswith("tls_")]
+        if useless and self.scheme not in _TLS:
+            raise ConfigError(f"remote {self.label}: {useless[0]} is for TLS: write rediss:// or valkeys://")
         for name in ("tls_verify", "virtual_hosted"):
             self._flag(name, default=True)
+
+    def _check_twice(self) -> None:
+        """Raise ConfigError where one of two ways to say something would count for nothing."""
+        parts = self._parts
+        user, secret = ("access_key", "secret_key") if self.scheme == "s3" else ("username", "password")
+        for name, value in (("db", self._path_database()), (user, parts.username), (secret, parts.password)):
+            given = [option for option in (name, f"{name}_env", f"{name}_file") if option in self._options]
+            if len(given) > 1 or (given and value):
+                where = "as two options" if len(given) > 1 else f"in the URL and as {given[0]}"
+                raise ConfigError(f"remote {self.label}: {name} is given twice: {where}")
 
     def _seconds(self, name: str, default: float) -> float:
         text = self._options.get(name)
@@ -147,11 +173,13 @@ class RemoteURL:
         return prefix
 
     def _database(self) -> int:
-        in_path = "" if self.scheme in ("unix", "s3") else self._parts.path.strip("/")
-        text = in_path or self._options.get("db", "0")
-        if not text.isdigit():
+        text = self._path_database() or self._options.get("db", "0")
+        if not (text.isascii() and text.isdigit()):
             raise ConfigError(f"remote {self.label}: the database must be a number, not {text!r}")
         return int(text)
+
+    def _path_database(self) -> str:
+        return "" if self.scheme in ("unix", "s3") else self._parts.path.strip("/")
 
     def _secret(self, name: str, default: str | None) -> str | None:
         """A secret that the URL names the place of, or holds."""
@@ -180,7 +208,7 @@ class RemoteURL:
             options["path"] = unquote(parts.path)
         else:
             options |= {"host": parts.hostname, "port": parts.port or 6379}
-        if self.scheme in ("rediss", "valkeys", "rediss+cluster", "valkeys+cluster"):
+        if self.scheme in _TLS:
             verify = self._flag("tls_verify", default=True)
             options |= {"ssl_cert_reqs": "required" if verify else "none", "ssl_check_hostname": verify}
             for ours, theirs in (("tls_ca", "ssl_ca_certs"), ("tls_cert", "ssl_certfile"), ("tls_key", "ssl_keyfile")):
@@ -207,4 +235,4 @@ class RemoteURL:
             if name in self._options:
                 options[name] = self._options[name]
         options["virtual_hosted_style_request"] = self._flag("virtual_hosted", default="endpoint" not in options)
-        return S3Store(self.label, parts.hostname or "", parts.path.strip("/"), options)
+        return S3Store(self.label, parts.hostname or "", unquote(parts.path.strip("/")), options)
