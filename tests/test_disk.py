@@ -21,6 +21,7 @@ import pytest
 import kvstrata
 from kvstrata import _core
 from kvstrata.errors import FormatError, TierUnavailable, VersionConflict
+from kvstrata.record import NamespaceInfo
 from kvstrata.tiers import segment_format
 from kvstrata.tiers.base import Stats
 from kvstrata.tiers.disk import DiskTier
@@ -306,15 +307,71 @@ def test_expired_records_are_not_told_of(host: Host, tmp_path: Path) -> None:
     again.close()
 
 
-def test_a_deletion_that_can_not_be_made_durable_raises(host: Host) -> None:
-    host.put(b"k", b"v")
-    host.flush()
+@contextlib.contextmanager
+def locked_catalog(host: Host) -> Iterator[None]:
+    """Have somebody else hold the database itself, whom the ledger doesn't stop."""
     holder = sqlite3.connect(next(host.directory.glob("catalog-*.db")), isolation_level=None)
     holder.execute("BEGIN IMMEDIATE")
     host.tier._catalog._connection.execute("PRAGMA busy_timeout=10")  # type: ignore[union-attr]
-    with pytest.raises(TierUnavailable, match="locked"):
-        host.delete(b"k")
+    yield
     holder.close()
+
+
+def test_a_deletion_that_can_not_be_made_durable_raises(host: Host) -> None:
+    host.put(b"k", b"v")
+    host.flush()
+    with locked_catalog(host), pytest.raises(TierUnavailable, match="locked"):
+        host.delete(b"k")
+
+
+@pytest.mark.parametrize("then", ["the epoch again", "a record of it"])
+def test_an_epoch_that_could_not_be_made_durable_is_made_so_by_what_comes_next(
+    host: Host, tmp_path: Path, then: str
+) -> None:
+    host.put(b"old", b"1")
+    host.flush()
+    with locked_catalog(host), pytest.raises(TierUnavailable, match="locked"):
+        host.clear()
+    if then == "the epoch again":
+        host.tier.set_epoch(host.space().id, 2)
+    else:
+        host.put(b"new", b"2")
+        host.flush()
+    again = Host(killed(host, tmp_path))
+    assert (again.get(b"old"), again.get(b"new")) == (None, None if then == "the epoch again" else b"2")
+    again.close()
+
+
+def test_nobody_takes_an_epoch_for_durable_that_another_thread_fails_to_commit(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ns = host.space().id
+    waits_or_returned = threading.Event()
+    register, hold = host.tier._catalog.register_namespace, host.tier._ledger.hold
+
+    def raise_too() -> None:
+        host.tier.set_epoch(ns, 2)
+        waits_or_returned.set()
+
+    other = threading.Thread(target=raise_too)
+
+    def hold_seen() -> contextlib.AbstractContextManager[None]:
+        if threading.current_thread() is other:
+            waits_or_returned.set()
+        return hold()
+
+    def fail_while_another_asks(_: NamespaceInfo) -> NamespaceInfo:
+        monkeypatch.setattr(host.tier._catalog, "register_namespace", register)
+        other.start()
+        waits_or_returned.wait()
+        raise TierUnavailable("the catalog can't be written")
+
+    monkeypatch.setattr(host.tier._ledger, "hold", hold_seen)
+    monkeypatch.setattr(host.tier._catalog, "register_namespace", fail_while_another_asks)
+    with pytest.raises(TierUnavailable, match="written"):
+        host.tier.set_epoch(ns, 2)
+    other.join()
+    assert [state.epoch for state in host.tier.namespaces()] == [2]
 
 
 # ---- Capacity

@@ -267,9 +267,10 @@ class DiskTier:
 
         Raises TierUnavailable when that can't be made durable.
         """
-        known = self._known(ns)
-        if epoch > known.epoch:
-            self._raise(NamespaceInfo(ns, known.name, known.version, epoch, known.immutable))
+        with self._ledger.hold():  # or another thread would find it known before it is committed
+            known = self._known(ns)
+            if epoch > known.epoch:
+                self._raise(NamespaceInfo(ns, known.name, known.version, epoch, known.immutable))
 
     def remove_tag(self, slot: int, seq: int) -> None:
         """Make records with that tag and a lower number unreachable, also after a restart.
@@ -367,9 +368,14 @@ class DiskTier:
     # ---- Inside: namespaces
 
     def _raise(self, wanted: NamespaceInfo) -> None:
-        """Commit a higher version or epoch of a namespace."""
+        """Commit a higher version or epoch of a namespace. The ledger must be held."""
+        before = self._namespaces[wanted.id]
         self._namespaces[wanted.id] = wanted  # first, for a rebuild meanwhile
-        self._namespaces[wanted.id] = self._recovery.mended(lambda: self._catalog.register_namespace(wanted))
+        try:
+            self._namespaces[wanted.id] = self._recovery.mended(lambda: self._catalog.register_namespace(wanted))
+        except BaseException:
+            self._namespaces[wanted.id] = before  # or nobody would commit it any more
+            raise
 
     def _known(self, ns: int) -> NamespaceInfo:
         if ns not in self._namespaces:
