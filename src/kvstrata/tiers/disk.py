@@ -405,8 +405,8 @@ class DiskTier:
         self._capacity.make_ahead(self._segments, size + self._segments_ahead * self._segment_bytes)
 
     def _drop_segment(self, number: int) -> None:
-        # Rows first, so that none ever outlives what it points to; then the index. Of what that has there a row may lie
-        # elsewhere, if who moved it was killed.
+        # Rows first, so that none ever outlives what it points to; then the index. The row of what that has there may
+        # say otherwise: who moved it may have been killed in between.
         keys: dict[int, list[tuple[bytes, int]]] = {}
         for ns, key, seq, *_ in sorted(self._store.rows_of(number, False)):  # in the order of the rows
             keys.setdefault(ns, []).append((key, seq + 1))
