@@ -23,6 +23,8 @@ const char* const kPoints[] = {
     "store.promoted",
 };
 
+constexpr u32 kGoing = 1 << 30;  // a segment that is dropped now and then
+
 std::string key_of(u32 number) {
     // Some keys lie in the entry, some in a block of their own.
     return (number % 3 ? "" : std::string(50, 'x')) + "key " + std::to_string(number);
@@ -64,8 +66,9 @@ void work(Store& store, Space space, unsigned seed) {
             default:
                 write_below();
                 store.insert_disk({space.id, bytes_of("row " + std::to_string(row)), row + 1u, segment, 0, 128, 0, 1, 1, 0, {}});
-                if (random() % 2) store.forget_disk(space.id, bytes_of("row " + std::to_string(row)), row + 1u);
-                if (random() % 32 == 0) store.drop_segment(segment);
+                store.insert_disk({space.id, bytes_of("gone " + std::to_string(row)), row + 1u, kGoing, 0, 128, 0, 1, 1, 0, {}});
+                store.forget_disk(space.id, bytes_of("gone " + std::to_string(row - random() % 2)), row + 1u);
+                if (random() % 32 == 0) store.drop_segment(kGoing);
                 if (const auto where = store.locate(space, bytes_of(key)); where && where->segment == segment) {
                     if (auto loading = store.begin_load(space, bytes_of(key), *where)) {
                         const std::string& record = disk[where->offset / kUnit];
@@ -153,7 +156,7 @@ TEST(a_death_at_any_point_costs_nothing_but_what_was_being_put) {
             CHECK(store->stats().clients == 1);
             settle_all();
             for (int round = 0; round < 3; ++round) fill();
-            store->drop_segment(static_cast<u32>(child));
+            for (const u32 segment : {static_cast<u32>(child), kGoing}) store->drop_segment(segment);
             for (u32 number = 0; number < 200; ++number) store->remove(space, bytes_of(key_of(number)));
             const auto stats = store->stats();
             if (!CHECK(stats.memory.used == 0) || !CHECK(stats.memory.free_runs == 1) || !CHECK(stats.entries == 0) ||
