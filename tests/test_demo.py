@@ -115,10 +115,11 @@ def test_ones_own_model_is_asked_ones_own_questions_about_ones_own_text(
     assert result.stderr.strip() == "kvstrata demo: --document needs a --question about it"
 
 
-def test_the_last_words_of_a_worker_that_dies_are_told() -> None:
+@pytest.mark.parametrize("length", [1, 1 << 20], ids=["short", "longer than an argument of a process may be"])
+def test_the_last_words_of_a_worker_that_dies_are_told(length: int) -> None:
     with (
         pytest.raises(DemoFailed, match=r"status 1: .*(unexpected keyword argument|needs the package)"),
-        runner._Process({"nonsense": 1}),
+        runner._Process({"nonsense": "x" * length}),
     ):
         pass
 

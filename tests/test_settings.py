@@ -83,6 +83,17 @@ def test_an_error_names_the_source_of_the_value(
         gather(file, environment)
 
 
+def test_an_empty_path_is_refused_and_not_the_current_directory(tmp_path: Path) -> None:
+    file = tmp_path / "kvstrata.toml"
+    file.write_text('path = ""')
+    with pytest.raises(ConfigError, match=r"\$KVSTRATA_PATH: path is empty; write '\.'"):
+        Settings.gather({}, config=None, environment={"KVSTRATA_PATH": ""})
+    with pytest.raises(ConfigError, match=r"kvstrata.toml: path is empty"):
+        Settings.gather({}, config=file, environment={})
+    with pytest.raises(ConfigError, match=r"^path is empty"):
+        gather(path="")
+
+
 def test_an_unknown_name_in_the_file_is_an_error_that_names_the_nearest(tmp_path: Path) -> None:
     file = tmp_path / "kvstrata.toml"
     file.write_text('memroy = "1MiB"\n')

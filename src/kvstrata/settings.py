@@ -108,7 +108,7 @@ class Settings(NamedTuple):
                 values[name], sources[name] = option.default, ""
         if values["disk_engine"] != "log" and values["remote"]:
             raise ConfigError("disk_engine='lsm' and 'btree' can't be combined with remote=; use disk_engine='log'")
-        path = None if values["path"] is None else Path(values["path"]).absolute()
+        path = _told([sources["path"]], lambda: _directory(values["path"]))
         options = _told(
             [sources[name] for name in _SIZES],
             lambda: CacheOptions.parse(**{name: values[name] for name in _SIZES}, has_path=path is not None),
@@ -125,6 +125,14 @@ class Settings(NamedTuple):
             _told([sources["remote"]], lambda: _urls(values["remote"])),
             _told([sources["encryption"]], lambda: _keyring(values["encryption"])),
         )
+
+
+def _directory(given: Any) -> Path | None:
+    if given is None:
+        return None
+    if not os.fspath(given):
+        raise ConfigError("path is empty; write '.' for the current directory")
+    return Path(given).absolute()
 
 
 def _keyring(given: Any) -> Keyring | None:

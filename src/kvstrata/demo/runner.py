@@ -144,15 +144,17 @@ class _Process:
     def __init__(self, settings: dict[str, Any]) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "kvstrata.demo.worker", json.dumps(settings)],
+            [sys.executable, "-m", "kvstrata.demo.worker"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
         )  # fmt: skip
+        self._settings = settings
         self._replies: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
 
     def __enter__(self) -> _Process:
         try:
+            self._tell(self._settings)
             self._hear()
         except BaseException:
             self._end(kill=True)
@@ -166,11 +168,14 @@ class _Process:
 
     def ask(self, verb: str, *arguments: str) -> Any:
         """Have the worker do `verb` and return its reply."""
+        self._tell([verb, *arguments])
+        return self._hear()
+
+    def _tell(self, message: Any) -> None:
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # its last words say more
-            self._process.stdin.write(json.dumps([verb, *arguments]) + "\n")
+            self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
-        return self._hear()
 
     def _listen(self) -> None:
         assert self._process.stdout is not None

@@ -1,6 +1,6 @@
 """A process of the demonstration: loads the model once, then does what its standard input says.
 
-Each line of input is a JSON list [verb, ...]; each gets one line of JSON on the original standard output.
+Each further line of input is a JSON list [verb, ...]; each gets one line of JSON on the original standard output.
 """
 
 from __future__ import annotations
@@ -125,10 +125,10 @@ class Worker:
 
 
 def main() -> None:
-    """Serve until the input ends. Arguments: the JSON object of Worker's parameters."""
+    """Serve until the input ends. Its first line: the JSON object of Worker's parameters."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else prints must not get between the replies
-    worker = Worker(**json.loads(sys.argv[1]))
+    worker = Worker(**json.loads(sys.stdin.readline()))
     print(json.dumps("ready"), file=replies, flush=True)
     for line in sys.stdin:
         verb, *arguments = json.loads(line)
