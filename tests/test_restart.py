@@ -261,6 +261,35 @@ def test_a_clear_that_a_kill_cut_short_does_not_bring_back_what_was_overwritten_
     assert open_cache(**DISK).get("key") in (None, b"new")
 
 
+def test_a_prefix_takes_what_is_put_before_it_is_looked_for_and_leaves_what_is_put_after(open_cache: OpenCache) -> None:
+    cache = open_cache(**DISK)
+    cache.put_many({f"user/{i}": b"old" for i in range(20)})
+    cache.flush()
+    removed: list[bytes] = []
+
+    class Meanwhile:  # what other processes do while the shards are looked through
+        id = cache._space.id
+
+        def keys_of(self, shard: int, prefix: bytes) -> list[bytes]:
+            if shard == 0:
+                cache.put("user/late", b"old")
+            elif shard == cache.below._store.shards - 1:
+                cache.put(removed[0], b"new")
+            cache.flush()
+            return cache._space.keys_of(shard, prefix)
+
+        def remove_many(self, keys: list[bytes]) -> tuple[int, list[int]]:
+            removed.extend(keys)
+            return cache._space.remove_many(keys)
+
+    assert cache.below.remove_prefix(Meanwhile(), b"user/") == 21  # type: ignore[arg-type]
+    assert list(cache.keys("user/")) == removed[:1]
+    cache.close()
+    cache = open_cache(**DISK)
+    assert list(cache.keys("user/")) == removed[:1]
+    assert cache.get(removed[0]) == b"new"
+
+
 @pytest.mark.parametrize("immutable", [False, True])
 def test_a_tag_deleted_before_a_restart_stays_deleted_and_can_be_used_again(
     open_cache: OpenCache, directory: Path, immutable: bool

@@ -70,7 +70,7 @@ class Below:
     # ---- What is gone
 
     def forget_older(self, ns: int, keys: Sequence[tuple[Key, int | None]]) -> None:
-        """Remove what the tier has of keys that were deleted, or overwritten by a record of that number."""
+        """Remove what the tier has of keys that were deleted, where a number is given only what has a lower one."""
         if self.tier:
             epoch = self._store.undurable_epoch(ns)
             if epoch:  # somebody's clear() is not done, and may never be
@@ -82,17 +82,16 @@ class Below:
         """Remove all keys of a namespace that start with `prefix`, from memory too; returns how many were there."""
         before = self._store.next_seq()
         present = 0
-        owed: list[bytes] = []
+        owed: list[tuple[bytes, int]] = []
         for shard in range(self._store.shards):
             keys = space.keys_of(shard, prefix)
             removed, on_disk = space.remove_many(keys)
             present += removed
-            owed += [keys[i] for i in on_disk]
-        if self.tier:  # also for those that the index has no room for
-            self.tier.delete_prefix(space.id, prefix, before)
-            if owed:  # what was put and written after `before` and removed all the same
-                self.tier.delete(space.id, [(key, None) for key in owed])
-            self._store.pay(space.id, owed)
+            after = self._store.next_seq()  # what was put since `before` is among them; what is put again is not
+            owed += [(keys[i], after) for i in on_disk]
+        if self.tier:
+            self.forget_older(space.id, owed)
+            self.tier.delete_prefix(space.id, prefix, before)  # those that the index has no room for; syncs all of it
         return present
 
     def persist_epoch(self, ns: int, epoch: int) -> None:
