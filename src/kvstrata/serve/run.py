@@ -53,7 +53,9 @@ def serve(settings: ServeSettings, say: Callable[[str], None]) -> None:
         settings = replace(settings, path=settings.path or str(Path(scratch, "cache")), name=settings.served_name)
         served = settings
         if settings.workers > 1 and Path(settings.model).suffix == ".gguf":
-            served = replace(settings, model=str(Path(scratch, "model")))
+            unpacked = Path(scratch, "model")
+            unpacked.mkdir()
+            served = replace(settings, model=str(unpacked))
         config = uvicorn.Config(
             functools.partial(_create, served, os.getpid()),
             factory=True,
@@ -76,7 +78,7 @@ def serve(settings: ServeSettings, say: Callable[[str], None]) -> None:
                 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # until the supervisor has its own
                 _import_for_workers()
                 if served.model != settings.model:
-                    _unpacked(settings, served.model)
+                    _unpack_apart(settings, served.model)
                 multiprocess.Process = _Worker  # what the supervisor makes
                 supervisor = multiprocess.Multiprocess(config, sockets=[listener])
                 supervisor.run()
@@ -139,11 +141,15 @@ def _import_for_workers() -> None:
     gc.freeze()  # what a worker's collector looks at would be copied for it
 
 
-def _unpacked(settings: ServeSettings, directory: str) -> None:
+def _unpack_apart(settings: ServeSettings, directory: str) -> None:
     """Write the model of a GGUF file to a directory: workers load that in a second, and share its pages."""
     process = _Fork(target=_unpack, args=(settings.model, settings.dtype, directory, os.getpid()))
     process.start()
-    process.join()
+    try:
+        process.join()
+    finally:  # nor may it go on when this is interrupted
+        process.kill()
+        process.join()
     if process.exitcode:
         raise ConfigError(f"the model {settings.model} could not be loaded; the log says why")
 
