@@ -71,9 +71,27 @@ class NamespaceContract:
 
     @pytest.mark.parametrize("one_key", ["abc", b"abc"])
     def test_one_key_is_no_sequence_of_keys(self, ns: Namespace, one_key: Any) -> None:
-        for use_many in (ns.get_many, ns.pin_many, ns.contains_prefix):
+        for use_many in (ns.get_many, ns.pin_many, ns.contains_prefix, ns.delete_many):
             with pytest.raises(InvalidKey):
                 use_many(one_key)
+
+    @pytest.mark.parametrize("given", [dict.keys, iter, tuple], ids=["view", "iterator", "tuple"])
+    def test_keys_may_come_from_anything_that_yields_them(
+        self, cache: Cache, ns: Namespace, given: Callable[[dict[str, bytes]], Any]
+    ) -> None:
+        items = {f"key {i}": pattern(100 * i) for i in range(10)}
+        asked = {"key 0": b"", "absent": b"", **items}
+        expected = [items.get(key) for key in asked]
+        ns.put_many(items)
+        cache.flush()
+        for leave in (lambda: None, cache.demote):
+            leave()
+            assert ns.get_many(given(asked)) == expected
+            leave()
+            assert [None if pin is None else bytes(pin) for pin in ns.pin_many(given(asked))] == expected
+            leave()
+            assert ns.contains_prefix(given(items)) == len(items)
+        assert ns.delete_many(given(asked)) == len(items)
 
     @pytest.mark.parametrize(
         "value",

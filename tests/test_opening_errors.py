@@ -71,7 +71,7 @@ def test_an_option_of_a_namespace_that_can_not_be_is_refused(open_cache: OpenCac
         open_cache(None).namespace("blocks", **options)
 
 
-@pytest.mark.parametrize("name", ["", "x" * 129, 7])
+@pytest.mark.parametrize("name", ["", "x" * 129, 7, "\ud800"])
 def test_a_namespace_has_a_name_of_1_to_128_bytes(open_cache: OpenCache, name: Any) -> None:
     with pytest.raises(ConfigError, match="name"):
         open_cache(None).namespace(name)

@@ -174,3 +174,15 @@ def test_as_many_promises_as_anybody_makes_harm_nobody() -> None:
             cache._space.withdraw(key, token)
         assert cache._space.promise("key 1", 60_000) is not None
         assert cache._space.promise("key 1", 60_000) is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("count", [0, 6, 4 << 20], ids=["empty", "small", "without room"])
+@pytest.mark.parametrize("step", [1, 2], ids=["contiguous", "not contiguous"])
+def test_a_tensor_is_returned_as_a_get_returns_it(dtype: str, count: int, step: int) -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    tensor = torch.arange(count, dtype=torch.float32).to(getattr(torch, dtype))[::step]
+    expected = tensor.clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().tobytes()
+    with kvstrata.open(memory="2MiB") as cache:
+        assert cache.get_or_compute("key", lambda: tensor) == expected
+        assert cache.get("key") == (None if count == 4 << 20 else expected)

@@ -54,8 +54,12 @@ def parse_rate(value: int | str, *, option: str) -> int:
 
 def check_name(name: str, of: str) -> None:
     """Raise ConfigError unless this can be the name of a namespace or holder."""
-    if not isinstance(name, str) or not 1 <= len(name.encode()) <= 128:
-        raise ConfigError(f"a {of}'s name is a str of 1 to 128 bytes, not {name!r}")
+    try:
+        size = len(name.encode()) if isinstance(name, str) else 0
+    except UnicodeEncodeError:
+        size = 0
+    if not 1 <= size <= 128:
+        raise ConfigError(f"a {of}'s name is a str of 1 to 128 bytes in UTF-8, not {name!r}")
 
 
 def parse_duration(seconds: float | None, *, option: str = "ttl") -> int:

@@ -14,7 +14,7 @@ from kvstrata.errors import InvalidKey, InvalidValue, TierFull
 from kvstrata.movement.prefetch import Prefetch
 from kvstrata.movement.single_flight import compute_once
 from kvstrata.movement.warm import AT_ONCE, Progress, Warmed, warm
-from kvstrata.tiered_space import TieredSpace, Value, copied, pinned
+from kvstrata.tiered_space import TieredSpace, Value, copied, listed, pinned, stored_bytes
 from kvstrata.tiers.base import Key
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class Namespace(TieredSpace):
             took = time.perf_counter() - started
             with suppress(TierFull):
                 self.put(key, value, ttl=ttl, cost=took if cost is None else cost, tags=tags)
-            return value if isinstance(value, bytes) else memoryview(value).tobytes()
+            return stored_bytes(value)
 
         found = self.get(key)
         lease_ms = parse_duration(lease, option="lease")
@@ -163,6 +163,7 @@ class Namespace(TieredSpace):
 
     def get_many(self, keys: Sequence[Key], *, out: Sequence[Any] | None = None) -> list[Any]:
         """Return the values in the order of the keys, None where absent; `out`: one writable buffer per key."""
+        keys = listed(keys)
         values, below = self._space.get_many(keys, out)
         for start in range(0, len(below), _LOADED_AT_ONCE):
             wanted = below[start : start + _LOADED_AT_ONCE]
@@ -196,6 +197,7 @@ class Namespace(TieredSpace):
 
     def pin_many(self, keys: Sequence[Key]) -> list[_core.Pin | None]:
         """Return a pin for each key, None where absent; a pin exports its value as a buffer, too."""
+        keys = listed(keys)
         pins: list[_core.Pin | None]
         pins, below = self._space.pin_many(keys)
         if below:
@@ -210,7 +212,7 @@ class Namespace(TieredSpace):
         A tier elsewhere, or another disk engine than the log, is asked, in one batch, for those behind the first that
         the index doesn't have.
         """
-        return self._prefix_places(keys)[0]
+        return self._prefix_places(listed(keys))[0]
 
     def __contains__(self, key: Key) -> bool:
         return self._space.contains(key) or (self._remote is not None and self._remote.places([key])[0] is not None)
@@ -245,7 +247,7 @@ class Namespace(TieredSpace):
 
         With a tier elsewhere as `delete`.
         """
-        keys = list(keys)
+        keys = listed(keys, copy=True)
         change = self._remote.begin() if self._remote else None
         try:
             present, on_disk = self._space.remove_many(keys)
