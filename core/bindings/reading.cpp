@@ -292,6 +292,10 @@ void bind_reading(nb::module_& m, nb::class_<SpaceHandle>& space) {
     below_marker = new nb::object(nb::module_::import_("builtins").attr("object")());
     m.attr("BELOW") = *below_marker;
     m.def("copy_into", &copy_into, nb::arg("value"), nb::arg("out"));
+    m.def("value_bytes", [](nb::handle object) {
+        const Value value(object);
+        return nb::bytes(value.data(), value.size());
+    }, nb::arg("value").none());
 
     space
         .def("get", &get, nb::arg("key").none())

@@ -14,7 +14,7 @@ from kvstrata.errors import InvalidKey, InvalidValue, TierFull
 from kvstrata.movement.prefetch import Prefetch
 from kvstrata.movement.single_flight import compute_once
 from kvstrata.movement.warm import AT_ONCE, Progress, Warmed, warm
-from kvstrata.tiered_space import TieredSpace, Value, copied, listed, pinned, stored_bytes
+from kvstrata.tiered_space import TieredSpace, Value, copied, listed, pinned
 from kvstrata.tiers.base import Key
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class Namespace(TieredSpace):
             took = time.perf_counter() - started
             with suppress(TierFull):
                 self.put(key, value, ttl=ttl, cost=took if cost is None else cost, tags=tags)
-            return stored_bytes(value)
+            return value if isinstance(value, bytes) else _core.value_bytes(value)
 
         found = self.get(key)
         lease_ms = parse_duration(lease, option="lease")

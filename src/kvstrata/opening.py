@@ -33,8 +33,8 @@ def open(
 
     Every process that opens the same path shares one memory tier of `memory` bytes (1 GiB) and one disk tier of at
     most `disk` bytes (8 GiB where there is a path; 0: no disk tier). Sizes are ints or strings such as "512MiB". All
-    that have it open must agree on `memory`, `disk` and `disk_policy`, or ConfigMismatch says how they differ.
-    `shared=False` opens it for this process alone.
+    that have it open must agree on `memory`, `disk`, `disk_policy` and `remote`, or ConfigMismatch says how they
+    differ. `shared=False` opens it for this process alone.
 
     `disk_policy` says what leaves a full disk first: "fifo", the oldest; "lru", the oldest, but what was used meanwhile
     stays; "ttl", what expires first. It is recorded with the cache. `disk_write_limit`, such as "50MiB/s", bounds what

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from kvstrata import _core
 from kvstrata.config import parse_duration
@@ -21,7 +18,7 @@ if TYPE_CHECKING:
     from kvstrata.movement.remotes import RemoteSpace
     from kvstrata.namespace_options import SpaceOptions
 
-__all__ = ["TieredSpace", "Value", "copied", "listed", "pinned", "stored_bytes"]
+__all__ = ["TieredSpace", "Value", "copied", "listed", "pinned"]
 
 _HIGHEST_COST = 3e38  # it is kept in single precision
 _WRITE_THROUGH_S = 30.0
@@ -262,19 +259,6 @@ def listed(keys: Iterable[Key], *, copy: bool = False) -> Sequence[Key]:
     """
     kept = (tuple, str, bytes) if copy else (list, tuple, str, bytes)
     return keys if isinstance(keys, kept) else list(keys)
-
-
-def stored_bytes(value: Value) -> bytes:
-    """Return what a get gives of a value that a put has taken, or had no room for."""
-    if isinstance(value, bytes):
-        return value
-    try:
-        return memoryview(value).tobytes()
-    except TypeError:  # a tensor, and on the CPU, or it would have been refused
-        if not hasattr(value, "data_ptr"):
-            return np.from_dlpack(value).tobytes()
-        tensor = value.contiguous()  # torch's; numpy doesn't know all of its types
-        return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
 
 
 def pinned(value: _core.Pin | memoryview) -> _core.Pin:

@@ -66,6 +66,7 @@ _HARMLESS_OPTIONS = {
     "transformers_version",
 }  # fmt: skip
 _DEFAULTS = GenerationConfig._get_default_generation_params()
+_OPTIONS_OF_GENERATION = {**_OPTIONS, **vars(GenerationConfig())}.keys()
 _UNKNOWN_OPTION = "kvstrata doesn't know what it does to the cache"
 _OWN_ARGUMENTS = {"cache", "past_key_values", "cache_params"}
 _HARMLESS_ARGUMENTS = {
@@ -125,8 +126,7 @@ def read_request(model: Any, inputs: torch.Tensor | None, kwargs: dict[str, Any]
         value = getattr(config, name, None) if value is None else value
         return getattr(model.generation_config, name, None) if value is None else value
 
-    options = {**_OPTIONS, **vars(GenerationConfig())}.keys()
-    for name in options:
+    for name in _OPTIONS_OF_GENERATION:
         if name[0] == "_" or (name in _HARMLESS_OPTIONS and name not in _OPTIONS):
             continue
         allowed, reason = _OPTIONS.get(name, ((None, _DEFAULTS.get(name)), _UNKNOWN_OPTION))
@@ -137,7 +137,7 @@ def read_request(model: Any, inputs: torch.Tensor | None, kwargs: dict[str, Any]
     for name in kwargs:
         if name in _OWN_ARGUMENTS:
             raise UnsupportedModel(f"{name} is what this object provides; call model.generate for your own")
-        if name not in options and name not in _HARMLESS_ARGUMENTS:
+        if name not in _OPTIONS_OF_GENERATION and name not in _HARMLESS_ARGUMENTS:
             raise UnsupportedModel(f"the input {name!r} may change the KV, but isn't in the token ids")
     static = option("cache_implementation") == "static"
     if option("cache_implementation") is not None:

@@ -37,12 +37,12 @@ _AT_CLOSING_S = 5.0
 class _State(msgspec.Struct, frozen=True):
     """What `remote.json` says: what was written to `tiers` before `distrusted`, ns since the epoch, counts for nothing.
 
-    `open`: nor does what was written until the next opening.
+    `open`: nor does what was written until the next opening. A damaged file is read as one that names no `tiers`.
     """
 
     distrusted: int
     open: bool
-    tiers: list[str]
+    tiers: list[str] | None
 
 
 class Remotes:
@@ -82,40 +82,35 @@ class Remotes:
     # ---- Over restarts
 
     @staticmethod
-    def restore_trust(store: Store, directory: Path, tiers: Sequence[str]) -> None:
+    def restore_trust(store: Store, directory: Path, tiers: list[str]) -> None:
         """Tell a new mapping from when on what was written elsewhere counts, `tiers` being where that is.
 
         If the last one went without saying that everything had been sent to the same tiers, nothing that was written
         until now does, where it could be older than what was here.
         """
-        if not tiers and not (directory / _STATE).exists():
-            return
         state = _read_state(directory)
+        if state is None and not tiers:
+            return
         if state is None:
-            distrusted = trust_from() if (directory / _STATE).exists() else 0
+            distrusted = 0
         else:
             distrusted = state.distrusted if not state.open and state.tiers == tiers else trust_from()
         store.distrust(distrusted)
-        _write_state(directory, _State(distrusted, True, list(tiers)))
+        _write_state(directory, _State(distrusted, True, tiers))
 
     @staticmethod
-    def differences(directory: Path, tiers: Sequence[str]) -> dict[str, tuple[object, object]]:
+    def differences(directory: Path, tiers: list[str]) -> dict[str, tuple[object, object]]:
         """Return how the tiers of who made the mapping differ from these, as {option: (theirs, ours)}."""
         state = _read_state(directory)
-        if state is None:
-            theirs: list[str] = []
-            if (directory / _STATE).exists():  # damaged: nobody knows
-                return {}
-        else:
-            theirs = state.tiers
-        return {} if theirs == list(tiers) else {"remote": (theirs, list(tiers))}
+        theirs = [] if state is None else state.tiers
+        return {} if theirs is None or theirs == tiers else {"remote": (theirs, tiers)}
 
-    def keep_trust(self, directory: Path, tiers: Sequence[str]) -> None:
+    def keep_trust(self, directory: Path, tiers: list[str]) -> None:
         """Write down what the next mapping has to know; for the last process to leave this one, which had `tiers`."""
         if not len(self.unsent):
             with suppress(OSError, TierUnavailable):
                 self.store.reap()  # the dead may have left something unsent
-                _write_state(directory, _State(self.store.distrusted(), False, list(tiers)))
+                _write_state(directory, _State(self.store.distrusted(), False, tiers))
 
 
 class RemoteSpace:
@@ -320,10 +315,13 @@ def _bytes(key: Key) -> bytes:
 
 
 def _read_state(directory: Path) -> _State | None:
+    """Return what the file says, None where there is none."""
     try:
         return msgspec.json.decode((directory / _STATE).read_bytes(), type=_State)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+    except FileNotFoundError:
         return None
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError):
+        return _State(0, True, None)
 
 
 def _write_state(directory: Path, state: _State) -> None:

@@ -129,13 +129,12 @@ class Workers:
         helpers: list[Future[None]] = []
         with contextlib.suppress(RuntimeError):  # at shutdown the interpreter starts no more threads
             helpers.extend(self._pool.executor().submit(work) for _ in range(min(self.count, len(jobs)) - 1))
-        started: list[Future[None]] = []
         try:
             work()
         finally:
-            started += [helper for helper in helpers if not helper.cancel()]  # the others wait for other runs to end
-            wait(started)
-        for helper in started:
+            helpers = [helper for helper in helpers if not helper.cancel()]  # the others wait for other runs to end
+            wait(helpers)
+        for helper in helpers:
             helper.result()
 
     def close(self) -> None:

@@ -89,9 +89,7 @@ class Encoding:
 
         Raises WrongKey as well.
         """
-        parts = self._parts(number, payload, identity)
-        if parts.value_len != length:  # before memory is taken for it
-            raise CorruptRecord("its value can't be as long as it says")
+        parts = self._parts(number, payload, identity, length)
         try:
             out = bytearray(length)
         except MemoryError:
@@ -101,12 +99,10 @@ class Encoding:
 
     def decode_into(self, number: int, payload: Buffer, identity: bytes, out: Buffer) -> None:
         """Fill `out`, which has the value's bytes; raises CorruptRecord and WrongKey."""
-        parts, target = self._parts(number, payload, identity), bytes_of(out)
-        if parts.value_len != target.nbytes:
-            raise CorruptRecord("a payload of another length than its value")
-        parts.decode_into(target)
+        target = bytes_of(out)
+        self._parts(number, payload, identity, target.nbytes).decode_into(target)
 
-    def _parts(self, number: int, payload: Buffer, identity: bytes) -> _Parts:
+    def _parts(self, number: int, payload: Buffer, identity: bytes, length: int) -> _Parts:
         if number == SEALED:
             if self.sealer is None:
                 raise WrongKey("this was encrypted; open the cache with the keys: encryption=...")
@@ -119,7 +115,10 @@ class Encoding:
             chosen = known if isinstance(known, Zstd) and number == known.id else decoder(number)
         except FormatError as error:
             raise CorruptRecord(str(error)) from error
-        return _Parts(chosen, data, tail)
+        parts = _Parts(chosen, data, tail)
+        if parts.value_len != length:
+            raise CorruptRecord("a payload of another length than its value")
+        return parts
 
 
 class _Parts(NamedTuple):

@@ -98,12 +98,12 @@ class PartLoader:
                             break
                         self._private_bytes += load.length
                 parts.append(Part(ns, load, write))
-                # Whoever is allowed to find out whether the device works again has to read from it.
-                aligned = is_aligned(parts[-1].buffer)
-                if not aligned or (len(parts) == 1 and not self._loader.allowed()):
+                if not is_aligned(parts[-1].buffer):
                     self.abort(parts.pop())
-                    if aligned:
-                        break
+                # Whoever is allowed to find out whether the device works again has to read from it.
+                elif len(parts) == 1 and not self._loader.allowed():
+                    self.abort(parts.pop())
+                    break
         except TierUnavailable:
             pass  # somebody holds as much as there may be: what is left out is loaded in another way
         except BaseException:
