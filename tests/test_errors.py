@@ -288,7 +288,8 @@ def test_a_second_process_needs_little_shared_memory_and_says_when_there_is_none
             assert other.get("key") == b"value"
 
 
-def test_a_process_out_of_descriptors_says_so(shm: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("remote", [(), "redis://127.0.0.1:1"], ids=["alone", "with a tier elsewhere"])
+def test_a_process_out_of_descriptors_says_so(shm: Path, tmp_path: Path, remote: str | tuple[str, ...]) -> None:
     with Process() as process:
         process.run(
             "import resource\n"
@@ -300,13 +301,14 @@ def test_a_process_out_of_descriptors_says_so(shm: Path, tmp_path: Path) -> None
             "refused = 0\n"
             "for spare in range(20):\n"
             "    try:\n"
-            "        kvstrata.open(directory, memory='2MiB', disk='16MiB').close()\n"
+            "        kvstrata.open(directory, memory='2MiB', disk='16MiB', remote=remote).close()\n"
             "        break\n"
             "    except kvstrata.errors.KVStrataError:\n"
             "        refused += 1\n"
             "    os.close(taken.pop())\n"
             "assert 0 < refused < 20, refused\n",
             directory=tmp_path / "cache",
+            remote=remote,
         )
 
 

@@ -22,7 +22,7 @@ from kvstrata.movement.single_flight import fetch_once
 from kvstrata.tiers.base import Key, Stats
 from kvstrata.tiers.encodings import Encoding
 from kvstrata.tiers.keyed import KeyedTier
-from kvstrata.tiers.small_files import replace_file
+from kvstrata.tiers.small_files import replace_file, usable
 
 if TYPE_CHECKING:
     from kvstrata._core import Pin, Space, Store
@@ -86,7 +86,7 @@ class Remotes:
         """Tell a new mapping from when on what was written elsewhere counts, `tiers` being where that is.
 
         If the last one went without saying that everything had been sent to the same tiers, nothing that was written
-        until now does, where it could be older than what was here.
+        until now does, where it could be older than what was here. Raises ConfigError when the directory can't be used.
         """
         state = _read_state(directory)
         if state is None and not tiers:
@@ -96,7 +96,8 @@ class Remotes:
         else:
             distrusted = state.distrusted if not state.open and state.tiers == tiers else trust_from()
         store.distrust(distrusted)
-        _write_state(directory, _State(distrusted, True, tiers))
+        with usable(directory):
+            _write_state(directory, _State(distrusted, True, tiers))
 
     @staticmethod
     def differences(directory: Path, tiers: list[str]) -> dict[str, tuple[object, object]]:
@@ -316,10 +317,11 @@ def _bytes(key: Key) -> bytes:
 
 def _read_state(directory: Path) -> _State | None:
     """Return what the file says, None where there is none."""
-    try:
-        return msgspec.json.decode((directory / _STATE).read_bytes(), type=_State)
-    except FileNotFoundError:
+    file = directory / _STATE
+    if not file.exists():
         return None
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=_State)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         return _State(0, True, None)
 

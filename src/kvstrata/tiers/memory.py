@@ -19,7 +19,7 @@ from kvstrata import _core
 from kvstrata.config import CacheOptions
 from kvstrata.errors import ConfigError, ConfigMismatch, FormatError, TierFull, TierUnavailable
 from kvstrata.tiers.segment_format import stored_seed
-from kvstrata.tiers.small_files import replace_file
+from kvstrata.tiers.small_files import replace_file, usable
 
 __all__ = ["MemoryTier"]
 
@@ -74,7 +74,7 @@ class MemoryTier:
         if directory is None:
             with _explained(options):
                 return cls(_core.Store.open_private(options.memory), options, None, None, None)
-        with _usable(directory):
+        with usable(directory):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _setup_lock(directory):
             users = _claim_directory(directory, shared)
@@ -155,7 +155,7 @@ def _claim_directory(directory: Path, shared: bool) -> int:
 
     Taken and given back under the setup lock: who holds it shared has the mapping attached.
     """
-    with _usable(directory):
+    with usable(directory):
         users = os.open(directory / "users.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(users, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -191,7 +191,7 @@ def _refuse_another_mapping(users: int, directory: Path) -> None:
 @contextmanager
 def _setup_lock(directory: Path) -> Iterator[None]:
     """Hold the lock under which the mapping is made, attached and removed."""
-    with _usable(directory):
+    with usable(directory):
         descriptor = os.open(directory / "setup.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         until = time.monotonic() + _SETUP_PATIENCE_S
@@ -214,7 +214,7 @@ def _setup_lock(directory: Path) -> Iterator[None]:
 def _identity(directory: Path, engine: str = "log") -> _Identity:
     """Read which cache this directory holds; a new or unreadable one becomes a new cache, with that engine."""
     path = directory / "identity.json"
-    with _usable(directory):
+    with usable(directory):
         try:
             text = path.read_bytes()
             format = msgspec.json.decode(text, type=_Format).format
@@ -248,7 +248,7 @@ def _record_policy(directory: Path, options: CacheOptions) -> None:
     """Say what leaves the disk first, for all who attach from now on."""
     known = _identity(directory)
     if known.disk_policy != options.disk_policy:
-        with _usable(directory):
+        with usable(directory):
             _write_identity(directory, msgspec.structs.replace(known, disk_policy=options.disk_policy))
 
 
@@ -348,12 +348,3 @@ def _available_memory() -> int:
     """Return the bytes of memory that the kernel says can be had."""
     found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     return int(found[1]) * 1024 if found else 0
-
-
-@contextmanager
-def _usable(directory: Path) -> Iterator[None]:
-    """Turn a refusal of the file system into the error that names the directory."""
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(f"can't use {directory} as a cache: {error.strerror or error}") from error

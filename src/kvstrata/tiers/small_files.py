@@ -1,11 +1,24 @@
-"""Small files that are replaced as a whole."""
+"""Small files of a cache's directory, which are replaced as a whole."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["replace_file"]
+from kvstrata.errors import ConfigError
+
+__all__ = ["replace_file", "usable"]
+
+
+@contextmanager
+def usable(directory: Path) -> Iterator[None]:
+    """Turn a refusal of the file system into the error that names the directory."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"can't use {directory} as a cache: {error.strerror or error}") from error
 
 
 def replace_file(path: Path, data: bytes, *, sync: bool) -> None:
