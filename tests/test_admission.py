@@ -66,13 +66,15 @@ def test_what_is_put_again_after_it_had_gone_gets_there(open_cache: OpenCache) -
 def test_keys_seen_long_ago_are_forgotten(open_cache: OpenCache) -> None:
     cache = open_cache(**DISK)
     ns = cache.namespace("ns", admission="reused")
-    ns.put("first", b"1")
+    first = {f"first {i}": b"1" for i in range(100)}
+    ns.put_many(first)
     ns.put_many({f"{i}": b"1" for i in range(20_000)})  # the filter holds some 4,000 keys a generation
     before = written(cache)
     assert before < 400
-    ns.delete("first")
-    ns.put("first", b"1")
-    assert written(cache) == before
+    for key in first:
+        ns.delete(key)
+    ns.put_many(first)
+    assert written(cache) - before <= 10  # as above: one in a hundred
 
 
 @pytest.mark.parametrize("how", ["put", "get", "get_many", "pin", "put and get"])
