@@ -47,11 +47,12 @@ private:
     Py_buffer view_;
 };
 
+// KV of a prefix is more than the caches hold, and is read layer by layer later.
 void copy(u8* to, const u8* from, size_t n, u32* sum) {
     if (sum)
-        *sum = copy_crc32c(to, from, n, *sum);
+        *sum = stream_crc32c(to, from, n, *sum);
     else
-        copy_bytes(to, from, n);
+        stream_bytes(to, from, n);
 }
 
 // Copies `rows` rows that lie one after the other; continues the sum, if there is one, by all that it is.
@@ -104,6 +105,7 @@ nb::list place_layers(nb::handle out_object, nb::handle blocks, size_t tokens, s
     {
         const nb::gil_scoped_release free;
         for (auto& block : wanted) block->damaged = place(out, *block, tokens, first, stop);
+        end_of_stream();
     }
     nb::list damaged;
     for (const auto& block : wanted) damaged.append(block->damaged);
