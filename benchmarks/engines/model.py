@@ -10,6 +10,7 @@ from pathlib import Path
 VOCABULARY = (1000, 40_000)
 LENGTHS = (512, 2048, 4096)
 """Of prefixes, in tokens."""
+KV_BYTES = 23_040  # of a token, in 16 bits
 
 
 def saved_model(scratch: Path) -> Path:

@@ -18,7 +18,7 @@ class Child:
 
     def __init__(self, model: str, **options: Any) -> None:
         defaults: dict[str, Any] = {
-            "dtype": "bfloat16", "enforce_eager": True, "block_size": 32, "max_model_len": 8192,
+            "dtype": "bfloat16", "enforce_eager": True, "max_model_len": 8192,
             "max_num_batched_tokens": 8192, "seed": 0, "disable_log_stats": False,
         }  # fmt: skip
         self.llm = vllm.LLM(model, **defaults | options)

@@ -6,19 +6,24 @@ only once (from disk, in a process that hasn't seen it), each sample is another 
 
 from __future__ import annotations
 
+import itertools
+import mmap
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import kvstrata
 from benchmarks.engines import vllm_ways as ways
-from benchmarks.engines.model import LENGTHS, saved_model
+from benchmarks.engines.model import KV_BYTES, LENGTHS, saved_model
 from benchmarks.engines.processes import Engine, shared_memory
 from benchmarks.measure import Sample, Settings
 from benchmarks.own.device import drop_page_cache
 from benchmarks.table import Row
+from kvstrata.copying import Copiers
 
 OWN = "vLLM's own prefix cache"
 ASLEEP_S = 1.2  # after a step, a worker of vLLM looks for the next one without a pause for a second
@@ -27,6 +32,8 @@ REMARKS = [
     "of generate to the first token, with the engine in a process of its own. Its OffloadingConnector copies on the "
     'CPU by a worker of ours, since vLLM ships one for GPUs only. "A new process" has never seen the prefix; what it '
     "finds was stored by another one. Before each sample, the other engines have come to rest.",
+    '"A bare copy": the KV of the prefix, moved by numpy on all cores from shared memory to a process\'s own. '
+    "Whoever keeps KV outside of the engine needs as much.",
 ]
 Times = dict[str, dict[int, list[float]]]
 
@@ -54,6 +61,7 @@ def rows(settings: Settings) -> list[Row]:
         found += [
             *row("from memory", "memory", OWN, "own", 1 / 1.1),
             *row("from memory", "memory", "cold", "cold"),
+            *row("a bare copy of the KV, and that", "own and a copy", OWN, "own"),
             *row("from memory, another process", "other", OWN, "own"),
             *row(new, "kvstrata", "OffloadingConnector, fs tier", "fs", 1 / 0.8),
             *row(new, "kvstrata", "LMCache over shm", "lmcache", 1 / 0.9),
@@ -73,7 +81,8 @@ def _empty(*names: str) -> Times:
 
 def _from_memory(model: Path, scratch: Path, repeats: int) -> Times:
     """Prefixes that are loaded again and again: the engine forgets them in between."""
-    times = _empty("cold", "own", "memory", "other")
+    times = _empty("cold", "own", "memory", "other", "own and a copy")
+    copies = _BareCopies()
     with ExitStack() as stack:
         alone = stack.enter_context(ways.engine(model))
         ours, other = (stack.enter_context(ways.engine(model, ways.kvstrata(scratch / "memory"))) for _ in range(2))
@@ -88,7 +97,29 @@ def _from_memory(model: Path, scratch: Path, repeats: int) -> Times:
                         engine.ask("forget")
                     time.sleep(ASLEEP_S)
                     times[name][length].append(engine.first_token(length, length, 1 + turn, cached=True))
+                times["own and a copy"][length].append(times["own"][length][-1] + copies.seconds(length))
     return times
+
+
+class _BareCopies:
+    """The KV of prefixes, in more memory than caches hold."""
+
+    def __init__(self) -> None:
+        size = max(LENGTHS) * KV_BYTES
+        pairs = [(np.frombuffer(mmap.mmap(-1, size), np.uint8), np.ones(size, np.uint8)) for _ in range(4)]
+        for shared, own in pairs:
+            shared[:] = own
+        self._turns = itertools.cycle(pairs)
+        self._copiers = Copiers()
+
+    def seconds(self, length: int) -> float:
+        """What it takes to copy the KV of so many tokens, a block at a time."""
+        shared, own = next(self._turns)
+        block, nbytes = ways.BLOCK_TOKENS * KV_BYTES, length * KV_BYTES
+        places = [slice(start, start + block) for start in range(0, nbytes, block)]
+        started = time.perf_counter()
+        self._copiers.share(lambda place: np.copyto(own[place], shared[place]), places, nbytes)
+        return time.perf_counter() - started
 
 
 def _new_processes(model: Path, scratch: Path, samples: int) -> Times:

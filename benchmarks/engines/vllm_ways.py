@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks.engines.processes import Engine, started
 
+BLOCK_TOKENS = 32
 MEMORY, DISK = "1GiB", "4GiB"
 MEMORY_BYTES = 1 << 30
 LIMIT_S = 240
@@ -76,7 +77,7 @@ def engine(model: Path, attached: dict[str, Any] | None = None, **options: Any,
         "VLLM_HOST_IP": "127.0.0.1",
         "VLLM_NO_USAGE_STATS": "1",
     }
-    settings = {"model": str(model), "kv_cache_memory_bytes": 512 << 20, **options}
+    settings = {"model": str(model), "kv_cache_memory_bytes": 512 << 20, "block_size": BLOCK_TOKENS, **options}
     if attached is not None:
         settings["kv_transfer_config"] = attached
     with started("benchmarks.engines.vllm_child", environment, **settings) as found:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 
 import kvstrata
 from benchmarks.measure import Sample, Settings, Work, interleaved
-from benchmarks.own.device import RawFile
+from benchmarks.own.device import RawFile, drop_page_cache
 from benchmarks.table import Row
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -201,16 +200,6 @@ class _NewFile:
 
     def remove(self) -> None:
         self._file.close()
-
-
-def drop_page_cache(directory: Path) -> None:
-    """Have the kernel forget what it holds of the files there."""
-    for path in directory.rglob("*"):
-        if path.is_file():
-            fd = os.open(path, os.O_RDONLY)
-            os.fsync(fd)
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(fd)
 
 
 def _there(pin: Any) -> Any:

@@ -18,7 +18,7 @@ import numpy as np
 
 import kvstrata
 from benchmarks.measure import Sample, Settings, Work, interleaved
-from benchmarks.own.disk import drop_page_cache
+from benchmarks.own.device import drop_page_cache
 from benchmarks.peers import open_peers
 from benchmarks.table import Row
 

@@ -8,23 +8,27 @@ divided by their number; how many products that is, is measured in the same run.
 
 from __future__ import annotations
 
+import threading
 import time
 
 import numpy as np
 
 import kvstrata
 from benchmarks.measure import Sample, Settings, Work, interleaved
-from benchmarks.own.disk import drop_page_cache
+from benchmarks.own.device import RawFile, drop_page_cache
 from benchmarks.table import Row
 from kvstrata import KVLayout, PrefixCache
 
 MIB = 1 << 20
 LAYERS = 30
+READ = 128 << 10
 SECTION = "Loading layer by layer"
 REMARKS = [
     f"Layer by layer: a prefix of {LAYERS} layers, its blocks of 32 tokens all on disk, read with O_DIRECT; after each "
     "layer, products of matrices in numpy, on one thread, which together take about as long as the load. "
     "The larger of the two alone is taken from the same round.",
+    '"Bare reads" are reads of 128 KiB, 8 at a time, of as many bytes, with which nothing is done: what overlapping '
+    "costs on this machine before anything is copied, checked or kept.",
 ]
 LAYOUTS = {"64 KiB of a layer in a block": 8, "24 KiB of a layer in a block": 3}
 
@@ -42,7 +46,11 @@ def _rows(settings: Settings, what: str, kv_heads: int, number: int) -> list[Row
     kv = np.random.default_rng(0).integers(0, 1 << 16, shape, np.uint16)
     out = np.ones_like(kv)
     place = settings.directory / f"pipeline-{number}"
-    with kvstrata.open(place, memory="768MiB", disk="2GiB") as cache:
+    with (
+        kvstrata.open(place, memory="768MiB", disk="2GiB") as cache,
+        RawFile(settings.directory / "raw", request=READ, requests=blocks * layout.block_bytes // READ) as raw,
+    ):
+        raw.write()
         prefixes = PrefixCache.open(cache, layout)
         if prefixes.store(tokens, kv) != blocks:
             raise AssertionError("there was no room for all blocks")
@@ -79,13 +87,23 @@ def _rows(settings: Settings, what: str, kv_heads: int, number: int) -> list[Row
             load()
             compute_alone()
 
-        works = [by_layers, load, compute_alone, one_after_the_other, layers_alone]
-        pipelined, loading, computing, serial, unused = interleaved(
+        def bare_reads() -> None:
+            raw.read(range(raw.requests))
+
+        def bare_reads_and_compute() -> None:
+            reading = threading.Thread(target=bare_reads)
+            reading.start()
+            compute_alone()
+            reading.join()
+
+        works = [by_layers, load, compute_alone, one_after_the_other, layers_alone, bare_reads, bare_reads_and_compute]
+        pipelined, loading, computing, serial, unused, bare, bare_pipelined = interleaved(
             *(Work(work, 1, go_cold) for work in works), repeats=settings.repeats(16)
         )
         if not np.array_equal(out, kv):
             raise AssertionError("what was loaded is not what was stored")
     larger = Sample(tuple(map(max, loading.values, computing.values)))
+    larger_bare = Sample(tuple(map(max, bare.values, computing.values)))
     head = f"{blocks * layout.block_bytes // MIB} MiB, {what}: "
     return [
         Row(
@@ -100,6 +118,7 @@ def _rows(settings: Settings, what: str, kv_heads: int, number: int) -> list[Row
         Row(SECTION, f"{head}load_layers and compute", pipelined, "s", "load, then compute", serial),
         Row(SECTION, f"{head}load_layers alone", unused, "s", "load alone", loading),
         Row(SECTION, f"{head}compute alone", computing, "s", "load alone", loading),
+        Row(SECTION, f"{head}bare reads and compute", bare_pipelined, "s", "the larger of both alone", larger_bare),
     ]
 
 
