@@ -209,7 +209,7 @@ def test_a_block_is_copied_out_of_all_layers_and_into_another_block(joined: bool
     data = bytearray(memory.block_bytes)
 
     memory.read(2, memoryview(data))
-    memory.write(4, memoryview(data))
+    memory.write([(4, memoryview(data))])
 
     assert memory.block_bytes == LAYERS * 2 * 4 * 8 * 2
     for number, tensor in enumerate(given.values()):
@@ -223,7 +223,7 @@ def test_some_layers_of_a_block_are_written_alone(joined: bool) -> None:
     memory = BlockMemory(given, BLOCKS)
     ones = torch.ones(memory.block_bytes // 2, dtype=torch.bfloat16).view(torch.uint8).numpy()
 
-    memory.write(1, memoryview(ones), range(1, 2))
+    memory.write([(1, memoryview(ones))], range(1, 2))
 
     assert [bool(tensor[1].all()) for tensor in given.values()] == [False, True, False]
 
@@ -237,7 +237,7 @@ def test_blocks_of_several_parts_and_permuted_ones_are_copied_as_their_bytes() -
         data = bytearray(memory.block_bytes)
 
         memory.read(5, memoryview(data))
-        memory.write(0, memoryview(data))
+        memory.write([(0, memoryview(data))])
 
         assert bool((tensor[tensor.shape[0] // 6 - 1] == expected).all())
 
@@ -345,6 +345,25 @@ def test_nothing_is_read_for_a_load_that_was_given_up(
 
         assert cache.stats()["disk"]["loaded_records"] == 0
         assert loading.failed == {3, 4}
+
+
+def test_a_load_at_once_takes_what_is_in_memory_and_reads_nothing(
+    tmp_path: Path, shm: Path, memory: BlockMemory
+) -> None:
+    with kvstrata.open(tmp_path, memory="8MiB", disk="64MiB") as cache:
+        blocks = EngineBlocks(cache, "vllm", {"model": "m"})
+        fill(blocks, memory, 0, 1)
+        cache.flush()
+        cache.demote()
+        assert blocks.load_each(keys()[:1], lambda _position, _data: True) == [True]  # it is in memory again
+        loading = Loading(load(3, 4, 5), blocks, memory, time.monotonic() + PATIENCE_S)
+
+        loading.run_at_once()
+
+        assert loading.ended.is_set()
+        assert loading.failed == {4, 5}
+        assert read(memory, 3) == b"\x01" * memory.block_bytes
+        assert cache.stats()["disk"]["loaded_records"] == 1
 
 
 def test_layers_are_waited_for_one_by_one(blocks: EngineBlocks, memory: BlockMemory) -> None:

@@ -202,7 +202,7 @@ class Engine:
     def spoil_unused(self) -> None:
         """Write nonsense to the block that vLLM puts where nobody looks."""
         memory = self.worker.parts[0].memory
-        memory.write(0, memoryview(np.full(memory.block_bytes // 4, 5, np.float32)).cast("B"))
+        memory.write([(0, memoryview(np.full(memory.block_bytes // 4, 5, np.float32)).cast("B"))])
 
     def remove(self, key: bytes, group: int) -> None:
         """Remove a record."""

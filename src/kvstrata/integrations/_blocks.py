@@ -281,9 +281,12 @@ class EngineBlocks:
             release(pins)
 
     @contextmanager
-    def pinned(self, keys: Sequence[bytes]) -> Iterator[Sequence[Pin | None]]:
-        """Keep blocks in memory and give them, None where there is none; each exports its bytes as a buffer."""
-        pins = self.pin(keys)
+    def pinned(self, keys: Sequence[bytes], *, here: bool = False) -> Iterator[Sequence[Pin | None]]:
+        """Keep blocks in memory and give them, None where there is none; each exports its bytes as a buffer.
+
+        With `here` only those that are in memory already.
+        """
+        pins = self._guarded(lambda: self.ns._space.pin_many(keys)[0], [None] * len(keys)) if here else self.pin(keys)
         try:
             sizes = [0 if pin is None else len(pin) for pin in pins]
             missed = sum(pin is None for pin in pins)

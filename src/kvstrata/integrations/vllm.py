@@ -81,7 +81,8 @@ class KVStrataConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
                                   namespace_options=namespace)  # fmt: skip
         else:
             self._scheduler = Scheduler(
-                self._cache, vllm_config, groups, layerwise=how == "layerwise", reads=transfer.is_kv_consumer,
+                self._cache, vllm_config, groups, layerwise=how == "layerwise",
+                with_step=alone and fails_in_blocks(groups), reads=transfer.is_kv_consumer,
                 writes=transfer.is_kv_producer, prefill_tokens_per_s=options.get("prefill_tokens_per_s"),
                 namespace_options=namespace,
             )  # fmt: skip

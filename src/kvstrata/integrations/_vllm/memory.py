@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvstrata import _core
 from kvstrata.codecs.base import TensorInfo
 from kvstrata.errors import UnsupportedModel
 
@@ -57,16 +58,15 @@ class BlockMemory:
             layers, _, page = view.shape
             np.copyto(target[begin : begin + layers * page].reshape(layers, page), view[:, block])
 
-    def write(self, block: int, data: memoryview, layers: range | None = None) -> None:
-        """Copy `block_bytes` of memory to a block, or to some layers of it."""
-        source = np.frombuffer(data, np.uint8)
+    def write(self, blocks: Sequence[tuple[int, memoryview]], layers: range | None = None) -> None:
+        """Copy to each block, or to some layers of it, its `block_bytes` of memory."""
         for view, first, begin in self._planes:
             count, _, page = view.shape
             low, high = (0, count) if layers is None else (layers.start - first, min(layers.stop - first, count))
             low = max(low, 0)
             if low < high:
-                part = source[begin + low * page : begin + high * page]
-                np.copyto(view[low:high, block], part.reshape(high - low, page))
+                parts = [(data[begin : begin + count * page], None, block) for block, data in blocks]
+                _core.place_layers(view[:, None, None], parts, 1, low, high)  # a page being one token
 
 
 def _tensor_info(tensors: list[torch.Tensor], block_bytes: int) -> TensorInfo | None:

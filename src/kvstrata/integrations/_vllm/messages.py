@@ -17,12 +17,13 @@ __all__ = ["Load", "Progress", "Rank", "Shard", "Store", "Work"]
 
 @dataclass
 class Load:
-    """Blocks of a group of layers to be loaded for a request, and where to."""
+    """Blocks of a group of layers to be loaded for a request, and where to; `with_step`, not ahead of the step."""
 
     request: str
     group: int
     keys: list[bytes]
     blocks: list[int]
+    with_step: bool
 
 
 @dataclass

@@ -19,6 +19,8 @@ __all__ = ["Scheduler"]
 
 _MATCH_S = 0.2  # how long an answer holds for a request that waits: it is asked for in every step
 _MEDIUM = "kvstrata"
+_WITH_STEP_BYTES, _WITH_STEP_BLOCKS = 256 << 20, 2048
+"""Of KV in memory so much may be loaded with a step: some ten milliseconds that whoever arrives meanwhile waits."""
 
 
 class _Tracked:
@@ -31,6 +33,7 @@ class _Tracked:
         self.start = 0  # the block at which a load would begin
         self.found = 0
         self.below = 0  # so many of those have to come from disk
+        self.with_step = False  # whether they come with the step that needs them
         self.loading: set[int] = set()  # the engine's blocks that are being loaded, or were
         self.gave_up = False  # a load has failed: what is left is computed
         self.asked_at = float("-inf")
@@ -47,20 +50,27 @@ class _Told(NamedTuple):
 
 
 class Scheduler:
-    """One engine's. `layerwise`: loads belong to the step that needs them, layer by layer, instead of going before."""
+    """One engine's.
+
+    Loads go ahead of the step that needs them, while others are computed. With `layerwise` they belong to that step,
+    layer by layer. Where `with_step` allows it they do so as a whole, too, when nobody else is computed and all lies in
+    memory: then a step of its own takes longer than the wait.
+    """
 
     def __init__(
-        self, cache: Cache, vllm_config: Any, groups: Sequence[Group], *, layerwise: bool, reads: bool, writes: bool,
-        prefill_tokens_per_s: float | None, namespace_options: Mapping[str, Any],
+        self, cache: Cache, vllm_config: Any, groups: Sequence[Group], *, layerwise: bool, with_step: bool,
+        reads: bool, writes: bool, prefill_tokens_per_s: float | None, namespace_options: Mapping[str, Any],
     ) -> None:  # fmt: skip
         self._cache = cache
         self._block_tokens = vllm_config.cache_config.block_size
-        self._layerwise = layerwise
+        self._layerwise, self._may_go_with_step = layerwise, with_step
         self._reads, self._writes = reads, writes
         self._prefill = Prefill(prefill_tokens_per_s)
         self._namespace_options = namespace_options
         self._groups = groups
         self._ranks: list[list[EngineBlocks]] = [[] for _ in groups]  # of each group: what each rank has of it
+        self._block_bytes = 0  # in all ranks
+        self._computed: set[str] = set()  # requests that the last step computed, and that haven't ended
         self._spare = int(layerwise or any(group.window for group in groups))
         self._told_of = next((number for number, group in enumerate(groups) if group.window is None), 0)
         self._tracked: dict[str, _Tracked] = {}
@@ -76,6 +86,7 @@ class Scheduler:
     def meet(self, ranks: Sequence[Rank]) -> None:
         """Learn from all workers where their parts of blocks are."""
         self._ranks = [[] for _ in self._groups]
+        self._block_bytes = sum(shard.block_bytes for rank in ranks for shard in rank.shards)
         for shard in (shard for rank in ranks for shard in rank.shards):
             self._ranks[shard.group].append(
                 EngineBlocks.named(self._cache, shard.namespace, tensor=shard.tensor, **self._namespace_options)
@@ -108,7 +119,22 @@ class Scheduler:
             keys = tracked.keys.upto(request.all_token_ids, limit)
             tracked.start, tracked.asked_at = start, now
             tracked.found, tracked.below = self._worthwhile(keys[: self._longest(keys, start)], start)
-        return tracked.found * size, bool(tracked.found) and not self._layerwise
+        tracked.with_step = self._layerwise or self._goes_with_step(tracked)
+        return tracked.found * size, bool(tracked.found) and not tracked.with_step
+
+    def _goes_with_step(self, tracked: _Tracked) -> bool:
+        """Say whether what was found is loaded in the step that needs it, as a whole."""
+        request, end = tracked.request, tracked.start + tracked.found
+        if not self._may_go_with_step or tracked.below or self._computed - {request.request_id}:
+            return False
+        planned = tracked.found + sum(len(load.blocks) for load in self._loads if load.with_step)
+        if planned > _WITH_STEP_BLOCKS or planned * self._block_bytes > _WITH_STEP_BYTES:
+            return False
+        if end * self._block_tokens >= request.num_tokens:  # a step computes a token at least
+            return False
+        assert tracked.keys is not None
+        keys = tracked.keys.upto(request.all_token_ids, end)[tracked.start :]
+        return not any(absent for parts in self._ranks for blocks in parts for absent in blocks.absent(keys))
 
     def _longest(self, keys: list[bytes], start: int) -> int:
         return longest(keys, start, self._block_tokens, self._groups, self._ranks)
@@ -155,12 +181,14 @@ class Scheduler:
         tracked.loading = set()
         for group, table in enumerate(blocks.get_block_ids()):
             places = _places(keys, table[tracked.start : end])
-            self._loads.append(Load(request.request_id, group, list(places), list(places.values())))
+            load = Load(request.request_id, group, list(places), list(places.values()), tracked.with_step)
+            self._loads.append(load)
             tracked.loading.update(places.values())
 
     def ended(self, request: Any) -> None:
         """Forget a request. Stores that are under way need nothing of it."""
         self._tracked.pop(request.request_id, None)
+        self._computed.discard(request.request_id)
 
     def _of(self, request: Any) -> _Tracked:
         return self._tracked.get(request.request_id) or self.arrived(request)
@@ -172,6 +200,7 @@ class Scheduler:
         idle = not step.total_num_scheduled_tokens
         work = Work(self._loads, fresh=self._fresh(step), layerwise=self._layerwise, idle=idle)
         self._loads = []
+        self._computed = set(step.num_scheduled_tokens)
         state = step.kv_connector_block_state
         for name, scheduled in step.num_scheduled_tokens.items():
             tracked = self._tracked.get(name)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Loading", "Storing"]
 
 _GROUPS = 8  # of layers, which a layer-wise load brings one after the other
+_TOGETHER = 4  # blocks that are copied in one call
 
 
 class Storing:
@@ -67,16 +68,24 @@ class Loading:
         finally:
             self._end([block for block, there in zip(self.load.blocks, got, strict=True) if not there])
 
+    def run_at_once(self) -> None:
+        """Load what is in memory, and wait for nothing: in the caller's thread, whom nobody else has to wake."""
+        missing = list(self.load.blocks)
+        try:
+            with self._blocks.pinned(self.load.keys, here=True) as pins:
+                there, missing = self._there(pins)
+                self._write_layers(there, range(self._memory.layers))
+                for _, data in there:
+                    data.release()
+        finally:
+            self._end(missing)
+
     def run_layerwise(self) -> None:
         """Load some layers of all blocks, and then the next ones."""
         missing = list(self.load.blocks)
         try:
             with ExitStack() as held:
-                pins = self._pin(held)
-                fits = [pin is not None and len(pin) == self._memory.block_bytes for pin in pins]
-                there = [(block, memoryview(pin)) for block, pin, fit in zip(self.load.blocks, pins, fits, strict=True)
-                         if fit and pin is not None]  # fmt: skip
-                missing = [block for block, fit in zip(self.load.blocks, fits, strict=True) if not fit]
+                there, missing = self._there(self._pin(held))
                 step = -(-self._memory.layers // _GROUPS)
                 for first in range(0, self._memory.layers, step):
                     layers = range(first, min(first + step, self._memory.layers))
@@ -93,6 +102,17 @@ class Loading:
         finally:
             self._end(missing)
 
+    def _there(self, pins: Sequence[Pin | None]) -> tuple[list[tuple[int, memoryview]], list[int]]:
+        """Return the engine's blocks that can be loaded, with what belongs there, and the others."""
+        there: list[tuple[int, memoryview]] = []
+        missing: list[int] = []
+        for block, pin in zip(self.load.blocks, pins, strict=True):
+            if pin is not None and len(pin) == self._memory.block_bytes:
+                there.append((block, memoryview(pin)))
+            else:
+                missing.append(block)
+        return there, missing
+
     def _pin(self, held: ExitStack) -> list[Pin | None]:
         pins: list[Pin | None] = [None] * len(self.load.keys)
         for start in range(0, len(pins), PIECE):
@@ -104,7 +124,8 @@ class Loading:
 
     def _write_layers(self, there: Sequence[tuple[int, memoryview]], layers: range) -> None:
         nbytes = len(there) * self._memory.block_bytes * len(layers) // self._memory.layers
-        self._blocks.copiers.share(lambda block: self._memory.write(*block, layers), there, nbytes)
+        runs = [there[i : i + _TOGETHER] for i in range(0, len(there), _TOGETHER)]
+        self._blocks.copiers.share(lambda run: self._memory.write(run, layers), runs, nbytes)
 
     def wait_for(self, layer: int) -> None:
         """Return when a layer has come, all has ended, or it has been abandoned, since it takes too long."""
@@ -136,7 +157,7 @@ class Loading:
             return False
         with self._while_wanted() as wanted:
             if wanted:
-                self._memory.write(self.load.blocks[position], data)
+                self._memory.write([(self.load.blocks[position], data)])
             return wanted
 
     @contextmanager

@@ -54,7 +54,7 @@ class Worker:
         self._loader = thread_pool(_LOADERS, "kvstrata-load")
         self._storer = thread_pool(1, "kvstrata-store")
         self._loading: dict[str, list[Loading]] = {}  # of each request, which waits for all of them
-        self._layerwise: list[Loading] = []
+        self._with_step: list[Loading] = []
         self._storing: list[Storing] = []
         self._failed: set[int] = set()
         self._spoiled = False  # the step computes with blocks that could not be loaded, and will be repeated
@@ -107,27 +107,32 @@ class Worker:
                 storing.withdraw(work.fresh)
 
     def start_loads(self, work: Work) -> None:
-        """Begin the step's loads."""
+        """Begin the step's loads; those that come with it as a whole have ended then."""
         for load in work.loads:
-            loads = self._layerwise if work.layerwise else self._loading.setdefault(load.request, [])
+            loads = self._with_step if load.with_step else self._loading.setdefault(load.request, [])
             if load.group in self.parts:
                 memory, blocks = self.parts[load.group]
                 loading = Loading(load, blocks, memory, time.monotonic() + self._timeout)
                 loads.append(loading)
-                self._loader.submit(loading.run_layerwise if work.layerwise else loading.run)
+                if work.layerwise:
+                    self._loader.submit(loading.run_layerwise)
+                elif load.with_step:
+                    loading.run_at_once()
+                else:
+                    self._loader.submit(loading.run)
 
     def wait_for_layer(self, name: str) -> None:
         """Return when a layer is there, or it is known to be missing."""
-        if not self._layerwise:
+        if not self._with_step:
             return
         memory = self.parts[0].memory
         layer = memory.layer_of.get(name, memory.layers - 1)
-        for loading in self._layerwise:
+        for loading in self._with_step:
             loading.wait_for(layer)
 
     def start_stores(self, work: Work) -> None:
         """Begin to store what the step has computed."""
-        self._end_layerwise()
+        self._end_step()
         spoiled, self._spoiled = self._spoiled, False
         for store in work.stores:
             if store.group not in self.parts:
@@ -173,7 +178,7 @@ class Worker:
 
         Where tokens are drafted vLLM asks before it drafts, whose layers may be the last ones, and before it stores.
         """
-        self._end_layerwise()
+        self._end_step()
         failed, self._failed = self._failed, set()
         return failed
 
@@ -194,13 +199,13 @@ class Worker:
         for storing in self._storing:
             if not storing.ended.wait(max(0.0, until - time.monotonic())):
                 storing.withdraw(set(storing.store.blocks))
-        for loading in [*(loading for loads in self._loading.values() for loading in loads), *self._layerwise]:
+        for loading in [*(loading for loads in self._loading.values() for loading in loads), *self._with_step]:
             loading.abandon(float("inf"))
         self._loader.shutdown(wait=False, cancel_futures=True)
         self._storer.shutdown(wait=True, cancel_futures=True)
 
-    def _end_layerwise(self) -> None:
-        loads, self._layerwise = self._layerwise, []
+    def _end_step(self) -> None:
+        loads, self._with_step = self._with_step, []
         for loading in loads:
             loading.wait_for(self.parts[0].memory.layers - 1)
             self._failed |= loading.failed
