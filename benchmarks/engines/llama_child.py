@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
 from typing import Any
 
 import llama_cpp
+from llama_cpp import llama_cpp as native
 
 from benchmarks.engines.model import tokens
 from benchmarks.engines.processes import serve
@@ -51,6 +53,17 @@ class Child:
         self._llm.create_completion(prompt, max_tokens=1, temperature=0, logits_processor=noting)
         cached = self._states.reused_tokens if self._states is not None else -1
         return {"seconds": arrived[0] - started, "cached": cached}
+
+    def set_state(self) -> float:
+        """Have llama.cpp take the state that it has once more, from this process's own memory; returns the seconds."""
+        context = self._llm._ctx.ctx
+        size = native.llama_state_seq_get_size(context, 0)
+        state = (ctypes.c_uint8 * size)()
+        native.llama_state_seq_get_data(context, state, size, 0)
+        started = time.perf_counter()
+        if native.llama_state_seq_set_data(context, state, size, 0) != size:
+            raise AssertionError("llama.cpp didn't take its own state")
+        return time.perf_counter() - started
 
     def flush(self) -> None:
         """Wait until everything is on disk."""

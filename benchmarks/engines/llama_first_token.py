@@ -19,7 +19,8 @@ REMARKS = [
     "llama.cpp: SmolLM2-135M-Instruct's GGUF by llama-cpp-python, KV in fp16, a prefix and 16 tokens more, from the "
     "call of create_completion to the logits of the first token, in a process of its own. LlamaRAMCache lives in one "
     "process. "
-    '"A new process" has never seen the prefix; what it finds was stored by another one.',
+    '"A new process" has never seen the prefix; what it finds was stored by another one. "The state set": what '
+    "llama.cpp takes to copy the state of the prefix into its context from the same process's memory, the only way in.",
 ]
 
 
@@ -35,6 +36,7 @@ def rows(settings: Settings) -> list[Row]:
         memory = "from memory, the context empty"
         found += [
             Row(section, memory, at["memory"], peer=OWN, theirs=at["own"], at_least=1 / 1.1),
+            Row(section, "the state set, and that", at["own and a state"], peer=OWN, theirs=at["own"]),
             Row(section, memory, at["memory"], peer=RAM, theirs=at["ram"]),
             Row(section, memory, at["memory"], peer="cold", theirs=at["cold"]),
             Row(section, "a new process, memory shared with another", at["new"], peer="cold", theirs=at["cold"]),
@@ -53,7 +55,8 @@ def _seconds(engine: Engine, **given: Any) -> float:
 
 
 def _times(place: Path, length: int, repeats: int) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {way: [] for way in ("cold", "own", "memory", "ram", "new", "disk")}
+    ways = ("cold", "own", "own and a state", "memory", "ram", "new", "disk")
+    times: dict[str, list[float]] = {way: [] for way in ways}
     samples = max(3, repeats // 2)
     with ExitStack() as stack:
         alone, ram, ours, other = (stack.enter_context(_engine(cache)) for cache in (None, "ram", place, place))
@@ -64,6 +67,7 @@ def _times(place: Path, length: int, repeats: int) -> dict[str, list[float]]:
             if turn % 4 == 0:
                 times["cold"].append(_seconds(alone, **given))
             times["own"].append(_seconds(alone, **given | {"tail": 100 + turn}, forget=False))
+            times["own and a state"].append(times["own"][-1] + float(alone.ask("set_state")))
             times["memory"].append(ours.first_token(**given, cached=True))
             times["ram"].append(_seconds(ram, **given))
         for number in range(samples + 1):  # the first one warms the process that has seen nothing

@@ -52,10 +52,11 @@ class Child:
         self.llm.generate(prompts, _sampling(count), use_tqdm=False)
         return time.perf_counter() - started
 
-    def turns(self, users: int, turns: int, documents: int, length: int, at_once: int) -> dict[str, Any]:
+    def turns(self, seed: int, users: int, turns: int, documents: int, length: int, at_once: int) -> dict[str, Any]:
         """Users who go on talking about documents, some of them at a time, in an order of chance."""
-        chance = random.Random(1)
-        talks = [tokens(user % documents, length) for user in range(users)]
+        chance = random.Random(seed)
+        first_tokens = 100_000 * seed
+        talks = [tokens(first_tokens + user % documents, length) for user in range(users)]
         first: list[float] = []
         recomputed = 0
         started = time.perf_counter()
@@ -64,7 +65,7 @@ class Child:
             for begin in range(0, users, at_once):
                 some = order[begin : begin + at_once]
                 for user in some:
-                    talks[user] += tokens(10_000 + turn * users + user, 48)
+                    talks[user] += tokens(first_tokens + 10_000 + turn * users + user, 48)
                 given: list[Any] = [{"prompt_token_ids": list(talks[user])} for user in some]
                 for user, output in zip(some, self.llm.generate(given, _sampling(32), use_tqdm=False), strict=True):
                     recomputed += len(talks[user]) - (output.num_cached_tokens or 0)

@@ -26,7 +26,6 @@ from benchmarks.table import Row
 from kvstrata.copying import Copiers
 
 OWN = "vLLM's own prefix cache"
-ASLEEP_S = 1.2  # after a step, a worker of vLLM looks for the next one without a pause for a second
 REMARKS = [
     "vLLM: SmolLM2-135M-Instruct in bf16 on the CPU, blocks of 32 tokens, a prefix and 16 tokens more, from the call "
     "of generate to the first token, with the engine in a process of its own. Its OffloadingConnector copies on the "
@@ -95,7 +94,7 @@ def _from_memory(model: Path, scratch: Path, repeats: int) -> Times:
                 for name, engine in (("own", alone), ("memory", ours), ("other", other)):
                     if engine is not alone:
                         engine.ask("forget")
-                    time.sleep(ASLEEP_S)
+                    time.sleep(ways.ASLEEP_S)
                     times[name][length].append(engine.first_token(length, length, 1 + turn, cached=True))
                 times["own and a copy"][length].append(times["own"][length][-1] + copies.seconds(length))
     return times
@@ -171,7 +170,7 @@ def _read(model: Path, attached_by: dict[str, Any], samples: int, *, tail: int, 
         for length in LENGTHS:
             for number in range(samples + 1):
                 for name, engine in list(engines.items()):
-                    time.sleep(ASLEEP_S)
+                    time.sleep(ways.ASLEEP_S)
                     try:
                         taken = engine.first_token(length * 10 + number, length, tail, cached=True)
                     except RuntimeError as error:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack
 from typing import Any
 
 from benchmarks.engines import vllm_ways as ways
-from benchmarks.engines.model import saved_model
+from benchmarks.engines.model import KV_BYTES, saved_model
 from benchmarks.engines.processes import shared_memory
 from benchmarks.measure import Sample, Settings
 from benchmarks.table import Row
 
 PROMPTS, PROMPT, ANSWER = 2, 512, 32
 USERS, TURNS, DOCUMENTS, DOCUMENT = 20, 5, 10, 512
-TOKEN_BYTES = 23_040
 ENGINE_TOKENS = 4096
+ROUNDS = 3
 REMARKS = [
     f"vLLM, nothing found: {PROMPTS} prompts of {PROMPT} tokens at once, {ANSWER} tokens each, with everything stored.",
     f"vLLM, conversations: {USERS} users in {TURNS} turns over {DOCUMENTS} documents of {DOCUMENT} tokens, 4 at a "
-    "time; "
-    f"the engine holds the KV of {ENGINE_TOKENS:,} tokens. Recomputed are tokens of prompts that weren't found.",
+    f"time; the engine holds the KV of {ENGINE_TOKENS:,} tokens. Recomputed are tokens of prompts that weren't found. "
+    f"{ROUNDS} rounds, of other documents and users each, in each of which the engines take turns; with `--quick` one.",
 ]
 
 
@@ -57,20 +58,24 @@ def _conversations(model: Any, settings: Settings) -> list[Row]:
         "ours": ways.kvstrata(settings.directory / "turns"),
         "offloading": ways.offloading([]),
     }
-    found: dict[str, Any] = {}
-    for name, attached in attached_by.items():
-        small = {"kv_cache_memory_bytes": ENGINE_TOKENS * TOKEN_BYTES, "max_model_len": 2048}
-        with ways.engine(model, attached, **small) as engine:
-            found[name] = engine.ask("turns", users=USERS, turns=TURNS, documents=DOCUMENTS, length=DOCUMENT, at_once=4)
+    small = {"kv_cache_memory_bytes": ENGINE_TOKENS * KV_BYTES, "max_model_len": 2048}
+    given = {"users": USERS, "turns": TURNS, "documents": DOCUMENTS, "length": DOCUMENT, "at_once": 4}
+    found: dict[str, list[Any]] = {name: [] for name in attached_by}
+    with ExitStack() as stack:
+        engines = {name: stack.enter_context(ways.engine(model, it, **small)) for name, it in attached_by.items()}
+        for seed in range(1, 1 + (1 if settings.quick else ROUNDS)):
+            for name in sorted(engines, reverse=bool(seed % 2)):
+                time.sleep(ways.ASLEEP_S)
+                found[name].append(engines[name].ask("turns", seed=seed, **given))
     section = "vLLM: conversations that don't fit the engine's memory"
     result: list[Row] = []
     for name, peer in (("alone", "vLLM alone"), ("offloading", "OffloadingConnector")):
         ours, theirs = found["ours"], found[name]
         alone = name == "alone"
         result += [
-            Row(section, "tokens recomputed", Sample.of(ours["recomputed"]), "tokens", peer=peer,
-                theirs=Sample.of(theirs["recomputed"]), at_least=2 if alone else None),
-            Row(section, "total time", Sample.of(ours["seconds"]), peer=peer, theirs=Sample.of(theirs["seconds"]),
+            Row(section, "tokens recomputed", _each(ours, "recomputed"), "tokens", peer=peer,
+                theirs=_each(theirs, "recomputed"), at_least=2 if alone else None),
+            Row(section, "total time", _each(ours, "seconds"), peer=peer, theirs=_each(theirs, "seconds"),
                 at_least=None if alone else 1),
             Row(section, "first token, p50", _quantile(ours, 0.5), peer=peer, theirs=_quantile(theirs, 0.5)),
             Row(section, "first token, p90", _quantile(ours, 0.9), peer=peer, theirs=_quantile(theirs, 0.9)),
@@ -78,6 +83,10 @@ def _conversations(model: Any, settings: Settings) -> list[Row]:
     return result
 
 
-def _quantile(answer: dict[str, Any], part: float) -> Sample:
-    ordered = sorted(answer["first"])
-    return Sample.of(ordered[min(len(ordered) - 1, int(part * len(ordered)))])
+def _each(rounds: list[Any], figure: str) -> Sample:
+    return Sample(tuple(one[figure] for one in rounds))
+
+
+def _quantile(rounds: list[Any], part: float) -> Sample:
+    ordered = [sorted(one["first"]) for one in rounds]
+    return Sample(tuple(first[min(len(first) - 1, int(part * len(first)))] for first in ordered))

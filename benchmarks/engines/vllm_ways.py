@@ -17,6 +17,7 @@ from typing import Any
 from benchmarks.engines.processes import Engine, started
 
 BLOCK_TOKENS = 32
+ASLEEP_S = 1.2  # after a step, a worker of vLLM looks for the next one without a pause for a second
 MEMORY, DISK = "1GiB", "4GiB"
 MEMORY_BYTES = 1 << 30
 LIMIT_S = 240
