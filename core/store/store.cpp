@@ -329,7 +329,11 @@ Published Store::publish(Reservation& reservation, Pin* keep, const Promotion* p
         clients_.mine().dirty_bytes.fetch_add(length);
         enqueue_dirty({at, static_cast<u32>(length / kUnit), header.seq});
     }
-    make_room_ahead(at, static_cast<u32>(length / kUnit));
+    try {
+        make_room_ahead(at, static_cast<u32>(length / kUnit));
+    } catch (const TierUnavailable&) {
+        // Somebody who is stopped holds a lock. The next put needs it, and says so; this one has been stored.
+    }
     return result;
 }
 

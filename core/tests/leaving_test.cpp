@@ -107,6 +107,20 @@ TEST(a_record_whose_block_cannot_be_freed_now_stays_in_memory_and_in_its_order) 
     CHECK(in_memory && store->usage(space.id).first == in_memory + 1);
 }
 
+TEST(a_put_has_succeeded_also_when_a_stopped_process_keeps_it_from_making_room_for_the_next_one) {
+    auto store = Store::open_private({16 << 20, 0});
+    const Space space = store->open_namespace(0, "default", 1, {});
+    const std::string value(200000, 'v');
+    for (int i = 0; i < 200; ++i) put(*store, space, key_of(i), value);  // more than there is room for
+    auto reservation = store->reserve(space, bytes_of("last"), value.size(), {}, true);
+    reservation->header.payload_crc = copy_crc32c(reservation->payload(), value.data(), value.size(), 0);
+    {
+        const Stopped peer(*store, "allocator.announced", [&](Store& mine) { put(mine, space, "its", value); });
+        CHECK(store->publish(*reservation) == Published::stored);
+        CHECK(get(*store, space, "last") == value);
+    }
+}
+
 TEST(a_pin_that_a_stopped_process_keeps_from_being_given_back_is_given_back_once_it_goes_on) {
     auto store = Store::open_private({1 << 20, 0});
     const Space space = store->open_namespace(0, "default", 1, {});
