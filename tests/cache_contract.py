@@ -365,7 +365,7 @@ class NamespaceContract:
         ns.put_many(dict.fromkeys(gone, b"2"))
         assert ns.get_many(gone) == [b"2"] * len(gone)
 
-    @pytest.mark.parametrize("prefix", ["", b"", None, 1, bytearray(b"a")])
+    @pytest.mark.parametrize("prefix", ["", b"", None, 1, bytearray(b"a"), "\ud800"])
     def test_what_is_no_prefix_raises_invalid_key(self, ns: Namespace, prefix: Any) -> None:
         ns.put("key", b"1")
         with pytest.raises(InvalidKey):

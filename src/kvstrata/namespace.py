@@ -222,7 +222,7 @@ class Namespace(TieredSpace):
 
         It looks through the whole index of the cache, a part at a time: what is stored meanwhile may be among them.
         """
-        start = _prefix_bytes(prefix)
+        start = _encoded("a prefix of keys", prefix)
         for shard in range(self._cache.tiers.live_store().shards):
             yield from self._space.keys_of(shard, start)
 
@@ -263,7 +263,7 @@ class Namespace(TieredSpace):
         It takes time in proportion to what the whole cache holds; `delete_tag` and `clear` don't. A tier elsewhere
         can't be asked which keys it has, so it loses the whole namespace.
         """
-        start = _prefix_bytes(prefix)
+        start = _encoded("a prefix of keys", prefix)
         if not start:
             raise InvalidKey("a prefix has a byte at least; clear() removes everything")
         removed = 0
@@ -352,12 +352,8 @@ class Namespace(TieredSpace):
 def _parted(items: Mapping[Key, Value], most: int, nbytes: int) -> Iterator[dict[Key, Value]]:
     """Part items into some of `most` at most, and about `nbytes` bytes where their values say how long they are."""
     for key in items:
-        try:
-            length = len(_prefix_bytes(key))
-        except UnicodeEncodeError:
-            length = 0
-        if not 1 <= length <= _LONGEST_KEY:
-            raise InvalidKey(f"a key is str with an UTF-8 form, or bytes, of 1 to {_LONGEST_KEY:,} bytes")
+        if not 1 <= len(_encoded("a key", key)) <= _LONGEST_KEY:
+            raise InvalidKey(f"a key has 1 to {_LONGEST_KEY:,} bytes")
     some: dict[Key, Value] = {}
     size = 0
     for key, value in items.items():
@@ -376,7 +372,10 @@ def _checked(key: Key) -> Key:
     return key
 
 
-def _prefix_bytes(prefix: Key) -> bytes:
-    if not isinstance(prefix, (str, bytes)):
-        raise InvalidKey(f"a prefix of keys is str or bytes, not {type(prefix).__name__}")
-    return prefix.encode() if isinstance(prefix, str) else prefix
+def _encoded(what: str, key: Key) -> bytes:
+    if not isinstance(key, (str, bytes)):
+        raise InvalidKey(f"{what} is str or bytes, not {type(key).__name__}")
+    try:
+        return key.encode() if isinstance(key, str) else key
+    except UnicodeEncodeError:
+        raise InvalidKey(f"{what} that is a str must have a UTF-8 encoding; this one has a lone surrogate") from None
