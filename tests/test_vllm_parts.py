@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -307,6 +308,17 @@ def fill(blocks: EngineBlocks, memory: BlockMemory, *positions: int) -> None:
     blocks.store(names, memory.block_bytes, lambda _, target: target.__setitem__(slice(None), ones))
 
 
+@contextmanager
+def two_on_disk(path: Path, memory: BlockMemory) -> Iterator[tuple[kvstrata.Cache, EngineBlocks]]:
+    """A cache with the first two blocks on disk only."""
+    with kvstrata.open(path, memory="8MiB", disk="64MiB") as cache:
+        blocks = EngineBlocks(cache, "vllm", {"model": "m"})
+        fill(blocks, memory, 0, 1)
+        cache.flush()
+        cache.demote()
+        yield cache, blocks
+
+
 def load(*where: int) -> Any:
     return SimpleNamespace(request="one", keys=keys()[: len(where)], blocks=list(where))
 
@@ -333,11 +345,7 @@ def test_a_load_says_which_blocks_are_missing(blocks: EngineBlocks, memory: Bloc
 def test_nothing_is_read_for_a_load_that_was_given_up(
     tmp_path: Path, shm: Path, memory: BlockMemory, layerwise: bool
 ) -> None:
-    with kvstrata.open(tmp_path, memory="8MiB", disk="64MiB") as cache:
-        blocks = EngineBlocks(cache, "vllm", {"model": "m"})
-        fill(blocks, memory, 0, 1)
-        cache.flush()
-        cache.demote()
+    with two_on_disk(tmp_path, memory) as (cache, blocks):
         loading = Loading(load(3, 4), blocks, memory, 0.0)
 
         assert loading.abandon(0.0)
@@ -350,11 +358,7 @@ def test_nothing_is_read_for_a_load_that_was_given_up(
 def test_a_load_at_once_takes_what_is_in_memory_and_reads_nothing(
     tmp_path: Path, shm: Path, memory: BlockMemory
 ) -> None:
-    with kvstrata.open(tmp_path, memory="8MiB", disk="64MiB") as cache:
-        blocks = EngineBlocks(cache, "vllm", {"model": "m"})
-        fill(blocks, memory, 0, 1)
-        cache.flush()
-        cache.demote()
+    with two_on_disk(tmp_path, memory) as (cache, blocks):
         assert blocks.load_each(keys()[:1], lambda _position, _data: True) == [True]  # it is in memory again
         loading = Loading(load(3, 4, 5), blocks, memory, time.monotonic() + PATIENCE_S)
 
@@ -364,6 +368,23 @@ def test_a_load_at_once_takes_what_is_in_memory_and_reads_nothing(
         assert loading.failed == {4, 5}
         assert read(memory, 3) == b"\x01" * memory.block_bytes
         assert cache.stats()["disk"]["loaded_records"] == 1
+
+
+@pytest.mark.parametrize("way", ["run_at_once", "run_layerwise"])
+def test_a_load_that_breaks_off_while_it_copies_has_brought_nothing(
+    blocks: EngineBlocks, memory: BlockMemory, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(blocks, memory, 0)
+    loading = Loading(load(3, 4), blocks, memory, time.monotonic() + PATIENCE_S)
+
+    def broken(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(memory, "write", broken)
+    with pytest.raises(MemoryError):
+        getattr(loading, way)()
+
+    assert loading.failed == {3, 4}
 
 
 def test_layers_are_waited_for_one_by_one(blocks: EngineBlocks, memory: BlockMemory) -> None:

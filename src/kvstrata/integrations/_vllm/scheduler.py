@@ -38,6 +38,11 @@ class _Tracked:
         self.gave_up = False  # a load has failed: what is left is computed
         self.asked_at = float("-inf")
 
+    def keys_to(self, end: int) -> list[bytes]:
+        """Return the keys of the blocks that would be loaded, up to block `end`."""
+        assert self.keys is not None
+        return self.keys.upto(self.request.all_token_ids, end)[self.start :]
+
 
 class _Told(NamedTuple):
     """What an event says of blocks that are being stored."""
@@ -119,8 +124,10 @@ class Scheduler:
             keys = tracked.keys.upto(request.all_token_ids, limit)
             tracked.start, tracked.asked_at = start, now
             tracked.found, tracked.below = self._worthwhile(keys[: self._longest(keys, start)], start)
+        if not tracked.found:
+            return 0, False
         tracked.with_step = self._layerwise or self._goes_with_step(tracked)
-        return tracked.found * size, bool(tracked.found) and not tracked.with_step
+        return tracked.found * size, not tracked.with_step
 
     def _goes_with_step(self, tracked: _Tracked) -> bool:
         """Say whether what was found is loaded in the step that needs it, as a whole."""
@@ -132,8 +139,7 @@ class Scheduler:
             return False
         if end * self._block_tokens >= request.num_tokens:  # a step computes a token at least
             return False
-        assert tracked.keys is not None
-        keys = tracked.keys.upto(request.all_token_ids, end)[tracked.start :]
+        keys = tracked.keys_to(end)
         return not any(absent for parts in self._ranks for blocks in parts for absent in blocks.absent(keys))
 
     def _longest(self, keys: list[bytes], start: int) -> int:
@@ -174,9 +180,8 @@ class Scheduler:
         if not tokens:
             return
         tracked = self._of(request)
-        assert tracked.keys is not None
         end = tracked.start + tokens // self._block_tokens
-        keys = tracked.keys.upto(request.all_token_ids, end)[tracked.start :]
+        keys = tracked.keys_to(end)
         tracked.asked_at = float("-inf")
         tracked.loading = set()
         for group, table in enumerate(blocks.get_block_ids()):

@@ -70,48 +70,21 @@ class Loading:
 
     def run_at_once(self) -> None:
         """Load what is in memory, and wait for nothing: in the caller's thread, whom nobody else has to wake."""
-        missing = list(self.load.blocks)
+        missing = self.load.blocks
         try:
             with self._blocks.pinned(self.load.keys, here=True) as pins:
-                there, missing = self._there(pins)
-                self._write_layers(there, range(self._memory.layers))
-                for _, data in there:
-                    data.release()
+                missing = self._write(pins, 1)
         finally:
             self._end(missing)
 
     def run_layerwise(self) -> None:
         """Load some layers of all blocks, and then the next ones."""
-        missing = list(self.load.blocks)
+        missing = self.load.blocks
         try:
             with ExitStack() as held:
-                there, missing = self._there(self._pin(held))
-                step = -(-self._memory.layers // _GROUPS)
-                for first in range(0, self._memory.layers, step):
-                    layers = range(first, min(first + step, self._memory.layers))
-                    with self._while_wanted() as wanted:
-                        if not wanted:
-                            return
-                        self._write_layers(there, layers)
-                    if layers.stop < self._memory.layers:
-                        with self._changed:
-                            self._layers = layers.stop
-                            self._changed.notify_all()
-                for _, data in there:
-                    data.release()
+                missing = self._write(self._pin(held), _GROUPS)
         finally:
             self._end(missing)
-
-    def _there(self, pins: Sequence[Pin | None]) -> tuple[list[tuple[int, memoryview]], list[int]]:
-        """Return the engine's blocks that can be loaded, with what belongs there, and the others."""
-        there: list[tuple[int, memoryview]] = []
-        missing: list[int] = []
-        for block, pin in zip(self.load.blocks, pins, strict=True):
-            if pin is not None and len(pin) == self._memory.block_bytes:
-                there.append((block, memoryview(pin)))
-            else:
-                missing.append(block)
-        return there, missing
 
     def _pin(self, held: ExitStack) -> list[Pin | None]:
         pins: list[Pin | None] = [None] * len(self.load.keys)
@@ -122,9 +95,33 @@ class Loading:
             pins[piece] = held.enter_context(self._blocks.pinned(self.load.keys[piece]))
         return pins
 
-    def _write_layers(self, there: Sequence[tuple[int, memoryview]], layers: range) -> None:
-        nbytes = len(there) * self._memory.block_bytes * len(layers) // self._memory.layers
+    def _write(self, pins: Sequence[Pin | None], groups: int) -> list[int]:
+        """Copy what is pinned to the engine's blocks, in so many groups of layers; returns the blocks that it isn't."""
+        there: list[tuple[int, memoryview]] = []
+        missing: list[int] = []
+        for block, pin in zip(self.load.blocks, pins, strict=True):
+            if pin is not None and len(pin) == self._memory.block_bytes:
+                there.append((block, memoryview(pin)))
+            else:
+                missing.append(block)
         runs = [there[i : i + _TOGETHER] for i in range(0, len(there), _TOGETHER)]
+        step = -(-self._memory.layers // groups)
+        for first in range(0, self._memory.layers, step):
+            layers = range(first, min(first + step, self._memory.layers))
+            with self._while_wanted() as wanted:
+                if not wanted:
+                    return self.load.blocks
+                self._write_layers(runs, layers, len(there))
+            if layers.stop < self._memory.layers:
+                with self._changed:
+                    self._layers = layers.stop
+                    self._changed.notify_all()
+        for _, data in there:
+            data.release()
+        return missing
+
+    def _write_layers(self, runs: Sequence[Sequence[tuple[int, memoryview]]], layers: range, blocks: int) -> None:
+        nbytes = blocks * self._memory.block_bytes * len(layers) // self._memory.layers
         self._blocks.copiers.share(lambda run: self._memory.write(run, layers), runs, nbytes)
 
     def wait_for(self, layer: int) -> None:
