@@ -222,7 +222,7 @@ class Namespace(TieredSpace):
 
         It looks through the whole index of the cache, a part at a time: what is stored meanwhile may be among them.
         """
-        start = _encoded("a prefix of keys", prefix)
+        start = _encoded(prefix, "a prefix of keys")
         for shard in range(self._cache.tiers.live_store().shards):
             yield from self._space.keys_of(shard, start)
 
@@ -263,7 +263,7 @@ class Namespace(TieredSpace):
         It takes time in proportion to what the whole cache holds; `delete_tag` and `clear` don't. A tier elsewhere
         can't be asked which keys it has, so it loses the whole namespace.
         """
-        start = _encoded("a prefix of keys", prefix)
+        start = _encoded(prefix, "a prefix of keys")
         if not start:
             raise InvalidKey("a prefix has a byte at least; clear() removes everything")
         removed = 0
@@ -352,7 +352,7 @@ class Namespace(TieredSpace):
 def _parted(items: Mapping[Key, Value], most: int, nbytes: int) -> Iterator[dict[Key, Value]]:
     """Part items into some of `most` at most, and about `nbytes` bytes where their values say how long they are."""
     for key in items:
-        if not 1 <= len(_encoded("a key", key)) <= _LONGEST_KEY:
+        if not 1 <= len(_encoded(key)) <= _LONGEST_KEY:
             raise InvalidKey(f"a key has 1 to {_LONGEST_KEY:,} bytes")
     some: dict[Key, Value] = {}
     size = 0
@@ -366,15 +366,14 @@ def _parted(items: Mapping[Key, Value], most: int, nbytes: int) -> Iterator[dict
         yield some
 
 
-def _checked(key: Key) -> Key:
+def _checked(key: Key, what: str = "a key") -> Key:
     if not isinstance(key, (str, bytes)):
-        raise InvalidKey(f"a key is str or bytes, not {type(key).__name__}")
+        raise InvalidKey(f"{what} is str or bytes, not {type(key).__name__}")
     return key
 
 
-def _encoded(what: str, key: Key) -> bytes:
-    if not isinstance(key, (str, bytes)):
-        raise InvalidKey(f"{what} is str or bytes, not {type(key).__name__}")
+def _encoded(key: Key, what: str = "a key") -> bytes:
+    key = _checked(key, what)
     try:
         return key.encode() if isinstance(key, str) else key
     except UnicodeEncodeError:
