@@ -169,6 +169,23 @@ def test_a_new_key_encrypts_what_is_new_and_the_old_one_opens_what_is_old(shm: P
         assert cache.get_many(["old", "new"]) == [TEXT, TEXT]
 
 
+def test_where_a_key_implies_its_value_what_can_not_be_opened_any_more_is_stored_anew(
+    shm: Path, tmp_path: Path
+) -> None:
+    for known in (keys(1), keys(1, 2)):
+        with kvstrata.open(tmp_path, **OPTIONS, encryption=known) as cache:
+            cache.namespace("blocks", immutable=True).put("key", TEXT)
+    with kvstrata.open(tmp_path, **OPTIONS, encryption=keys(2)) as cache:
+        blocks = cache.namespace("blocks", immutable=True)
+        assert "key" in blocks
+        assert blocks.get("key") is None
+        assert "key" not in blocks
+        blocks.put("key", TEXT)
+    with kvstrata.open(tmp_path, **OPTIONS, encryption=keys(2)) as cache:
+        assert cache.namespace("blocks", immutable=True).get("key") == TEXT
+        assert cache.stats()["disk"]["sealed_records"] == 0
+
+
 def test_opening_without_the_keys_or_with_others_says_so(shm: Path, tmp_path: Path) -> None:
     with kvstrata.open(tmp_path, **OPTIONS, encryption=keys(1)) as cache:
         cache.put("key", TEXT)

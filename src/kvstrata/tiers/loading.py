@@ -143,6 +143,8 @@ class Loader:
             except WrongKey as wrong:  # somebody may have the right one
                 self._counters.add("sealed_records")
                 self._counters.fault("key", wrong)
+                if self._can_be_put_again(ns):
+                    lost.append(load)
                 return
             if value is not None:
                 results[load.position] = value
@@ -197,6 +199,11 @@ class Loader:
         now = self._store.find_on_disk(ns, [load.key for load in lost])
         lost = [load for load, at in zip(lost, now, strict=True) if at and at[2:4] == (load.segment, load.offset)]
         return not lost or self._forget(ns, [(load.key, load.seq) for load in lost])
+
+    def _can_be_put_again(self, ns: int) -> bool:
+        """Say whether a key implies its value: who needs it computes it then, but can't put it while it is there."""
+        info = self._describe(ns)
+        return info is not None and info.immutable
 
     def checked(self, ns: int, load: Load, data: memoryview) -> bool:
         """Say whether a raw record in private memory still counts; raises CorruptRecord."""
