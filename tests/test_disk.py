@@ -62,7 +62,7 @@ class Host:
 
     def flush(self) -> None:
         self.waiting = 0
-        while records := self.store.take_dirty(50, 4 * MIB, 0.0):
+        while records := self.store.take_dirty(50, 4 * MIB, 0.0, 0.0):
             self.tier.write(records)
 
     def get(self, key: bytes, name: str = "m", version: int = 1) -> bytes | None:
@@ -286,7 +286,7 @@ def test_records_of_an_older_version_do_not_come_back(host: Host, tmp_path: Path
 def test_a_record_deleted_while_it_is_being_written_is_not_made_durable(host: Host, tmp_path: Path) -> None:
     for key in (b"dead", b"alive"):
         host.put(key, b"value")
-    records = host.store.take_dirty(10, MIB, 0.0)
+    records = host.store.take_dirty(10, MIB, 0.0, 0.0)
     host.delete(b"dead")
     host.tier.write(records)
     again = Host(killed(host, tmp_path))

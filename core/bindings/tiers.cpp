@@ -16,12 +16,12 @@ struct ClaimHandle {
     LoadClaim claim;
 };
 
-nb::list take_dirty(StoreHandle& self, size_t most, u64 most_bytes, double timeout) {
+nb::list take_dirty(StoreHandle& self, size_t most, u64 most_bytes, double timeout, double gather) {
     const std::shared_ptr<Store> store = self.live();
     std::vector<Dirty> taken;
     {
         const nb::gil_scoped_release free;
-        taken = store->take_dirty(most, most_bytes, timeout);
+        taken = store->take_dirty(most, most_bytes, timeout, gather);
     }
     nb::list list;
     for (Dirty& dirty : taken) {
@@ -167,7 +167,7 @@ void bind_tiers(nb::module_& m, nb::class_<StoreHandle>& store) {
         .def_prop_ro("view", &view_dirty);
 
     store
-        .def("take_dirty", &take_dirty, nb::arg("max_records"), nb::arg("max_bytes"), nb::arg("timeout_s"))
+        .def("take_dirty", &take_dirty, nb::arg("max_records"), nb::arg("max_bytes"), nb::arg("timeout_s"), nb::arg("gather_s"))
         .def("wake_writer", [](StoreHandle& self) { self.live()->wake_writer(); })
         .def("still_live", &still_live, nb::arg("records"))
         .def("mark_durable", [](StoreHandle&, nb::list records, u32 segment, nb::list offsets) {

@@ -10,12 +10,37 @@ namespace kvstrata {
 
 // ---- Down ---------------------------------------------------------------------------------------
 
+// The writer is woken for the first of a batch, and when there is enough for one.
 void Store::enqueue_dirty(const Waiting& waiting) {
+    bool tell;
     {
         const std::lock_guard lock(dirty_mutex_);
         dirty_.push_back(waiting);
+        dirty_units_ += waiting.units;
+        tell = dirty_.size() == 1 || enough_dirty();
     }
-    dirty_ready_.notify_one();
+    if (tell) dirty_ready_.notify_one();
+}
+
+// Whether a batch is worth it. `dirty_mutex_` is held.
+bool Store::enough_dirty() const {
+    return woken_ || waiting_ || dirty_.size() >= batch_.records || dirty_units_ * kUnit >= std::min(batch_.bytes, header_.memory / 16);
+}
+
+// Waits for records to be settled; no batch is gathered meanwhile.
+template <class Done>
+bool Store::wait_for_settled(std::unique_lock<std::mutex>& lock, double seconds, Done&& done) {
+    ++waiting_;
+    dirty_ready_.notify_all();
+    const bool result = dirty_settled_.wait_for(lock, std::chrono::duration<double>(seconds), done);
+    --waiting_;
+    return result;
+}
+
+bool Store::wait_for_progress(double seconds) {
+    std::unique_lock lock(dirty_mutex_);
+    const u64 before = settled_;
+    return wait_for_settled(lock, seconds, [&] { return settled_ != before; });
 }
 
 // Hands a lazy or postponed record to this process's writer. Its shard is locked.
@@ -77,14 +102,17 @@ void Store::settled(u64 bytes) {
     dirty_settled_.notify_all();
 }
 
-std::vector<Dirty> Store::take_dirty(size_t most, u64 most_bytes, double timeout) {
+std::vector<Dirty> Store::take_dirty(size_t most, u64 most_bytes, double timeout, double gather) {
     std::vector<Waiting> wanted;
     {
         std::unique_lock lock(dirty_mutex_);
+        batch_ = {most, most_bytes};
         dirty_ready_.wait_for(lock, std::chrono::duration<double>(timeout), [this] { return !dirty_.empty() || woken_; });
+        if (!dirty_.empty()) dirty_ready_.wait_for(lock, std::chrono::duration<double>(gather), [this] { return enough_dirty(); });
         woken_ = false;
         while (!dirty_.empty() && wanted.size() < most) {
             wanted.push_back(dirty_.front());
+            dirty_units_ -= dirty_.front().units;
             dirty_.pop_front();
         }
     }
@@ -117,7 +145,10 @@ std::vector<Dirty> Store::take_dirty(size_t most, u64 most_bytes, double timeout
     }
     if (done < wanted.size()) {
         const std::lock_guard lock(dirty_mutex_);
-        for (size_t i = wanted.size(); i > done; --i) dirty_.push_front(wanted[i - 1]);
+        for (size_t i = wanted.size(); i > done; --i) {
+            dirty_.push_front(wanted[i - 1]);
+            dirty_units_ += wanted[i - 1].units;
+        }
     }
     return taken;
 }
@@ -149,8 +180,7 @@ void Store::settle(Dirty& dirty, u32 segment, u64 offset, u64 encoded, bool post
 
 bool Store::wait_until_settled(double timeout) {
     std::unique_lock lock(dirty_mutex_);
-    return dirty_settled_.wait_for(lock, std::chrono::duration<double>(timeout),
-                                   [this] { return clients_.mine().dirty_bytes.load() == 0; });
+    return wait_for_settled(lock, timeout, [this] { return clients_.mine().dirty_bytes.load() == 0; });
 }
 
 size_t Store::wait_until_durable(Space wanted, size_t count, const Key* keys, double timeout) {
@@ -181,7 +211,7 @@ size_t Store::wait_until_durable(Space wanted, size_t count, const Key* keys, do
             }
             std::unique_lock lock(dirty_mutex_);
             // Another process's is not signalled here: look again after a while.
-            dirty_settled_.wait_for(lock, std::chrono::milliseconds(50), [&] { return settled_ != before; });
+            wait_for_settled(lock, 0.05, [&] { return settled_ != before; });
             if (std::chrono::steady_clock::now() >= until) {
                 ++missing;
                 break;

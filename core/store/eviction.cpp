@@ -313,12 +313,6 @@ bool Store::anything_dirty() const {
     return false;
 }
 
-bool Store::wait_for_progress(double seconds) {
-    std::unique_lock lock(dirty_mutex_);
-    const u64 before = settled_;
-    return dirty_settled_.wait_for(lock, std::chrono::duration<double>(seconds), [&] { return settled_ != before; });
-}
-
 // A block of `units`, for which others leave. With may_wait it waits for the tier below, lets go of what lies there if
 // need be, and throws TierFull at last; without, it returns nothing instead.
 Block Store::take_block(u32 units, Space wanted, bool may_wait) {

@@ -127,7 +127,8 @@ public:
     std::vector<Used> hottest(size_t most);
 
     // ---- The tier below
-    std::vector<Dirty> take_dirty(size_t most, u64 most_bytes, double timeout);
+    // Waits for up to `timeout` s for the first record, and then for up to `gather` s until it's worth a batch, or somebody waits.
+    std::vector<Dirty> take_dirty(size_t most, u64 most_bytes, double timeout, double gather = 0);
     void wake_writer();  // lets take_dirty return at once, though there's nothing
     void write_lazy();   // what this process had better not write before it leaves memory
     size_t write_postponed(u64 most_bytes);  // of what was postponed the oldest, of any process; returns how many records
@@ -282,6 +283,9 @@ private:
     bool wanted_often(u32 hash, u32 times);
     void use_unproven(u32 at);
     void enqueue_dirty(const Waiting& waiting);
+    bool enough_dirty() const;
+    template <class Done>
+    bool wait_for_settled(std::unique_lock<std::mutex>& lock, double seconds, Done&& done);
     void settled(u64 bytes);
     void count_namespace(u32 id);
 
@@ -312,7 +316,13 @@ private:
     std::mutex dirty_mutex_;
     std::condition_variable dirty_ready_, dirty_settled_;
     std::deque<Waiting> dirty_;  // oldest first
+    u64 dirty_units_ = 0;        // of these
+    struct {
+        size_t records = 0;
+        u64 bytes = 0;
+    } batch_;                    // what the writer takes at once
     u64 settled_ = 0;            // how many
+    u32 waiting_ = 0;            // threads that wait for some to be settled
     bool woken_ = false;
 };
 

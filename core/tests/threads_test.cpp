@@ -95,6 +95,40 @@ TEST(several_attachments_share_what_each_of_them_puts) {
     CHECK(store->stats().memory.used == 0);
 }
 
+// The limits are minutes: what doesn't end for the reason that is tested doesn't end in time.
+TEST(a_batch_is_gathered_until_it_is_worth_it_or_somebody_waits) {
+    auto store = Store::open_private({16 << 20, 1 << 30});
+    const Space space = store->open_namespace(0, "default", 1, {});
+    const auto gather = [&] { return store->take_dirty(8, 1 << 20, 600, 600); };
+    const auto beside = [&](const auto& others) {
+        std::vector<Dirty> taken;
+        std::thread writer([&] { taken = gather(); });
+        others();
+        writer.join();
+        return taken;
+    };
+    const auto settle = [&](std::vector<Dirty> taken) {
+        for (auto& dirty : taken) store->settle(dirty, 1, 0);
+        return taken.size();
+    };
+    const auto put_some = [&](int count, size_t bytes) {
+        for (int i = 0; i < count; ++i) put(*store, space, std::to_string(i), std::string(bytes, 'a'));
+    };
+    CHECK(settle(beside([&] { put_some(8, 10); })) == 8);                  // as many as are taken at once
+    CHECK(settle(beside([&] { put_some(3, 400 << 10); })) == 3);           // as many bytes
+    CHECK(settle(beside([&] { put_some(1, 10), store->wake_writer(); })) <= 1);
+    settle(store->take_dirty(8, 1 << 20, 0));
+    put_some(1, 10);
+    std::thread waits([&] { CHECK(store->wait_until_settled(600)); });
+    CHECK(settle(gather()) == 1);
+    waits.join();
+    const Key first{reinterpret_cast<const u8*>("0"), 1};
+    put_some(1, 10);
+    std::thread waits_for_one([&] { CHECK(store->wait_until_durable(space, 1, &first, 600) == 0); });
+    CHECK(settle(gather()) == 1);
+    waits_for_one.join();
+}
+
 // The tier below is a map from offset to the record's bytes, as a disk would hold them.
 TEST(a_writer_below_and_loads_from_below_run_beside_readers_and_deleters) {
     auto store = Store::open_private({2 << 20, 1 << 30});
@@ -105,7 +139,7 @@ TEST(a_writer_below_and_loads_from_below_run_beside_readers_and_deleters) {
     std::vector<std::string> disk;
     std::thread writer([&] {
         while (!stop) {
-            for (auto& dirty : store->take_dirty(64, 1 << 20, 0.01)) {
+            for (auto& dirty : store->take_dirty(64, 1 << 20, 0.01, 0.002)) {
                 u64 offset;
                 {
                     const std::lock_guard lock(disk_mutex);

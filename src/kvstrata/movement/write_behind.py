@@ -26,6 +26,7 @@ _log = logging.getLogger("kvstrata")
 _BATCH_RECORDS = 1024
 _BATCH_BYTES = 32 << 20
 _IDLE_S = 0.1
+_GATHER_S = 0.2  # each batch takes the GIL some fifty times from whoever computes
 _HOUSEKEEPING_S = 60.0
 
 
@@ -50,7 +51,8 @@ class WriteBehind:
         tried = False
         while True:
             stopping = self._stopping.is_set()
-            records = self._store.take_dirty(_BATCH_RECORDS, _BATCH_BYTES, 0.0 if stopping else _IDLE_S)
+            waits = (0.0, 0.0) if stopping else (_IDLE_S, _GATHER_S)
+            records = self._store.take_dirty(_BATCH_RECORDS, _BATCH_BYTES, *waits)
             if records:
                 self._guarded(records, partial(self._tier.write, records, partial(self._settle, records)))
             elif stopping:
