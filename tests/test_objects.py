@@ -303,6 +303,26 @@ def test_a_forked_child_and_its_parent_stay_true_to_each_other(objects: ObjectCa
     assert objects.get("b") == "kept"
 
 
+def test_a_forked_child_keeps_no_object_of_a_mapping_that_is_gone(open_cache: OpenCache) -> None:
+    cache = open_cache()
+    objects = cache.objects()
+    objects.put("a", "old")
+    told, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            os.read(told, 1)
+            code = 0 if objects.get("a") == "new" else 2
+        finally:
+            os._exit(code)
+    cache.close()
+    again = open_cache()  # everything there has the numbers that it had before
+    again.objects().put("a", "new")
+    os.write(tell, b".")
+    assert os.waitpid(child, 0)[1] == 0
+
+
 def test_a_private_cache_is_shared_with_children(open_cache: OpenCache) -> None:
     objects = open_cache(None).objects()
     objects.put("a", 1)

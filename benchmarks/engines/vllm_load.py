@@ -20,8 +20,8 @@ REMARKS = [
     f"vLLM, nothing found: {PROMPTS} prompts of {PROMPT} tokens at once, {ANSWER} tokens each, with everything stored.",
     f"vLLM, conversations: {USERS} users in {TURNS} turns over {DOCUMENTS} documents of {DOCUMENT} tokens, 4 at a "
     f"time; the engine holds the KV of {ENGINE_TOKENS:,} tokens. Recomputed are tokens of prompts that weren't found. "
-    f"{ROUNDS} rounds, of other documents and users each, with an engine that is started for it, since one takes up to 3 % longer than "
-    "another of its kind for as long as it lives; with `--quick` one.",
+    f"{ROUNDS} rounds, of other documents and users each, with an engine that is started for it, since one takes up "
+    "to 3 % longer than another of its kind for as long as it lives; with `--quick` one.",
 ]
 
 

@@ -1,12 +1,8 @@
 // Copying bytes.
 #pragma once
 
-#include <algorithm>
 #include <cstring>
-
-#if defined(__x86_64__)
-#include <emmintrin.h>
-#endif
+#include <vector>
 
 #include "types.hpp"
 
@@ -28,36 +24,19 @@ inline void copy_bytes(void* to, const void* from, size_t n) {
     std::memcpy(target, source, n);
 }
 
-// memcpy around the processor's caches, for what is more than they hold: memory that is only written is not read before, and what
-// others compute with stays in them. Other threads may look at it after end_of_stream().
-inline void stream_bytes(void* to, const void* from, size_t n) {
-#if defined(__x86_64__)
-    constexpr size_t kLine = 64, kAhead = 1024;  // which is beyond a page before the processor would follow there by itself
-    const size_t head = std::min(n, -reinterpret_cast<uintptr_t>(to) % kLine);
-    u8* target = static_cast<u8*>(to);
-    const u8* source = static_cast<const u8*>(from);
-    std::memcpy(target, source, head);
-    for (target += head, source += head, n -= head; n >= kLine; target += kLine, source += kLine, n -= kLine) {
-        __builtin_prefetch(source + kAhead);
-        const auto* const words = reinterpret_cast<const __m128i*>(source);
-        const __m128i a = _mm_loadu_si128(words), b = _mm_loadu_si128(words + 1), c = _mm_loadu_si128(words + 2),
-                      d = _mm_loadu_si128(words + 3);
-        auto* const line = reinterpret_cast<__m128i*>(target);
-        _mm_stream_si128(line, a);
-        _mm_stream_si128(line + 1, b);
-        _mm_stream_si128(line + 2, c);
-        _mm_stream_si128(line + 3, d);
-    }
-    std::memcpy(target, source, n);
-#else
-    std::memcpy(to, from, n);
-#endif
-}
+// One way to copy lines of 64 bytes around the processor's caches; the target is aligned.
+struct StreamMethod {
+    const char* name;
+    void (*lines)(u8* to, const u8* from, size_t count, size_t ahead);
+};
 
-inline void end_of_stream() {
-#if defined(__x86_64__)
-    _mm_sfence();
-#endif
-}
+// Those that this processor can run, the best first; the last is portable.
+const std::vector<StreamMethod>& stream_methods();
+
+// memcpy around the caches, for what is more than they hold: memory that is only written is not read before, and what others compute
+// with stays in them. What lies `ahead` bytes further in the source is asked for, since beyond a page the processor doesn't
+// follow by itself. Other threads may look at what was copied after end_of_stream().
+void stream_bytes(void* to, const void* from, size_t n, size_t ahead = 4096, const StreamMethod& method = stream_methods().front());
+void end_of_stream();
 
 }  // namespace kvstrata

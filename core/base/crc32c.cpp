@@ -281,12 +281,11 @@ namespace {
 constexpr size_t kPiece = 4096;  // twice it fits into the smallest first-level cache
 
 // By way of what is in the cache, so as not to wait for memory that is only written.
-template <auto kCopy>
 u32 copy_piece(u8* to, const u8* from, size_t n, u32 crc) {
     u8 copied[kPiece];
     copy_bytes(copied, from, n);
     crc = crc32c(crc, copied, n);
-    kCopy(to, copied, n);
+    copy_bytes(to, copied, n);
     return crc;
 }
 
@@ -295,7 +294,7 @@ u32 copy_piece(u8* to, const u8* from, size_t n, u32 crc) {
 u32 copy_crc32c(void* dst, const void* src, size_t n, u32 crc) {
     u8* to = static_cast<u8*>(dst);
     const u8* from = static_cast<const u8*>(src);
-    if (n <= kPiece) return copy_piece<copy_bytes>(to, from, n, crc);
+    if (n <= kPiece) return copy_piece(to, from, n, crc);
     while (n != 0) {
         const size_t piece = std::min(n, 2 * kPiece);
         copy_bytes(to, from, piece);
@@ -310,7 +309,11 @@ u32 copy_crc32c(void* dst, const void* src, size_t n, u32 crc) {
 u32 stream_crc32c(void* dst, const void* src, size_t n, u32 crc) {
     u8* to = static_cast<u8*>(dst);
     const u8* from = static_cast<const u8*>(src);
-    for (size_t done = 0; done < n; done += kPiece) crc = copy_piece<stream_bytes>(to + done, from + done, std::min(n - done, kPiece), crc);
+    for (size_t done = 0; done < n; done += kPiece) {
+        const size_t piece = std::min(n - done, kPiece);
+        crc = crc32c(crc, from + done, piece);  // which brings it into the cache
+        stream_bytes(to + done, from + done, piece, 0);
+    }
     return crc;
 }
 

@@ -18,7 +18,7 @@ u32 crc32c_of_parts(const u32* sums, size_t count, u64 part_bytes);
 // is still in the first-level cache, so a source that changes meanwhile can't make the sum of another content.
 u32 copy_crc32c(void* dst, const void* src, size_t n, u32 crc);
 
-// The same by way of stream_bytes.
+// stream_bytes(dst, src, n), returning crc32c(crc, src, n): of a source that nobody changes meanwhile.
 u32 stream_crc32c(void* dst, const void* src, size_t n, u32 crc);
 
 // One way to compute it. All give the same result.

@@ -17,12 +17,17 @@ TEST(what_is_copied_is_the_same_however_source_and_target_lie_in_their_pages) {
             for (size_t apart = 0; apart < 80; ++apart) {  // wherever the vectors themselves lie
                 std::vector<u8> expected(kRoom, 0xa5);
                 std::copy_n(from.begin() + static_cast<std::ptrdiff_t>(start), n, expected.begin() + static_cast<std::ptrdiff_t>(start + apart));
-                for (const auto copy : {copy_bytes, stream_bytes}) {
+                const auto check = [&](const auto& copy) {
                     std::fill(to.begin(), to.end(), u8{0xa5});
-                    copy(to.data() + start + apart, from.data() + start, n);
-                    end_of_stream();
+                    copy(to.data() + start + apart, from.data() + start);
                     CHECK(to == expected);
-                }
+                };
+                check([&](u8* target, const u8* source) { copy_bytes(target, source, n); });
+                for (const StreamMethod& method : stream_methods())
+                    check([&](u8* target, const u8* source) {
+                        stream_bytes(target, source, n, 4096, method);
+                        end_of_stream();
+                    });
             }
         }
     }
