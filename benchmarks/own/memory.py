@@ -120,9 +120,11 @@ def _allocations(settings: Settings) -> list[Row]:
     took = np.empty(count, np.int64)
     with kvstrata.open(settings.directory / "blocks", memory="512MiB", disk=0) as cache:
         reserve = cache._space.reserve
+        keys = [_key(i) for i in range(200_000)]
         for i, size in enumerate(sizes):
+            key = keys[i % len(keys)]
             start = time.perf_counter_ns()
-            write = reserve(_key(i % 200_000), size)
+            write = reserve(key, size)
             took[i] = time.perf_counter_ns() - start
             write.publish()
         if cache.stats()["memory"]["memory_utilisation"] < 0.95:
