@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from conftest import OpenCache
 from support.processes import Process
 
 import kvstrata
+from kvstrata import _core
+from kvstrata.record import PAGE
 from kvstrata.tiers.ledger import Ledger
 
 MIB = 1 << 20
@@ -76,6 +79,23 @@ def test_du_never_sees_more_than_the_capacity_while_processes_churn(shm: Path, t
         assert max(du(directory)) <= 4 * MIB
         assert cache.stats()["disk"]["used_bytes"] == du(directory)[0]
     assert max(du(directory)) <= 4 * MIB
+
+
+def test_of_each_file_its_blocks_count_or_its_length_in_pages_where_that_is_more(tmp_path: Path) -> None:
+    directory = tmp_path / "söme"
+    directory.mkdir()
+    (directory / "short").write_bytes(b"x")
+    with (directory / "with holes").open("wb") as file:
+        file.truncate(MIB + 1)
+    (directory / "link").symlink_to(tmp_path / "nowhere")
+    (directory / "below").mkdir()
+    (directory / "below" / "deep").write_bytes(bytes(100_000))  # isn't ours
+    itself = directory.stat().st_blocks * 512
+    assert _core.directory_bytes(os.fsencode(directory)) == itself + PAGE + MIB + PAGE + PAGE + PAGE
+    with pytest.raises(FileNotFoundError, match="absent"):
+        _core.directory_bytes(os.fsencode(directory / "absent"))
+    with pytest.raises(NotADirectoryError):
+        _core.directory_bytes(os.fsencode(directory / "short"))
 
 
 def test_a_cache_that_is_opened_with_less_disk_fits_before_open_returns(open_cache: OpenCache, tmp_path: Path) -> None:

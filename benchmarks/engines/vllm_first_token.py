@@ -32,8 +32,8 @@ REMARKS = [
     "of generate to the first token, with the engine in a process of its own. Its OffloadingConnector copies on the "
     'CPU by a worker of ours, since vLLM ships one for GPUs only. "A new process" has never seen the prefix; what it '
     "finds was stored by another one. Before each sample, the other engines have come to rest.",
-    f"What is from memory is measured with engines that are started anew {STARTS} times: one takes up to a fifth longer "
-    "than another of its kind for as long as it lives.",
+    f"What is from memory is measured with engines that are started anew {STARTS} times: one takes up to a fifth "
+    "longer than another of its kind for as long as it lives.",
     '"A bare copy": the KV of the prefix, moved by numpy on all cores from shared memory to a process\'s own. '
     "Whoever keeps KV outside of the engine needs as much.",
 ]

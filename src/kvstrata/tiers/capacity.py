@@ -13,10 +13,10 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from kvstrata import _core
 from kvstrata.errors import TierError, TierFull
 from kvstrata.forking import after_fork
 from kvstrata.threads import new_thread
-from kvstrata.tiers.blockio import page_ceil
 from kvstrata.tiers.ledger import Ledger
 from kvstrata.tiers.segments import Segment, SegmentSet
 
@@ -60,13 +60,7 @@ class Capacity:
 
     def used(self) -> int:
         """Return how many bytes the directory and all files in it take."""
-        total = self._directory.stat().st_blocks * 512
-        with os.scandir(self._directory) as entries:
-            for entry in entries:
-                with contextlib.suppress(FileNotFoundError):
-                    there = entry.stat(follow_symlinks=False)
-                    total += max(page_ceil(there.st_size), there.st_blocks * 512)
-        return total
+        return _core.directory_bytes(os.fsencode(self._directory))
 
     def make(self, segments: SegmentSet, need: int) -> None:
         """Drop segments until `need` bytes fit. The ledger must be held.
