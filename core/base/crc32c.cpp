@@ -276,25 +276,18 @@ u32 crc32c_of_parts(const u32* sums, size_t count, u64 part_bytes) {
     return crc;
 }
 
-namespace {
-
-constexpr size_t kPiece = 4096;  // twice it fits into the smallest first-level cache
-
-// By way of what is in the cache, so as not to wait for memory that is only written.
-u32 copy_piece(u8* to, const u8* from, size_t n, u32 crc) {
-    u8 copied[kPiece];
-    copy_bytes(copied, from, n);
-    crc = crc32c(crc, copied, n);
-    copy_bytes(to, copied, n);
-    return crc;
-}
-
-}  // namespace
+static constexpr size_t kPiece = 4096;  // twice it fits into the smallest first-level cache
 
 u32 copy_crc32c(void* dst, const void* src, size_t n, u32 crc) {
     u8* to = static_cast<u8*>(dst);
     const u8* from = static_cast<const u8*>(src);
-    if (n <= kPiece) return copy_piece(to, from, n, crc);
+    if (n <= kPiece) {  // by way of what is in the cache, so as not to wait for memory that is only written
+        u8 copied[kPiece];
+        copy_bytes(copied, from, n);
+        crc = crc32c(crc, copied, n);
+        copy_bytes(to, copied, n);
+        return crc;
+    }
     while (n != 0) {
         const size_t piece = std::min(n, 2 * kPiece);
         copy_bytes(to, from, piece);

@@ -114,6 +114,7 @@ class Loader:
         """Load some; returns whether the device did what it should."""
         reads: list[Read] = []
         lost: list[Load] = []
+        sealed: list[Load] = []
         faults: list[tuple[Load, int]] = []
         for load, place in loads:
             buffer = place.view() if isinstance(place, _core.Write) else aligned_buffer(load.length)
@@ -143,8 +144,7 @@ class Loader:
             except WrongKey as wrong:  # somebody may have the right one
                 self._counters.add("sealed_records")
                 self._counters.fault("key", wrong)
-                if self._can_be_put_again(ns):
-                    lost.append(load)
+                sealed.append(load)
                 return
             if value is not None:
                 results[load.position] = value
@@ -159,6 +159,8 @@ class Loader:
             self._counters.add("loaded_bytes", sum(load.length for load in there))
             private = sum(isinstance(results[load.position], memoryview) for load in there)
             self._counters.add("unpromoted_records", private)
+        if sealed and self._can_be_put_again(ns):
+            lost += sealed
         if lost and not self.forget(ns, lost):
             return False
         if faults:
